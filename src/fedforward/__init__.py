@@ -1,0 +1,10 @@
+"""fedforward: federated fine-tuning of language models with forward passes only.
+
+The vocabulary (`Steps`, `Probe`, `Update`, `ForwardModel`) is here; everything else is imported
+from its module. This face imports no PyTorch.
+"""
+
+from fedforward.errors import FedForwardError
+from fedforward.steps import Evaluation, ForwardModel, Probe, Steps, Update
+
+__all__ = ["Evaluation", "FedForwardError", "ForwardModel", "Probe", "Steps", "Update"]

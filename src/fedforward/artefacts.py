@@ -1,0 +1,167 @@
+"""What can be made from a finished or interrupted run: its proof, and its adapter or model.
+
+Both rebuild the tuned state from the base model and the ledger alone.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedforward import experiment
+from fedforward.errors import FedForwardError
+from fedforward.federation.client import Replica
+from fedforward.federation.ledger import Ledger
+from fedforward.federation.messages import DIGEST_BYTES
+from fedforward.federation.tensor_server import TensorServer
+from fedforward.methods import FirstOrderMethod
+from fedforward.models.causal_lm import CausalModel
+from fedforward.models.lora import LoraModel
+from fedforward.run_directory import RunDirectory
+from fedforward.session import check_header
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was rebuilt and what it was compared with.
+
+    Attributes:
+        rounds: replayed.
+        state_digest: of the rebuilt tuned state, hexadecimal.
+        ledger_digest: the chain hash, hexadecimal.
+        proofs: state digests in clients' reports that were checked.
+        saved: whether a saved adapter or model was compared.
+        replayed: False for a first-order run, whose state cannot be rebuilt from scalars.
+        differences: a sentence for each thing that does not agree; empty if all bits do.
+    """
+
+    rounds: int
+    state_digest: str
+    ledger_digest: str
+    proofs: int
+    saved: bool
+    replayed: bool
+    differences: list[str]
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """A model brought to the end of a run's ledger."""
+
+    model: CausalModel
+    tokenizer: object
+    ledger: Ledger
+    proofs: int
+    differences: list[str]
+
+
+def rebuild(directory: RunDirectory) -> Rebuilt:
+    """Base model plus ledger; checks on the way the digests that clients proved."""
+    config, plan = directory.load()
+    ledger = Ledger(directory.ledger)
+    model, tokenizer = experiment.build_model(config, plan)
+    check_header(ledger, experiment.ledger_header(config, model))
+    proofs, differences = 0, []
+    method = experiment.build_method(config)
+    if isinstance(method, FirstOrderMethod):
+        if ledger.length:
+            settings = experiment.server_settings(config, model, [])
+            server = TensorServer(settings, method, ledger, directory.path)
+            model.assign_state(server.state)
+        return Rebuilt(model, tokenizer, ledger, 0, [])
+    replica = Replica(model, config.run.seed, config.method.directions)
+    for record in ledger.rounds():
+        claimed = {o.report.digest for o in record.origins if o.report.digest}
+        if claimed:
+            proofs += len(claimed)
+            if claimed != {model.digest()[:DIGEST_BYTES]}:
+                differences.append(
+                    f"round {record.entry.round}: the clients' state was "
+                    f"{' and '.join(sorted(d.hex() for d in claimed))}, the rebuilt one is "
+                    f"{model.digest()[:DIGEST_BYTES].hex()}"
+                )
+        replica.catch_up([record.entry])
+    return Rebuilt(model, tokenizer, ledger, proofs, differences)
+
+
+def verify(path: Path) -> Verification:
+    """Rebuild the tuned state and compare it, bit for bit, with all that the run left.
+
+    Raises:
+        FedForwardError: this is not a run, or its ledger or base model cannot be used.
+    """
+    import json
+
+    directory = RunDirectory(path)
+    config, _ = directory.load()
+    rebuilt = rebuild(directory)
+    differences = list(rebuilt.differences)
+    digest = rebuilt.model.digest().hex()
+    folder = directory.tuned(config)
+    saved = folder.is_dir()
+    if saved:
+        differences += _compare(rebuilt.model, folder)
+    if directory.summary.is_file():
+        summary = json.loads(directory.summary.read_text(encoding="utf-8"))
+        for name, value in (
+            ("state_digest", digest),
+            ("ledger_digest", rebuilt.ledger.chain.hex()),
+        ):
+            # A run that was resumed after its summary has a longer ledger than the summary.
+            if summary["rounds"] == rebuilt.ledger.length and summary[name] != value:
+                differences.append(f"summary.json has {name} {summary[name]}, rebuilt is {value}")
+    rebuilt.ledger.close()
+    return Verification(
+        rounds=rebuilt.ledger.length,
+        state_digest=digest,
+        ledger_digest=rebuilt.ledger.chain.hex(),
+        proofs=rebuilt.proofs,
+        saved=saved,
+        replayed=config.method.name != "fedavg",
+        differences=differences,
+    )
+
+
+def _compare(model: CausalModel, folder: Path) -> list[str]:
+    """A sentence for each tuned tensor whose saved bits differ."""
+    from safetensors.torch import load_file
+
+    stored: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        stored |= load_file(file)
+    differences = []
+    for name, tensor in model.tensors.items():
+        other = stored.get(name)
+        if other is None or other.dtype != tensor.dtype or other.shape != tensor.shape:
+            differences.append(f"{folder.name}/: the tensor {name} is missing or of another kind")
+            continue
+        mine, theirs = (t.detach().cpu().contiguous().view(torch.uint8) for t in (tensor, other))
+        if not torch.equal(mine, theirs):
+            changed = int(np.count_nonzero((tensor.detach().cpu() != other).numpy()))
+            differences.append(f"{folder.name}/: {changed} values of {name} differ")
+    return differences
+
+
+def export(path: Path, out: Path, *, merge: bool) -> Path:
+    """Write the adapter, or with `merge` (or full tuning) a whole model, rebuilt from the ledger.
+
+    Raises:
+        FedForwardError: `out` is in use, or the run cannot be rebuilt.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FedForwardError(f"--out {out} exists and is not an empty folder. Choose another.")
+    rebuilt = rebuild(RunDirectory(path))
+    rebuilt.ledger.close()
+    if rebuilt.differences:
+        raise FedForwardError(
+            f"{path} does not agree with its ledger: {rebuilt.differences[0]}. See `fedforward "
+            f"verify {path}`."
+        )
+    if isinstance(rebuilt.model, LoraModel) and merge:
+        merged = rebuilt.model.merge()
+        merged.save_pretrained(str(out))
+        rebuilt.tokenizer.save_pretrained(str(out))  # type: ignore[attr-defined]
+    else:
+        rebuilt.model.save(out)
+    return out

@@ -1,0 +1,237 @@
+"""The command line: thin functions that read arguments, call the library and print for people.
+
+Errors of the user's making are one sentence on standard error and exit code 2. PyTorch and
+transformers are imported only by the commands that need them.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fedforward.errors import FedForwardError
+
+app = typer.Typer(
+    help="Federated fine-tuning of language models with forward passes only.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out_console = Console()
+console = Console(stderr=True)
+
+OutOption = Annotated[Path | None, typer.Option("--out", help="run directory", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+
+
+@contextmanager
+def _friendly(resume_hint: str = "") -> Iterator[None]:
+    """Sentences instead of tracebacks for what a user can cause."""
+    try:
+        yield
+    except FedForwardError as error:
+        console.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        console.print(f"interrupted. {_escape(resume_hint)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+class Display:
+    """The `Listener` of the command line: a live line on a terminal, plain lines elsewhere."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.rich = progress
+        self.task = progress.add_task("starting", total=None)
+        self.heldout = ""
+
+    def phase(self, text: str) -> None:
+        """A preparation step begins."""
+        self.rich.update(self.task, description=text)
+        if not console.is_terminal:
+            console.print(text, highlight=False)
+
+    def progress(self, done: int, total: int, line: dict[str, Any]) -> None:
+        """A round is done; `line` is its metrics line."""
+        if "heldout_loss" in line:
+            self.heldout = f"  held-out {line['heldout_loss']:.3f}"
+        training = line["training_loss"]
+        losses = f"training {training:.3f}" if training is not None else "training not finite"
+        text = f"round {done}/{total}  {losses}{self.heldout}"
+        self.rich.update(self.task, description=text, total=total, completed=done)
+        if not console.is_terminal and ("heldout_loss" in line or done == total):
+            console.print(f"{text}  {line['seconds']:.0f} s", highlight=False)
+
+
+@contextmanager
+def _display() -> Iterator[Display]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    live = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not live) as progress:
+        yield Display(progress)
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' own bars and advice out of our output."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # Not ours to mend: PEFT asks transformers for an attribute that was renamed.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+
+
+def _carry_out(config: Any, out: Path, resume: bool, as_json: bool) -> None:
+    """Run a configuration and show its result."""
+    with _display() as display:
+        display.phase("loading libraries")
+        _quiet_libraries()
+        from fedforward.session import Session
+
+        summary = Session(config, out, resume, display).run()
+    if as_json:
+        print(json.dumps(summary, indent=2))
+        return
+    from fedforward.report.table import summary_table
+
+    out_console.print(summary_table(summary))
+    out_console.print(f"\neverything is in {out}: see summary.json, loss.png and ", end="")
+    out_console.print("adapter" if config.model.tune == "lora" else "model", highlight=False)
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="TOML file", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value …", show_default=False)
+    ] = None,
+    out: OutOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Carry out a run: federated tuning of one model over simulated clients."""
+    from fedforward import config as configuration
+
+    out = out or Path("runs") / config.stem
+    with _friendly(f"Continue with: fedforward run {config} --out {out} --resume"):
+        _carry_out(configuration.load(config, overrides or []), out, resume, as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="run directory")] = Path("runs/demo"),
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Tune the small model that ships with fedforward, over four sites, in about a minute."""
+    from fedforward.demo import run as demonstration
+
+    with _friendly("Continue with: fedforward demo --resume"):
+        data = out.parent / f"{out.name}-data" / "sites.jsonl"
+        _carry_out(demonstration.prepare(data), out, resume, as_json)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="file to write")] = Path("fedforward.toml"),
+) -> None:
+    """Write a commented example configuration."""
+    from fedforward import config as configuration
+
+    with _friendly():
+        if path.exists():
+            raise FedForwardError(f"{path} exists already. Choose another name.")
+        try:
+            path.write_text(configuration.example(), encoding="utf-8")
+        except OSError as error:
+            raise FedForwardError(f"{path} cannot be written: {error.strerror}.") from error
+    out_console.print(
+        f"wrote {path}: set model.path and data.source, then fedforward run {path}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="run directory", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """Rebuild the tuned parameters from base and ledger, and say whether every bit agrees."""
+    with _friendly():
+        with console.status("rebuilding from base and ledger"):
+            _quiet_libraries()
+            from dataclasses import asdict
+
+            from fedforward import artefacts
+
+            result = artefacts.verify(run)
+        if as_json:
+            print(json.dumps(asdict(result), indent=2))
+        elif not result.differences:
+            how = "rebuilt from base and ledger" if result.replayed else "state file and ledger"
+            checked = ["the saved tensors"] if result.saved else []
+            checked += [f"{result.proofs} state digests in reports"] if result.proofs else []
+            out_console.print(
+                f"bit-identical: {result.rounds} rounds, {how}, agree with "
+                f"{' and '.join(checked) or 'each other (nothing else was saved yet)'}\n"
+                f"state digest   {result.state_digest}\nledger digest  {result.ledger_digest}",
+                highlight=False,
+                soft_wrap=True,
+            )
+        if result.differences:
+            raise FedForwardError(f"{run} does not verify: " + "; ".join(result.differences) + ".")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="run directory", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="new folder", show_default=False)],
+    merge: Annotated[bool, typer.Option("--merge", help="a whole model, adapters merged")] = False,
+) -> None:
+    """Write the adapter (PEFT format) or a merged model, rebuilt from the ledger."""
+    with _friendly(), console.status("rebuilding from base and ledger"):
+        _quiet_libraries()
+        from fedforward import artefacts
+
+        artefacts.export(run, out, merge=merge)
+    out_console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    show: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
+) -> None:
+    if show:
+        out_console.print(f"fedforward {version('fedforward')}", highlight=False)
+        raise typer.Exit
+
+
+def main() -> None:
+    """The entry point of the `fedforward` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""The configuration of a run: typed, read from TOML and `section.key=value`, with errors that help.
+
+Every error names the key as the user typed it, the value found, what is allowed, and for an
+unknown key the nearest legal one. This module imports neither PyTorch nor transformers.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedforward.errors import FedForwardError
+
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(_Section):
+    """[model]"""
+
+    path: str = Field(description="folder in Hugging Face format, or a hub name")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the weights as they are held in memory"
+    )
+    tune: Literal["lora", "full"] = Field("lora", description="what the run changes")
+
+
+class LoraSection(_Section):
+    """[lora]"""
+
+    rank: Count = Field(8, description="r")
+    alpha: Positive = Field(16.0, description="the product BA is scaled by alpha / rank")
+    targets: str | list[str] = Field(
+        "all-linear", description='"all-linear", or names such as ["q_proj", "v_proj"]'
+    )
+    factors: Literal["both", "B"] = Field("both", description='"B" keeps the initial A')
+
+
+class DataSection(_Section):
+    """[data]"""
+
+    source: str = Field(description="file (.jsonl .json .csv .tsv .parquet) or hub data set")
+    subset: str | None = Field(None, description="configuration name of a hub data set")
+    split: str = Field("train", description="split of a hub data set")
+    prompt: str = Field(
+        "### Instruction:\n{instruction}\n\n### Response:\n",
+        description="template; {name} stands for a field",
+    )
+    answer: str = Field("{output}", description="template; only its tokens count in the loss")
+    heldout: Annotated[float, Field(gt=0.0)] = Field(
+        0.01, description="share of the examples (below 1) or their number, kept for evaluation"
+    )
+    sequence_length: Count = Field(512, description="most tokens of an example")
+    limit: Count | None = Field(None, description="use only so many examples of the source")
+    example: str | None = Field(
+        None, description="prompt to answer before and after; default the first held-out one"
+    )
+
+
+class FederationSection(_Section):
+    """[federation]"""
+
+    clients: Count = Field(3, description="parties; 1 is centralised MeZO")
+    rounds: Count = Field(100, description="T")
+    participation: Share = Field(1.0, description="share of the clients in each round")
+    weights: Literal["equal", "examples"] = Field("examples", description="of the average")
+    partition: Literal["iid", "dirichlet", "by"] = Field(
+        "iid", description='"dirichlet" and "by" divide by the field below'
+    )
+    field: str | None = Field(None, description="field of the data to divide by")
+    alpha: Positive = Field(0.5, description="of the Dirichlet partition: small is uneven")
+
+
+class MethodSection(_Section):
+    """[method]"""
+
+    name: Literal["fedmezo", "fedavg"] = Field("fedmezo", description="the algorithm")
+    learning_rate: Positive = Field(1e-3, description="eta_0")
+    strategy: Literal["fixed", "random", "loss", "loss-window", "update-difference"] = Field(
+        "fixed", description="how clients' own rates differ from eta_0"
+    )
+    spread: Annotated[float, Field(ge=0.0)] | None = Field(
+        None, description="alpha of the strategy: rates lie in eta_0 ± alpha; default eta_0 / 2"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of eta_0 over the rounds"
+    )
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="rounds until the full rate")
+    final: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.0, description="what linear and cosine end at, as a share of eta_0"
+    )
+    mu: Positive = Field(1e-3, description="perturbation scale")
+    local_steps: Count = Field(30, description="H")
+    directions: Count = Field(1, description="directions averaged in each step")
+    distribution: Literal["gaussian", "rademacher"] = Field(
+        "gaussian", description="of the directions"
+    )
+    batch_size: Count = Field(1, description="examples per step")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="of fedavg's clients")
+
+    @property
+    def alpha(self) -> float:
+        """The spread that is in force."""
+        return self.learning_rate / 2 if self.spread is None else self.spread
+
+    @model_validator(mode="after")
+    def _rates_stay_positive(self) -> "MethodSection":
+        if self.alpha > self.learning_rate:
+            raise ValueError(
+                f"spread = {self.spread} is above learning_rate = {self.learning_rate}, so that a "
+                "client's rate could be negative; allowed is 0 to learning_rate"
+            )
+        return self
+
+
+class RunSection(_Section):
+    """[run]"""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of every random choice")
+    device: str = Field("auto", description='"auto", "cpu", "cuda" or "cuda:1"')
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads; 0 is all cores")
+    evaluate_every: Count = Field(10, description="rounds between held-out evaluations")
+    patience: Annotated[int, Field(ge=0)] = Field(
+        0, description="evaluations without a lower held-out loss before stopping; 0 is never"
+    )
+    probes_per_call: Annotated[int, Field(ge=0)] = Field(
+        0, description="LoRA probes that share a forward pass; 0 chooses"
+    )
+    trajectory: Literal["auto", "generate", "copy"] = Field(
+        "auto",
+        description='local steps under full tuning: "generate" in every probe (slower, no memory), '
+        '"copy" in float32 (4 bytes a parameter)',
+    )
+
+
+class Config(_Section):
+    """A whole configuration."""
+
+    model: ModelSection
+    lora: LoraSection = LoraSection()
+    data: DataSection
+    federation: FederationSection = FederationSection()
+    method: MethodSection = MethodSection()
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _partition_has_a_field(self) -> "Config":
+        if self.federation.partition != "iid" and not self.federation.field:
+            raise ValueError(
+                f"federation.partition = {self.federation.partition!r} needs federation.field, "
+                "the field of the data to divide by"
+            )
+        return self
+
+
+SECTIONS: dict[str, type[_Section]] = {
+    "model": ModelSection,
+    "lora": LoraSection,
+    "data": DataSection,
+    "federation": FederationSection,
+    "method": MethodSection,
+    "run": RunSection,
+}
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file and apply `section.key=value` overrides.
+
+    Relative paths of `model.path` and `data.source` are taken from the working directory.
+
+    Raises:
+        FedForwardError: no such file, not TOML, or a key or value that is not legal.
+    """
+    if not path.is_file():
+        raise FedForwardError(
+            f"{path}: no such configuration file. `fedforward init` writes a commented example."
+        )
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FedForwardError(f"{path} is not valid TOML: {error}.") from error
+    for override in overrides:
+        section, key, value = parse_override(override)
+        if not isinstance(content.setdefault(section, {}), dict):
+            raise FedForwardError(f"{path}: {section} must be a section, written [{section}].")
+        content[section][key] = value
+    return validate(content, str(path))
+
+
+def parse_override(text: str) -> tuple[str, str, Any]:
+    """("section", "key", value) of `section.key=value`; the value is TOML, or else a string."""
+    name, equals, raw = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise FedForwardError(
+            f"{text!r} is not an override. Write section.key=value, as in federation.rounds=50."
+        )
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    return section, key, value
+
+
+def validate(content: Mapping[str, Any], origin: str = "configuration") -> Config:
+    """A `Config` from nested dictionaries.
+
+    Raises:
+        FedForwardError: with a line for each thing that is wrong.
+    """
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        problems = list(dict.fromkeys(_sentence(problem) for problem in error.errors()))
+        head = f"{origin}: " if len(problems) == 1 else f"{origin}:\n  "
+        raise FedForwardError(head + "\n  ".join(problems)) from error
+
+
+def _sentence(problem: Any) -> str:
+    """One validation problem in the user's words."""
+    location = [str(part) for part in problem["loc"] if not str(part).startswith(("list[", "str"))]
+    key, kind, found = ".".join(location), problem["type"], problem["input"]
+    if kind == "extra_forbidden":
+        legal = list(SECTIONS) if len(location) == 1 else list(_fields(location[0]))
+        near = difflib.get_close_matches(location[-1], legal, n=1)
+        hint = f" Did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
+        what = "section" if len(location) == 1 else "key"
+        return f"{key} is not a known {what}.{hint} Allowed are {', '.join(legal)}."
+    if kind == "missing":
+        meaning = ""
+        if len(location) == 2:
+            meaning = f" ({_fields(location[0])[location[1]].description})"
+        return f"{key} is missing{meaning}."
+    if kind == "value_error":
+        return f"{key}: {problem['ctx']['error']}." if key else f"{problem['ctx']['error']}."
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{key} = {found!r} must be a section, written [{key}]."
+    return f"{key} = {found!r} is not allowed: {_allowed(location)}."
+
+
+def _allowed(location: Sequence[str]) -> str:
+    """What a key takes, from its declared type."""
+    field = _fields(location[0])[location[1]]
+    annotation = field.annotation
+    choices = [a for a in get_args(annotation) if isinstance(a, str)]
+    if get_origin(annotation) is Literal and choices:
+        return "it must be one of " + ", ".join(repr(choice) for choice in choices)
+    limits = []
+    for constraint in _constraints(field):
+        for name, word in (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most")):
+            if getattr(constraint, name, None) is not None:
+                limits.append(f"{word} {getattr(constraint, name)}")
+    types = str(annotation)
+    noun = "a whole number" if "int" in types and "float" not in types else "a number"
+    if "str" in types:
+        noun = "text or a list of texts" if "list" in types else "text in quotes"
+    return f"it must be {noun}" + (f", {' and '.join(limits)}" if limits else "")
+
+
+def _constraints(field: Any) -> list[Any]:
+    found = list(field.metadata)
+    for argument in get_args(field.annotation):
+        for extra in getattr(argument, "__metadata__", ()):
+            found += getattr(extra, "metadata", [extra])
+    return found
+
+
+def _fields(section: str) -> dict[str, Any]:
+    return dict(SECTIONS[section].model_fields)
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML, every key written out, values exactly as they are."""
+    lines = []
+    for section, values in config.model_dump(exclude_none=True).items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {_toml_value(value)}" for key, value in values.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, str):
+        # TOML's basic strings take JSON's escapes, once the delete character is escaped too.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def example() -> str:
+    """A commented configuration with every key, for `fedforward init`."""
+    given = {
+        "model.path": '"path/to/model"',
+        "data.source": '"data.jsonl"',
+    }
+    lines = [
+        "# A fedforward run: `fedforward run THIS_FILE`. Commented keys show their defaults.",
+        "",
+    ]
+    for section, kind in SECTIONS.items():
+        lines.append(f"[{section}]")
+        for key, field in kind.model_fields.items():
+            choices = [a for a in get_args(field.annotation) if isinstance(a, str)]
+            listed = "" if not choices else " (" + " | ".join(choices) + ")"
+            lines.append(f"# {field.description}{listed}")
+            if f"{section}.{key}" in given:
+                lines.append(f"{key} = {given[f'{section}.{key}']}")
+            elif field.default is None:
+                lines.append(f"# {key} =")
+            else:
+                lines.append(f"# {key} = {_toml_value(field.default)}")
+        lines.append("")
+    return "\n".join(lines)

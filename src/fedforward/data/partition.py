@@ -1,0 +1,88 @@
+"""Dividing the training examples among clients, through the partitioners of `flwr-datasets`."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from fedforward.errors import FedForwardError
+
+_ROW = "__row__"
+
+
+def partition(
+    values: Sequence[Any],
+    clients: int,
+    *,
+    kind: str,
+    field: str | None,
+    alpha: float,
+    seed: int,
+) -> list[list[int]]:
+    """The indices of each client's examples; every index once, every client at least one.
+
+    Args:
+        values: per example, the value of the field to divide by (anything for "iid").
+        clients: N.
+        kind: "iid", "dirichlet" (`alpha` of the label distribution) or "by" (whole values).
+        field: its name, for errors.
+        alpha: of the Dirichlet distribution.
+        seed: of the shuffles.
+
+    Raises:
+        FedForwardError: more clients than examples, or values that cannot be divided so.
+    """
+    if clients > len(values):
+        raise FedForwardError(
+            f"federation.clients = {clients}, but only {len(values)} training examples are left "
+            "after the held-out ones. Use fewer clients or more data."
+        )
+    import datasets
+    from flwr_datasets.partitioner import (
+        DirichletPartitioner,
+        GroupedNaturalIdPartitioner,
+        IidPartitioner,
+        Partitioner,
+    )
+
+    table = datasets.Dataset.from_dict(
+        {_ROW: list(range(len(values))), "value": [str(value) for value in values]}
+    ).shuffle(seed=seed % 2**32)
+    partitioner: Partitioner
+    if kind == "iid":
+        partitioner = IidPartitioner(num_partitions=clients)
+    elif kind == "dirichlet":
+        partitioner = DirichletPartitioner(
+            num_partitions=clients,
+            partition_by="value",
+            alpha=alpha,
+            min_partition_size=1,
+            seed=seed % 2**32,
+        )
+    else:
+        distinct = len(set(table["value"]))
+        size = -(-distinct // clients)
+        if clients > distinct or -(-distinct // size) != clients:
+            fitting = sorted({-(-distinct // group) for group in range(1, distinct + 1)})
+            raise FedForwardError(
+                f"federation.partition = 'by' with field {field!r}: its {distinct} values cannot "
+                f"be dealt to {clients} clients in groups of equal size. Use federation.clients = "
+                f"{', '.join(map(str, fitting))}, or another field."
+            )
+        partitioner = GroupedNaturalIdPartitioner(
+            partition_by="value", group_size=size, sort_unique_ids=True
+        )
+    partitioner.dataset = table
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            parts = [list(partitioner.load_partition(i)[_ROW]) for i in range(clients)]
+    except (ValueError, RuntimeError) as error:
+        raise FedForwardError(
+            f"federation.partition = {kind!r} with alpha = {alpha} left a client without examples "
+            f"in every attempt ({len(values)} examples, {clients} clients). Use a larger "
+            "federation.alpha, fewer clients or more data."
+        ) from error
+    finally:
+        datasets.enable_progress_bars()
+    return parts

@@ -1,0 +1,43 @@
+"""The configuration behind `fedforward demo`: four sites, a small model, a minute on two cores."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+from fedforward import config as configuration
+from fedforward.config import Config
+from fedforward.demo.text import ANSWER, EXAMPLE_QUESTION, PROMPT, site_examples
+
+ROUNDS = 60
+PER_SITE = 400
+#: The prompt answered before and after; no site holds a question about it.
+EXAMPLE_PROMPT = PROMPT.format(question=EXAMPLE_QUESTION)
+
+
+def prepare(data: Path, rounds: int = ROUNDS) -> Config:
+    """Write the sites' examples to `data` and return the demonstration's configuration."""
+    rows = site_examples(seed=0, per_site=PER_SITE)
+    data.parent.mkdir(parents=True, exist_ok=True)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return configuration.validate(
+        {
+            "model": {"path": str(files("fedforward.demo").joinpath("model"))},
+            "lora": {"rank": 8, "alpha": 16},
+            "data": {
+                "source": str(data),
+                "prompt": PROMPT,
+                "answer": ANSWER,
+                "heldout": 0.1,
+                "sequence_length": 128,
+                "example": EXAMPLE_PROMPT,
+            },
+            "federation": {"clients": 4, "rounds": rounds, "partition": "by", "field": "site"},
+            "method": {
+                "learning_rate": 6e-3,
+                "mu": 1e-2,
+                "local_steps": 10,
+                "batch_size": 4,
+            },
+            "run": {"evaluate_every": 5, "probes_per_call": 8},
+        }
+    )

@@ -1,0 +1,9 @@
+"""The one exception that a user is meant to read. Every module may raise it.
+
+A message is one or two sentences: the key or file as the user typed it, what was found, what is
+allowed, and what to do. The command line prints it and exits with code 2, without a traceback.
+"""
+
+
+class FedForwardError(Exception):
+    """Bad input, or a run that cannot go on. The message is written for the user."""

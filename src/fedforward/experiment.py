@@ -1,0 +1,287 @@
+"""From a configuration to its parts: data, partition, tokenised batches, model and method.
+
+The same configuration and probe plan give the same parts, bit for bit; whoever starts, resumes or
+verifies a run builds them here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedforward.config import Config
+from fedforward.data import sources, templates
+from fedforward.data.batches import Batches, by_length, collate
+from fedforward.data.partition import partition
+from fedforward.data.templates import Example
+from fedforward.directions import VERSION, Distribution
+from fedforward.errors import FedForwardError
+from fedforward.federation.learning_rates import RateSettings
+from fedforward.federation.server import ServerSettings
+from fedforward.methods import FirstOrderMethod, Method
+from fedforward.methods.fedmezo import FedMeZO
+from fedforward.models.causal_lm import CausalModel, ProbePlan, TokenBatch, load, longest_sequence
+from fedforward.models.full import FullModel
+from fedforward.models.lora import LoraModel
+from fedforward.planning import probes
+from fedforward.seeds import derive, generator
+from fedforward.steps import Probe
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The data of a run, tokenised and divided.
+
+    Attributes:
+        clients: each client's training examples.
+        heldout: the examples kept for evaluation.
+        example: the prompt that is answered before and after, and its expected answer if known.
+        cut: answers cut at the sequence length.
+        dropped: rows without room for an answer.
+    """
+
+    clients: list[list[Example]]
+    heldout: list[Example]
+    example: tuple[str, str | None]
+    cut: int
+    dropped: int
+
+
+def read_corpus(config: Config, tokenizer: Any, positions: int | None) -> Corpus:
+    """Read, split, tokenise and partition the data.
+
+    Args:
+        positions: the longest sequence that the model takes, or None.
+
+    Raises:
+        FedForwardError: for whatever is wrong with the data or their keys.
+    """
+    data = config.data
+    if positions is not None and data.sequence_length > positions:
+        raise FedForwardError(
+            f"data.sequence_length = {data.sequence_length} is longer than the {positions} "
+            f"positions that this model takes. Use at most {positions}."
+        )
+    table = sources.read(data.source, split=data.split, subset=data.subset, key="data.source")
+    templates.check_fields(data.prompt, table.column_names, "data.prompt")
+    templates.check_fields(data.answer, table.column_names, "data.answer")
+    field = config.federation.field if config.federation.partition != "iid" else None
+    if field is not None and field not in table.column_names:
+        raise FedForwardError(
+            f"federation.field = {field!r} is not a field of the data. Their fields are "
+            f"{', '.join(table.column_names)}."
+        )
+    order = generator(config.run.seed, "heldout").permutation(len(table)).tolist()
+    rows = [table[index] for index in order[: data.limit]]
+    kept = _heldout_count(data.heldout, len(rows))
+    options: dict[str, Any] = {
+        "prompt": data.prompt,
+        "answer": data.answer,
+        "sequence_length": data.sequence_length,
+    }
+    heldout = templates.tokenise(rows[:kept], tokenizer, **options)
+    train = templates.tokenise(rows[kept:], tokenizer, **options)
+    if not heldout.examples or not train.examples:
+        raise FedForwardError(
+            f"data.sequence_length = {data.sequence_length} leaves no "
+            f"{'held-out' if not heldout.examples else 'training'} example: every prompt fills it, "
+            "or every answer is empty. Raise it, or look at data.prompt and data.answer."
+        )
+    parts = partition(
+        [rows[kept + row][field] if field else 0 for row in train.rows],
+        config.federation.clients,
+        kind=config.federation.partition,
+        field=field,
+        alpha=config.federation.alpha,
+        seed=derive(config.run.seed, "partition"),
+    )
+    shown = rows[heldout.rows[0]]
+    example = (templates.fill(data.prompt, shown), templates.fill(data.answer, shown))
+    return Corpus(
+        clients=[[train.examples[index] for index in part] for part in parts],
+        heldout=heldout.examples,
+        example=(data.example, None) if data.example else example,
+        cut=heldout.cut + train.cut,
+        dropped=heldout.dropped + train.dropped,
+    )
+
+
+def _heldout_count(wish: float, examples: int) -> int:
+    if wish < 1:
+        count = max(1, round(wish * examples))
+    elif wish == int(wish):
+        count = int(wish)
+    else:
+        raise FedForwardError(
+            f"data.heldout = {wish} is neither a share below 1 nor a whole number of examples."
+        )
+    if count >= examples:
+        raise FedForwardError(
+            f"data.heldout = {wish} keeps {count} examples for evaluation, but the data have only "
+            f"{examples}. Use a smaller share or number."
+        )
+    return count
+
+
+def resolve_plan(config: Config) -> ProbePlan:
+    """The probe plan of a new run."""
+    return probes.resolve(
+        tune=config.model.tune,
+        threads=config.run.threads,
+        probes_per_call=config.run.probes_per_call,
+        trajectory=config.run.trajectory,
+        clients=config.federation.clients,
+        directions=config.method.directions,
+    )
+
+
+def resolve_device(wish: str) -> str:
+    """A device that is there.
+
+    Raises:
+        FedForwardError: CUDA was asked for and is not there, or the name is unknown.
+    """
+    import torch
+
+    if wish == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = wish.split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise FedForwardError(
+            f"run.device = {wish!r} is not allowed: it must be 'auto', 'cpu', 'cuda' or 'cuda:N'."
+        )
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise FedForwardError(
+            f"run.device = {wish!r}: PyTorch finds no CUDA device here. Use 'cpu' or 'auto'."
+        )
+    return wish
+
+
+def build_model(config: Config, plan: ProbePlan) -> tuple[CausalModel, Any]:
+    """The model at its base weights, ready to probe, and its tokenizer."""
+    import torch
+
+    torch.set_num_threads(plan.threads)
+    device = resolve_device(config.run.device)
+    network, tokenizer = load(config.model.path, config.model.dtype, device)
+    distribution = Distribution(config.method.distribution)
+    if config.model.tune == "full":
+        return FullModel(
+            network, distribution=distribution, plan=plan, tokenizer=tokenizer
+        ), tokenizer
+    model = LoraModel(
+        network,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        targets=config.lora.targets,
+        factors=config.lora.factors,
+        run_seed=config.run.seed,
+        distribution=distribution,
+        plan=plan,
+    )
+    return model, tokenizer
+
+
+def build_method(config: Config) -> Method | FirstOrderMethod:
+    """The method that the configuration names."""
+    method = config.method
+    if method.name == "fedavg":
+        from fedforward.methods.fedavg import FedAvg
+
+        return FedAvg(method.local_steps, method.optimizer)
+    return FedMeZO(method.local_steps, method.directions, method.mu)
+
+
+def ledger_header(config: Config, model: CausalModel) -> dict[str, Any]:
+    """What the ledger of a run is bound to: enough to replay it, and to refuse another's."""
+    return {
+        "format": 1,
+        "direction_version": VERSION,
+        "distribution": config.method.distribution,
+        "directions": config.method.directions,
+        "run_seed": config.run.seed,
+        "method": config.method.name,
+        "layout": model.layout.fingerprint,
+        "base": model.base_fingerprint,
+    }
+
+
+def server_settings(
+    config: Config, model: CausalModel, examples: Sequence[Sequence[Example]]
+) -> ServerSettings:
+    """The server's view of the run."""
+    method = config.method
+    return ServerSettings(
+        run_seed=config.run.seed,
+        examples=tuple(len(part) for part in examples),
+        participation=config.federation.participation,
+        weights=config.federation.weights,
+        rates=RateSettings(
+            base=method.learning_rate,
+            spread=method.alpha,
+            strategy=method.strategy,
+            schedule=method.schedule,
+            warmup=method.warmup,
+            rounds=config.federation.rounds,
+            final=method.final,
+        ),
+        layout=model.layout,
+        distribution=Distribution(method.distribution),
+    )
+
+
+def client_batches(config: Config, corpus: Corpus) -> list[Batches]:
+    """Each client's stream of batches."""
+    return [
+        Batches(
+            examples,
+            batch_size=config.method.batch_size,
+            run_seed=config.run.seed,
+            client=client,
+        )
+        for client, examples in enumerate(corpus.clients)
+    ]
+
+
+def longest_batches(config: Config, corpus: Corpus) -> list[TokenBatch]:
+    """Per client, the batch of its longest examples: where memory peaks."""
+    size = config.method.batch_size
+    return [
+        collate(sorted(part, key=lambda example: len(example.tokens))[-size:])
+        for part in corpus.clients
+    ]
+
+
+def heldout_loss(model: CausalModel, batches: Sequence[TokenBatch]) -> float:
+    """Mean loss per answer token over all held-out examples, in nats."""
+    total, count = 0.0, 0
+    for batch in batches:
+        (evaluation,) = model.evaluate([Probe(batch)])
+        total += float(evaluation.sums.sum())
+        count += int(evaluation.counts.sum())
+    return total / count
+
+
+def heldout_batches(corpus: Corpus, plan: ProbePlan) -> list[TokenBatch]:
+    """The held-out examples in batches of similar length."""
+    return by_length(corpus.heldout, plan.evaluation_rows)
+
+
+def answer(model: CausalModel, tokenizer: Any, prompt: str, most_tokens: int = 48) -> str:
+    """The greedy continuation of a prompt at the model's current weights."""
+    import torch
+
+    begin = templates.begin_tokens(tokenizer) if tokenizer.bos_token_id is not None else []
+    ids = begin + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    limit = longest_sequence(model.network)
+    if limit is not None:
+        ids = ids[-max(1, limit - most_tokens) :]
+    tokens = torch.tensor([ids], device=model.device)
+    with torch.inference_mode():
+        output = model.network.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=most_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)).strip()

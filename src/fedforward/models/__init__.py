@@ -1,0 +1,1 @@
+"""Implementations of `ForwardModel`: the quadratic for theory, causal language models for work."""

@@ -1,0 +1,234 @@
+"""LoRA tuning: many probes in one forward pass, each group of rows with its own adapter.
+
+The adapters are PEFT's own layers, so that a run ends in a PEFT folder; only their forward pass is
+replaced while probes run. The frozen base sees one large batch; row group g meets adapter g of the
+bank, a float32 buffer with one row per probe that the direction kernel fills in one pass.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedforward.directions import TILE, Distribution, Layout, Stream
+from fedforward.directions.kernels import accumulate
+from fedforward.errors import FedForwardError
+from fedforward.models.causal_lm import CausalModel, ProbePlan, fingerprint, stack
+from fedforward.seeds import derive
+from fedforward.steps import Evaluation, Probe, Steps
+
+ADAPTER = "default"
+
+
+class LoraModel(CausalModel):
+    """A frozen base with PEFT LoRA adapters, tuned in float32.
+
+    Attributes:
+        peft: the `PeftModel` around the network.
+        flat: float32 [tiles * 2048], the storage that all tuned adapter tensors are views of.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        *,
+        rank: int,
+        alpha: float,
+        targets: str | Sequence[str] = "all-linear",
+        factors: str = "both",
+        run_seed: int = 0,
+        distribution: Distribution = Distribution.GAUSSIAN,
+        plan: ProbePlan,
+    ) -> None:
+        """Inject the adapters: B = 0, and A from the initialisation stream of a direction seed.
+
+        A is normal with variance 1/(3 · inputs), the variance of PEFT's own default.
+
+        Args:
+            network: a transformers causal language model; it is changed in place.
+            rank: LoRA r.
+            alpha: LoRA α; the product BA is scaled by α / r.
+            targets: "all-linear" or names of modules.
+            factors: "both" tunes A and B, "B" freezes A.
+            run_seed: of the initial A.
+            distribution: of the directions.
+            plan: how probes are grouped.
+
+        Raises:
+            FedForwardError: no module of the model has a name in `targets`.
+        """
+        from peft import LoraConfig, get_peft_model
+
+        base = fingerprint(sorted(network.named_parameters()))
+        settings = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        try:
+            self.peft = get_peft_model(network, settings, autocast_adapter_dtype=True)
+        except ValueError as error:
+            linear = sorted(
+                {n.rsplit(".", 1)[-1] for n, m in network.named_modules() if _is_linear(m)}
+            )
+            raise FedForwardError(
+                f"lora.targets = {targets!r} fits no module of this model. Its linear modules are "
+                f"{', '.join(linear)}; 'all-linear' takes them all but the head."
+            ) from error
+        self.peft.eval()
+        adapters = {
+            name.replace(f".{ADAPTER}.", "."): parameter
+            for name, parameter in self.peft.named_parameters()
+            if ".lora_" in name
+        }
+        initialise(adapters, run_seed)
+        tuned = {n: p for n, p in adapters.items() if factors == "both" or ".lora_B." in n}
+        layout = Layout.of({name: tuple(p.shape) for name, p in tuned.items()})
+        device = next(network.parameters()).device
+        self.flat = torch.zeros(layout.tiles * TILE, dtype=torch.float32, device=device)
+        for name, parameter in adapters.items():
+            parameter.requires_grad_(name in tuned)
+        for name, view in _views(layout, self.flat).items():
+            view.copy_(tuned[name].data)
+            tuned[name].data = view
+        super().__init__(network, tuned, distribution, plan, base)
+        self._bank: dict[int, torch.Tensor] = {}
+        self._buffer = torch.empty(0)
+        for layer in self.peft.modules():
+            if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
+                self._replace_forward(layer, adapters)
+
+    def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
+        """Measure the probes, `plan.probes_per_call` of them in each forward pass."""
+        results: list[Evaluation] = []
+        for begin in range(0, len(probes), self.plan.probes_per_call):
+            results += self._evaluate_together(probes[begin : begin + self.plan.probes_per_call])
+        return results
+
+    @torch.inference_mode()
+    def _evaluate_together(self, probes: Sequence[Probe]) -> list[Evaluation]:
+        tokens, labels = stack([probe.batch for probe in probes])
+        self._fill_bank(probes)
+        try:
+            sums, counts = self._losses(tokens, labels)
+        finally:
+            self._bank = {}
+        rows = len(tokens) // len(probes)
+        return [
+            Evaluation(part.cpu().numpy()[:height], count.cpu().numpy()[:height])
+            for part, count, height in zip(
+                sums.split(rows),
+                counts.split(rows),
+                (len(probe.batch.tokens) for probe in probes),
+                strict=True,
+            )
+        ]
+
+    def _fill_bank(self, probes: Sequence[Probe]) -> None:
+        """One adapter per probe; a trajectory that neighbours share is summed once."""
+        if len(probes) == 1 and not len(probes[0].trajectory) and not len(probes[0].perturbation):
+            bank = self.flat[None]
+        else:
+            if len(self._buffer) < len(probes):
+                self._buffer = self.flat.new_empty((len(probes), len(self.flat)))
+            bank = self._buffer[: len(probes)]
+            begin = 0
+            for end in range(1, len(probes) + 1):
+                if end < len(probes) and probes[end].trajectory is probes[begin].trajectory:
+                    continue
+                self._add(self.flat, probes[begin].trajectory, bank[begin])
+                # The first row holds the shared sum until the others have been made from it.
+                for row in range(end - 1, begin - 1, -1):
+                    self._add(bank[begin], probes[row].perturbation, bank[row])
+                begin = end
+        views = _views(self.layout, bank)
+        self._bank = {id(self.tensors[name]): view for name, view in views.items()}
+
+    def _add(self, source: torch.Tensor, steps: Steps, out: torch.Tensor) -> None:
+        accumulate(
+            source,
+            steps.seeds,
+            steps.coefficients,
+            first_tile=0,
+            distribution=self.distribution,
+            out=out,
+        )
+
+    def _replace_forward(self, layer: Any, adapters: dict[str, torch.Tensor]) -> None:
+        """Give one PEFT layer a forward pass that uses the bank while there is one."""
+        plain = layer.forward
+        factor_a = layer.lora_A[ADAPTER].weight
+        factor_b = layer.lora_B[ADAPTER].weight
+        scaling = layer.scaling[ADAPTER]
+
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if not self._bank:
+                result: torch.Tensor = plain(x, *args, **kwargs)
+                return result
+            result = layer.base_layer(x, *args, **kwargs)
+            b = self._bank[id(factor_b)]
+            groups = len(b)
+            a = self._bank.get(id(factor_a))
+            if a is None:
+                a = factor_a[None].expand(groups, -1, -1)
+            grouped = x.reshape(groups, -1, x.shape[-1]).float()
+            inner = torch.bmm(grouped, a.transpose(1, 2))
+            target = result.view(groups, -1, result.shape[-1])
+            if result.dtype is torch.float32:
+                target.baddbmm_(inner, b.transpose(1, 2), alpha=scaling)
+                return result
+            wide = torch.baddbmm(target.float(), inner, b.transpose(1, 2), alpha=scaling)
+            return wide.view(result.shape).to(result.dtype)
+
+        layer.forward = forward
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter in PEFT format."""
+        self.peft.save_pretrained(str(folder))
+
+    def merge(self) -> Any:
+        """The base with the adapters added in, a plain transformers model; this one is used up."""
+        return self.peft.merge_and_unload()
+
+
+def _views(layout: Layout, storage: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tuned tensors inside a flat buffer [..., tiles * 2048], leading dimensions kept."""
+    lead = storage.shape[:-1]
+    return {
+        name: storage[..., TILE * tile : TILE * tile + size].unflatten(-1, shape)
+        if lead
+        else storage[TILE * tile : TILE * tile + size].view(shape)
+        for name, shape, size, tile in zip(
+            layout.names, layout.shapes, layout.sizes, layout.first_tiles, strict=True
+        )
+    }
+
+
+def initialise(adapters: dict[str, torch.nn.Parameter], run_seed: int) -> None:
+    """B = 0; A from the initialisation stream, the same on every device and library version."""
+    layout = Layout.of({name: tuple(tensor.shape) for name, tensor in adapters.items()})
+    seed = derive(run_seed, "lora-a")
+    for name, first_tile in zip(layout.names, layout.first_tiles, strict=True):
+        tensor = adapters[name].data
+        if ".lora_B." in name:
+            tensor.zero_()
+            continue
+        scale = Steps.of([seed], [(3.0 * tensor.shape[1]) ** -0.5])
+        accumulate(
+            torch.zeros_like(tensor),
+            scale.seeds,
+            scale.coefficients,
+            first_tile=first_tile,
+            distribution=Distribution.GAUSSIAN,
+            out=tensor,
+            stream=Stream.INITIALISATION,
+        )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

@@ -1,0 +1,77 @@
+"""The result of a run as a table that a person understands."""
+
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+
+def quantity(size: float | None) -> str:
+    """Bytes with a unit: 161 B, 42.3 kB, 17.3 MB (powers of ten)."""
+    if size is None:
+        return "not measured"
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """Loss, example, traffic, memory and time of a run."""
+    start, end = summary["heldout_loss"]["start"], summary["heldout_loss"]["end"]
+    traffic, example = summary["bytes_per_client_round"], summary["example"]
+    peak, plain = summary["peak_memory_bytes"], summary["inference_memory_bytes"]
+    what = f"{summary['method']} on {summary['model']}"
+    table = Table(
+        title=what, show_header=False, title_justify="left", box=None, padding=(0, 2, 0, 0)
+    )
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    tensor_bytes = 4 * summary["tuned_parameters"]
+    rows = [
+        (
+            "held-out loss",
+            f"{start:.3f} before, {end:.3f} after ({100 * (end / start - 1):+.1f} %)",
+        ),
+        ("prompt", example["prompt"].strip()),
+        ("answer before", example["before"]),
+        ("answer after", example["after"]),
+        (
+            "sent per client and round",
+            f"{quantity(traffic['up'])} up, {quantity(traffic['down'])} down "
+            f"(the tuned tensors are {quantity(tensor_bytes)})",
+        ),
+        (
+            "peak memory of a step",
+            f"{quantity(peak)}, beside {quantity(plain)} for plain inference "
+            f"({peak / plain:.2f} x)",
+        ),
+        ("rounds", f"{summary['rounds']} of {summary['local_steps']} local steps"),
+        ("clients", f"{summary['clients']}, with {_counts(summary['examples'])} examples"),
+        ("time", f"{summary['seconds']:.1f} s"),
+    ]
+    if example["expected"]:
+        rows.insert(4, ("expected", example["expected"].strip()))
+    if summary["skipped_steps"]:
+        rows.append(("skipped steps", f"{summary['skipped_steps']} (loss not finite)"))
+    if summary["changed_share"] is not None:
+        rows.append(("weights changed a round", f"{100 * summary['changed_share']:.1f} %"))
+    if summary["answers_cut"] or summary["rows_dropped"]:
+        rows.append(
+            (
+                "data",
+                f"{summary['answers_cut']} answers cut, {summary['rows_dropped']} rows dropped",
+            )
+        )
+    if summary["stopped"]:
+        rows.append(("stopped early", summary["stopped"]))
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
+
+
+def _counts(examples: list[int]) -> str:
+    if len(examples) <= 8:
+        return ", ".join(map(str, examples))
+    return f"{min(examples)} to {max(examples)}"

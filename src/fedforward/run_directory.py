@@ -1,0 +1,160 @@
+"""The folder of a run: what is in it, written so that a kill or a full disk loses nothing.
+
+config.toml       the resolved configuration        metrics.jsonl   a line per round
+plan.json         the probe plan                    loss.png        the loss curve
+environment.json  versions and machine              summary.json    the result
+ledger.sqlite     the source of truth               adapter/ or model/   what was tuned
+"""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fedforward import config as configuration
+from fedforward.config import Config
+from fedforward.errors import FedForwardError
+from fedforward.models.causal_lm import ProbePlan
+
+#: Keys that may change on resume: no committed step depends on them.
+FREE_KEYS = {"run.patience", "run.evaluate_every"}
+_PACKAGES = ("fedforward", "torch", "transformers", "peft", "numba", "numpy", "datasets")
+
+
+class RunDirectory:
+    """Paths and files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.ledger = path / "ledger.sqlite"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.plot = path / "loss.png"
+
+    @property
+    def started(self) -> bool:
+        """Whether a run has been started here."""
+        return (self.path / "config.toml").is_file()
+
+    def tuned(self, config: Config) -> Path:
+        """Where the adapter or the model lies when the run is done."""
+        return self.path / ("adapter" if config.model.tune == "lora" else "model")
+
+    def start(self, config: Config, plan: ProbePlan) -> None:
+        """Write what the run is, before anything else."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "plan.json", asdict(plan))
+        write_json(self.path / "environment.json", environment())
+        write_text(self.path / "config.toml", configuration.to_toml(config))
+
+    def load(self) -> tuple[Config, ProbePlan]:
+        """The configuration and plan of a run that was started here.
+
+        Raises:
+            FedForwardError: this is not a run directory, or its files are damaged.
+        """
+        if not self.started:
+            raise FedForwardError(f"{self.path} is not a run directory: it has no config.toml.")
+        config = configuration.load(self.path / "config.toml")
+        try:
+            content = json.loads((self.path / "plan.json").read_text(encoding="utf-8"))
+            return config, ProbePlan(**content)
+        except (OSError, ValueError, TypeError) as error:
+            raise FedForwardError(f"{self.path / 'plan.json'} cannot be read: {error}.") from error
+
+    def check_same(self, wanted: Config) -> None:
+        """Refuse to resume a run of another configuration, naming the keys that differ."""
+        found, _ = self.load()
+        free = set(FREE_KEYS)
+        if found.method.schedule == wanted.method.schedule == "constant":
+            free.add("federation.rounds")
+        old, new = _flat(found), _flat(wanted)
+        differing = [
+            f"{key} is {old.get(key)!r} there and {new.get(key)!r} here"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and key not in free
+        ]
+        if differing:
+            raise FedForwardError(
+                f"{self.path} belongs to another configuration: {'; '.join(differing)}. Resume it "
+                "with the configuration that it was started with, or choose another --out."
+            )
+
+    def read_metrics(self, rounds: int) -> list[dict[str, Any]]:
+        """The lines up to `rounds` rounds; a line that a kill cut short is left out."""
+        lines = []
+        if self.metrics.is_file():
+            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+                try:
+                    lines.append(json.loads(line))
+                except json.JSONDecodeError:
+                    break
+        return [line for line in lines if line["round"] <= rounds]
+
+    def rewrite_metrics(self, lines: list[dict[str, Any]]) -> None:
+        """Replace the metrics (on resume, when lines of a round that was lost are dropped)."""
+        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Add a round's line."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return {
+        f"{section}.{key}": value
+        for section, values in config.model_dump().items()
+        for key, value in values.items()
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_text` of indented JSON."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the machine, as far as they matter for repeating a run."""
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "packages": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()

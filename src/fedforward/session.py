@@ -1,0 +1,348 @@
+"""One run from start (or resume) to summary: the loop that `fedforward run` drives.
+
+The loop is readable top to bottom: build the parts, replay what the ledger has, then round after
+round until done, and write what was tuned. A `Listener` is told of progress; nothing prints here.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedforward import experiment, run_directory
+from fedforward.config import Config
+from fedforward.errors import FedForwardError
+from fedforward.federation.client import Client, Replica
+from fedforward.federation.ledger import Ledger, Round
+from fedforward.federation.server import Server
+from fedforward.federation.tensor_server import TensorServer
+from fedforward.methods import FirstOrderMethod
+from fedforward.models.causal_lm import longest_sequence
+from fedforward.planning.memory import peak_bytes, peak_resident_bytes
+from fedforward.run_directory import RunDirectory
+from fedforward.runtimes.local import LocalRuntime, Traffic
+from fedforward.steps import Probe, Steps
+
+#: A held-out loss above this multiple of the loss at the start counts as divergence.
+DIVERGED = 1.5
+
+
+class Listener(Protocol):
+    """Whoever shows the progress of a run."""
+
+    def phase(self, text: str) -> None:
+        """A preparation step begins."""
+        ...
+
+    def progress(self, done: int, total: int, line: dict[str, Any]) -> None:
+        """A round is done; `line` is its metrics line."""
+        ...
+
+
+class DivergenceError(FedForwardError):
+    """The run stopped because its loss rose too far or was not a number."""
+
+
+class Session:
+    """A run that is being carried out.
+
+    Attributes:
+        lines: the metrics of each round so far; line 0 is the base model.
+    """
+
+    def __init__(self, config: Config, out: Path, resume: bool, listener: Listener) -> None:
+        self.config = config
+        self.directory = RunDirectory(out)
+        self.listener = listener
+        self._claim(resume)
+        _, self.plan = self.directory.load()
+        listener.phase("loading the model")
+        self.model, self.tokenizer = experiment.build_model(config, self.plan)
+        listener.phase("reading the data")
+        positions = longest_sequence(self.model.network)
+        self.corpus = experiment.read_corpus(config, self.tokenizer, positions)
+        self.heldout = experiment.heldout_batches(self.corpus, self.plan)
+        self.method = experiment.build_method(config)
+        self.ledger = self._open_ledger()
+        self.replica = Replica(self.model, config.run.seed, config.method.directions)
+        self.server = self._build_server()
+        batches = experiment.client_batches(config, self.corpus)
+        clients = [
+            Client(number, stream, self.replica, self.method)
+            for number, stream in enumerate(batches)
+        ]
+        step = 2 * config.method.directions
+        together = max(1, self.plan.probes_per_call // step)
+        self.runtime = LocalRuntime(self.server, clients, self.model, together)
+        self.lines: list[dict[str, Any]] = []
+
+    def _claim(self, resume: bool) -> None:
+        """Make the run directory ours, or refuse it."""
+        directory = self.directory
+        if directory.started:
+            if not resume:
+                raise FedForwardError(
+                    f"{directory.path} holds a run already. Continue it with --resume, or choose "
+                    "another --out."
+                )
+            directory.check_same(self.config)
+            return
+        if directory.path.exists() and any(directory.path.iterdir()):
+            raise FedForwardError(
+                f"{directory.path} is not empty and is not a run directory. Choose another --out."
+            )
+        directory.start(self.config, experiment.resolve_plan(self.config))
+
+    def _open_ledger(self) -> Ledger:
+        header = experiment.ledger_header(self.config, self.model)
+        if not self.directory.ledger.is_file():
+            return Ledger.create(self.directory.ledger, header)
+        ledger = Ledger(self.directory.ledger)
+        check_header(ledger, header)
+        return ledger
+
+    def _build_server(self) -> Server:
+        settings = experiment.server_settings(self.config, self.model, self.corpus.clients)
+        if isinstance(self.method, FirstOrderMethod):
+            return TensorServer(settings, self.method, self.ledger, self.directory.path)
+        return Server(settings, self.method, self.ledger)
+
+    def run(self) -> dict[str, Any]:
+        """Carry the run to its end and write the results; returns the summary.
+
+        Raises:
+            DivergenceError: after the results so far have been written.
+            FedForwardError: the disk is full; what was committed stays.
+        """
+        with errors_of_the_disk(self.directory.path):
+            self._measure_memory()
+            self._restore()
+            reason = ""
+            while self.server.round < self.config.federation.rounds and not reason:
+                began = time.monotonic()
+                record, traffic = self.runtime.run_round()
+                self._catch_up()
+                self._write_line(record, traffic, time.monotonic() - began)
+                reason = self._reason_to_stop()
+            return self._finish(reason)
+
+    def _measure_memory(self) -> None:
+        """Peak bytes of the widest step and of plain inference on one of its batches."""
+        self.listener.phase("measuring memory")
+        longest = experiment.longest_batches(self.config, self.corpus)
+        network, model = self.model.network, self.model
+        import torch
+
+        widest = max(longest, key=lambda batch: batch.tokens.shape[1])
+        tokens, labels = (
+            torch.from_numpy(array).to(model.device) for array in (widest.tokens, widest.labels)
+        )
+
+        def inference() -> None:
+            with torch.inference_mode():
+                network(input_ids=tokens, labels=labels, use_cache=False)
+
+        def step() -> None:
+            if isinstance(self.method, FirstOrderMethod):
+                _backward(model, widest)
+                return
+            trajectory = Steps.of([1], [0.0])
+            count = max(1, self.plan.probes_per_call // 2)
+            pairs = [longest[place % len(longest)] for place in range(count)]
+            model.evaluate(
+                [
+                    Probe(batch, trajectory, Steps.of([2], [sign * self.config.method.mu]))
+                    for batch in pairs[: len(longest) * self.config.method.directions]
+                    for sign in (1.0, -1.0)
+                ]
+            )
+
+        # The first pass compiles kernels and fills caches that would count as the step's.
+        step()
+        self.inference_memory = peak_bytes(inference)
+        self.peak_memory = peak_bytes(step)
+
+    def _catch_up(self) -> None:
+        """Bring the shared replica to the end of the ledger."""
+        if isinstance(self.server, TensorServer):
+            if len(self.server.state):
+                self.model.assign_state(self.server.state)
+            return
+        self.replica.catch_up(list(self.ledger.entries(self.replica.rounds)))
+
+    def _restore(self) -> None:
+        """Replay the ledger, and make the metrics agree with it."""
+        self.lines = self.directory.read_metrics(self.ledger.length)
+        if not self.lines:
+            self.listener.phase("evaluating the base model")
+            prompt, expected = self.corpus.example
+            self.lines = [
+                {
+                    "round": 0,
+                    "heldout_loss": experiment.heldout_loss(self.model, self.heldout),
+                    "example": {
+                        "prompt": prompt,
+                        "expected": expected,
+                        "before": experiment.answer(self.model, self.tokenizer, prompt),
+                    },
+                    "seconds": 0.0,
+                }
+            ]
+        self.directory.rewrite_metrics(self.lines)
+        if self.ledger.length:
+            self.listener.phase(f"replaying {self.ledger.length} rounds")
+            self._catch_up()
+        # A kill between a round and its line loses the line, never the round.
+        for record in self.ledger.rounds(self.lines[-1]["round"]):
+            self._write_line(record, None, 0.0)
+
+    def _write_line(self, record: Round, traffic: Traffic | None, seconds: float) -> None:
+        done = record.entry.round + 1
+        reports = [origin.report for origin in record.origins]
+        losses = [report.loss for report in reports if math.isfinite(report.loss)]
+        line: dict[str, Any] = {
+            "round": done,
+            "training_loss": sum(losses) / len(losses) if losses else None,
+            "skipped_steps": sum(report.skipped for report in reports),
+            "learning_rates": {o.report.client: o.learning_rate for o in record.origins},
+            "seconds": self.lines[-1]["seconds"] + seconds,
+        }
+        if traffic is not None:
+            line["bytes"] = asdict(traffic)
+        if self.model.changed_share is not None:
+            line["changed_share"] = self.model.changed_share
+        due = done % self.config.run.evaluate_every == 0 or done == self.config.federation.rounds
+        if due and done == self.ledger.length:
+            began = time.monotonic()
+            line["heldout_loss"] = experiment.heldout_loss(self.model, self.heldout)
+            line["seconds"] += time.monotonic() - began
+        self.lines.append(line)
+        self.directory.append_metrics(line)
+        self.listener.progress(done, self.config.federation.rounds, line)
+
+    def _reason_to_stop(self) -> str:
+        """Why the run ends before its last round, or nothing."""
+        line, start = self.lines[-1], self.lines[0]["heldout_loss"]
+        steps = self.config.method.local_steps * len(self.server.participants())
+        if line["skipped_steps"] >= steps:
+            return "diverged: no step of the last round had a finite loss"
+        training = [entry["training_loss"] for entry in self.lines[1:]]
+        if training[-1] > DIVERGED * max(start, training[0]):
+            return f"diverged: the training loss is {training[-1]:.3f}, from {training[0]:.3f}"
+        if "heldout_loss" not in line:
+            return ""
+        if not line["heldout_loss"] <= DIVERGED * start:
+            return f"diverged: the held-out loss is {line['heldout_loss']:.3f}, from {start:.3f}"
+        patience = self.config.run.patience
+        losses = [entry["heldout_loss"] for entry in self.lines if "heldout_loss" in entry]
+        if (
+            patience
+            and len(losses) > patience
+            and min(losses[-patience:]) >= min(losses[:-patience])
+        ):
+            return f"patience: {patience} evaluations without a lower held-out loss"
+        return ""
+
+    def _finish(self, reason: str) -> dict[str, Any]:
+        self.listener.phase("writing the results")
+        if "heldout_loss" not in self.lines[-1]:
+            self.lines[-1]["heldout_loss"] = experiment.heldout_loss(self.model, self.heldout)
+            self.directory.rewrite_metrics(self.lines)
+        self.model.save(self.directory.tuned(self.config))
+        summary = self._summary(reason)
+        from fedforward.report.plot import draw
+
+        draw(self.directory.plot, self.lines, summary)
+        run_directory.write_json(self.directory.summary, summary)
+        self.ledger.close()
+        if reason.startswith("diverged"):
+            rate = self.config.method.learning_rate
+            raise DivergenceError(
+                f"The run {reason} after round {self.server.round}. Lower method.learning_rate "
+                f"(it is {rate:g}; try {rate / 3:g}) or method.local_steps, or average more "
+                f"method.directions. Everything up to here is in {self.directory.path}."
+            )
+        return summary
+
+    def _summary(self, reason: str) -> dict[str, Any]:
+        config, lines = self.config, self.lines
+        traffic = [line["bytes"] for line in lines if "bytes" in line]
+        shares = [line["changed_share"] for line in lines if "changed_share" in line]
+        example = dict(lines[0]["example"])
+        example["after"] = experiment.answer(self.model, self.tokenizer, example["prompt"])
+        return {
+            "method": config.method.name,
+            "model": config.model.path,
+            "tune": config.model.tune,
+            "dtype": config.model.dtype,
+            "tuned_parameters": self.model.layout.parameters,
+            "clients": config.federation.clients,
+            "examples": [len(part) for part in self.corpus.clients],
+            "heldout_examples": len(self.corpus.heldout),
+            "answers_cut": self.corpus.cut,
+            "rows_dropped": self.corpus.dropped,
+            "rounds": self.ledger.length,
+            "local_steps": config.method.local_steps,
+            "stopped": reason or None,
+            "heldout_loss": {
+                "start": lines[0]["heldout_loss"],
+                "end": lines[-1]["heldout_loss"],
+                "lowest": min(line["heldout_loss"] for line in lines if "heldout_loss" in line),
+            },
+            "skipped_steps": sum(line.get("skipped_steps", 0) for line in lines),
+            "changed_share": sum(shares) / len(shares) if shares else None,
+            "bytes_per_client_round": {
+                way: sum(t[way] for t in traffic) / len(traffic) if traffic else None
+                for way in ("up", "down")
+            },
+            "seconds": lines[-1]["seconds"],
+            "peak_memory_bytes": self.peak_memory,
+            "inference_memory_bytes": self.inference_memory,
+            "peak_resident_bytes": peak_resident_bytes(),
+            "ledger_digest": self.ledger.chain.hex(),
+            "state_digest": self.model.digest().hex(),
+            "example": example,
+        }
+
+
+def _backward(model: Any, batch: Any) -> None:
+    """One backward pass as a first-order step has it; the gradients are dropped."""
+    parameters = model.tuned_parameters()
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    model.loss(batch).backward()
+    for parameter in parameters:
+        parameter.grad = None
+        parameter.requires_grad_(False)
+
+
+def check_header(ledger: Ledger, header: dict[str, Any]) -> None:
+    """Refuse a ledger that was made with another base model, layout or direction version."""
+    for key, value in header.items():
+        if ledger.header.get(key) != value:
+            what = {
+                "base": "the base model's weights have changed since the run started",
+                "layout": "the model's tuned tensors are not those of the run",
+                "direction_version": "it was made with another version of the directions",
+            }.get(key, f"its {key} differs")
+            raise FedForwardError(
+                f"{ledger.path}: {what} ({ledger.header.get(key)!r} there, {value!r} here). "
+                "Restore what the run was started with."
+            )
+
+
+@contextmanager
+def errors_of_the_disk(path: Path) -> Iterator[None]:
+    """Turn a full or failing disk into a sentence; the ledger is whole either way."""
+    import sqlite3
+
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as error:
+        raise FedForwardError(
+            f"{path} cannot be written: {error}. Every finished round is kept; make room and "
+            "continue with --resume."
+        ) from error
