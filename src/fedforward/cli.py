@@ -89,7 +89,7 @@ def _display() -> Iterator[Display]:
         yield Display(progress)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Keep the libraries' own bars and advice out of our output."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import warnings
@@ -106,7 +106,7 @@ def _carry_out(config: Any, out: Path, resume: bool, as_json: bool) -> None:
     """Run a configuration and show its result."""
     with _display() as display:
         display.phase("loading libraries")
-        _quiet_libraries()
+        quiet_libraries()
         from fedforward.session import Session
 
         summary = Session(config, out, resume, display).run()
@@ -181,7 +181,7 @@ def verify(
     """Rebuild the tuned parameters from base and ledger, and say whether every bit agrees."""
     with _friendly():
         with console.status("rebuilding from base and ledger"):
-            _quiet_libraries()
+            quiet_libraries()
             from dataclasses import asdict
 
             from fedforward import artefacts
@@ -212,7 +212,7 @@ def export(
 ) -> None:
     """Write the adapter (PEFT format) or a merged model, rebuilt from the ledger."""
     with _friendly(), console.status("rebuilding from base and ledger"):
-        _quiet_libraries()
+        quiet_libraries()
         from fedforward import artefacts
 
         artefacts.export(run, out, merge=merge)

@@ -88,7 +88,7 @@ class FirstOrderMethod(Protocol):
         ...
 
     def train(self, task: Task, batches: BatchStream, model: Any) -> Report:
-        """The client's part of a round; the model is left at the client's state."""
+        """The client's part of a round; the model is back at the server's state afterwards."""
         ...
 
     def average(self, returned: Sequence[Returned]) -> NDArray[np.float32]:

@@ -33,8 +33,10 @@ class FedAvg:
     def train(self, task: Task, batches: BatchStream, model: CausalModel) -> Report:
         """H optimiser steps from the server's state; the report carries the client's tensors.
 
-        The model is left at the client's state; the next task begins by assigning its own.
+        The model is back at the server's state afterwards: in a simulation the next client of the
+        round begins from there.
         """
+        start = model.export_state()
         parameters = model.tuned_parameters()
         losses: list[float] = []
         skipped = 0
@@ -54,6 +56,8 @@ class FedAvg:
         for parameter in parameters:
             parameter.grad = None
             parameter.requires_grad_(False)
+        trained = model.export_state()
+        model.assign_state(start)
         return Report(
             round=task.round,
             client=task.client,
@@ -61,7 +65,7 @@ class FedAvg:
             loss=float(np.mean(losses)) if losses else float("nan"),
             skipped=skipped,
             gradients=np.empty(0, np.float32),
-            state=model.export_state(),
+            state=trained,
         )
 
     def average(self, returned: Sequence[Returned]) -> NDArray[np.float32]:

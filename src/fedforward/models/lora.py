@@ -68,6 +68,8 @@ class LoraModel(CausalModel):
             target_modules=targets if isinstance(targets, str) else list(targets),
             lora_dropout=0.0,
             bias="none",
+            # GPT-2's Conv1D stores its weight transposed.
+            fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in network.modules()),
             task_type="CAUSAL_LM",
         )
         try:
@@ -91,8 +93,7 @@ class LoraModel(CausalModel):
         layout = Layout.of({name: tuple(p.shape) for name, p in tuned.items()})
         device = next(network.parameters()).device
         self.flat = torch.zeros(layout.tiles * TILE, dtype=torch.float32, device=device)
-        for name, parameter in adapters.items():
-            parameter.requires_grad_(name in tuned)
+        self.peft.requires_grad_(False)
         for name, view in _views(layout, self.flat).items():
             view.copy_(tuned[name].data)
             tuned[name].data = view

@@ -1,0 +1,108 @@
+"""Shared parts of the tests: tiny networks, the demonstration model, a tiny configuration."""
+
+import json
+import os
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+DEMO_MODEL = Path(str(files("fedforward.demo").joinpath("model")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_libraries() -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def tiny_network() -> Callable[..., Any]:
+    """A function that makes a two-block Llama with random weights, the same each time."""
+
+    def make(dtype: str = "float32", tie: bool = True) -> Any:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            tie_word_embeddings=tie,
+            initializer_range=0.1,
+        )
+        network = LlamaForCausalLM(config).to(getattr(torch, dtype))
+        return network.eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """A small data file with two sites."""
+    from fedforward.demo.text import site_examples
+
+    examples = site_examples(seed=0, per_site=12)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in examples), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def configure(rows: Path) -> Callable[..., Any]:
+    """A function that makes a configuration of a few short rounds on the demonstration model."""
+    from fedforward import config
+    from fedforward.demo.text import ANSWER, PROMPT
+
+    def make(**changes: Any) -> config.Config:
+        content: dict[str, dict[str, Any]] = {
+            "model": {"path": str(DEMO_MODEL)},
+            "lora": {"rank": 2},
+            "data": {
+                "source": str(rows),
+                "prompt": PROMPT,
+                "answer": ANSWER,
+                "heldout": 6,
+                "sequence_length": 64,
+            },
+            "federation": {"clients": 2, "rounds": 3},
+            "method": {"learning_rate": 3e-3, "mu": 1e-2, "local_steps": 2, "batch_size": 2},
+            "run": {"evaluate_every": 2, "threads": 1},
+        }
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            content[section][name] = value
+        return config.validate(content)
+
+    return make
+
+
+class Silent:
+    """A listener that shows nothing."""
+
+    def phase(self, text: str) -> None:
+        pass
+
+    def progress(self, done: int, total: int, line: dict[str, Any]) -> None:
+        pass
+
+
+@pytest.fixture
+def carry_out() -> Callable[..., dict[str, Any]]:
+    """A function that runs a configuration and returns its summary."""
+    from fedforward.session import Session
+
+    def go(config: Any, out: Path, resume: bool = False) -> dict[str, Any]:
+        return Session(config, out, resume, Silent()).run()
+
+    return go
