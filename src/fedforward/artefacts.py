@@ -103,14 +103,20 @@ def verify(path: Path) -> Verification:
     if saved:
         differences += _compare(rebuilt.model, folder)
     if directory.summary.is_file():
-        summary = json.loads(directory.summary.read_text(encoding="utf-8"))
-        for name, value in (
-            ("state_digest", digest),
-            ("ledger_digest", rebuilt.ledger.chain.hex()),
-        ):
+        wanted = {"state_digest": digest, "ledger_digest": rebuilt.ledger.chain.hex()}
+        try:
+            summary = json.loads(directory.summary.read_text(encoding="utf-8"))
+            claimed = {name: summary[name] for name in wanted}
             # A run that was resumed after its summary has a longer ledger than the summary.
-            if summary["rounds"] == rebuilt.ledger.length and summary[name] != value:
-                differences.append(f"summary.json has {name} {summary[name]}, rebuilt is {value}")
+            current = summary["rounds"] == rebuilt.ledger.length
+        except (OSError, ValueError, KeyError, TypeError):
+            current, claimed = False, {}
+            differences.append("summary.json is damaged (--resume writes it again)")
+        differences += [
+            f"summary.json has {name} {claimed[name]}, rebuilt is {value}"
+            for name, value in wanted.items()
+            if current and claimed[name] != value
+        ]
     rebuilt.ledger.close()
     return Verification(
         rounds=rebuilt.ledger.length,
@@ -125,11 +131,15 @@ def verify(path: Path) -> Verification:
 
 def _compare(model: CausalModel, folder: Path) -> list[str]:
     """A sentence for each tuned tensor whose saved bits differ."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     stored: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        stored |= load_file(file)
+        try:
+            stored |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            return [f"{folder.name}/{file.name} cannot be read: {error}"]
     differences = []
     for name, tensor in model.tensors.items():
         other = stored.get(name)

@@ -15,8 +15,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from fedforward.errors import FedForwardError
+
+# PyTorch's threads spin for long before they sleep; on a busy machine that takes the cores from
+# those that work. It must be said before PyTorch is loaded (docs/architecture.md, "Threads").
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 app = typer.Typer(
     help="Federated fine-tuning of language models with forward passes only.",
@@ -37,15 +42,39 @@ def _friendly(resume_hint: str = "") -> Iterator[None]:
     try:
         yield
     except FedForwardError as error:
-        console.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        _complain(str(error))
+        raise typer.Exit(2) from error
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _complain(f"{where}{error.strerror or error}. Look at the path, its rights and its room.")
+        raise typer.Exit(2) from error
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        _complain(
+            "there is not enough memory. Lower method.batch_size, data.sequence_length or "
+            f"run.probes_per_call, or take a smaller model. {resume_hint}"
+        )
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
-        console.print(f"interrupted. {_escape(resume_hint)}", highlight=False, soft_wrap=True)
+        _say(console, f"interrupted. {resume_hint}")
         raise typer.Exit(130) from None
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; PyTorch's allocators say so in words only."""
+    words = str(error).lower()
+    told = "out of memory" in words or "can't allocate memory" in words
+    return isinstance(error, MemoryError) or told
+
+
+def _complain(message: str) -> None:
+    console.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
+
+
+def _say(where: Console, text: str) -> None:
+    """Print as it is: paths may hold what rich takes for markup, and must not be wrapped."""
+    where.print(Text(text), soft_wrap=True)
 
 
 class Display:
@@ -92,10 +121,13 @@ def _display() -> Iterator[Display]:
 def quiet_libraries() -> None:
     """Keep the libraries' own bars and advice out of our output."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import logging
     import warnings
 
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.logging.set_verbosity(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     # Not ours to mend: PEFT asks transformers for an attribute that was renamed.
@@ -116,8 +148,8 @@ def _carry_out(config: Any, out: Path, resume: bool, as_json: bool) -> None:
     from fedforward.report.table import summary_table
 
     out_console.print(summary_table(summary))
-    out_console.print(f"\neverything is in {out}: see summary.json, loss.png and ", end="")
-    out_console.print("adapter" if config.model.tune == "lora" else "model", highlight=False)
+    folder = "adapter" if config.model.tune == "lora" else "model"
+    _say(out_console, f"\neverything is in {out}: see summary.json, loss.png and {folder}")
 
 
 @app.command()
@@ -127,7 +159,9 @@ def run(
         list[str] | None, typer.Argument(help="section.key=value …", show_default=False)
     ] = None,
     out: OutOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="continue the run in --out, if there is one")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Carry out a run: federated tuning of one model over simulated clients."""
@@ -141,7 +175,9 @@ def run(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="run directory")] = Path("runs/demo"),
-    resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="continue the run in --out, if there is one")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Tune the small model that ships with fedforward, over four sites, in about a minute."""
@@ -166,10 +202,9 @@ def init(
             path.write_text(configuration.example(), encoding="utf-8")
         except OSError as error:
             raise FedForwardError(f"{path} cannot be written: {error.strerror}.") from error
-    out_console.print(
+    _say(
+        out_console,
         f"wrote {path}: set model.path and data.source, then fedforward run {path}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
@@ -193,12 +228,11 @@ def verify(
             how = "rebuilt from base and ledger" if result.replayed else "state file and ledger"
             checked = ["the saved tensors"] if result.saved else []
             checked += [f"{result.proofs} state digests in reports"] if result.proofs else []
-            out_console.print(
+            _say(
+                out_console,
                 f"bit-identical: {result.rounds} rounds, {how}, agree with "
                 f"{' and '.join(checked) or 'each other (nothing else was saved yet)'}\n"
                 f"state digest   {result.state_digest}\nledger digest  {result.ledger_digest}",
-                highlight=False,
-                soft_wrap=True,
             )
         if result.differences:
             raise FedForwardError(f"{run} does not verify: " + "; ".join(result.differences) + ".")
@@ -216,7 +250,7 @@ def export(
         from fedforward import artefacts
 
         artefacts.export(run, out, merge=merge)
-    out_console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    _say(out_console, f"wrote {out}")
 
 
 @app.callback(invoke_without_command=True)

@@ -18,10 +18,12 @@ from fedforward.errors import FedForwardError
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+#: What a report or a ledger entry counts in 16 bits: clients, and the steps of a round.
+MOST_COUNTED = 65535
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -69,7 +71,9 @@ class DataSection(_Section):
 class FederationSection(_Section):
     """[federation]"""
 
-    clients: Count = Field(3, description="parties; 1 is centralised MeZO")
+    clients: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
+        3, description="parties; 1 is centralised MeZO"
+    )
     rounds: Count = Field(100, description="T")
     participation: Share = Field(1.0, description="share of the clients in each round")
     weights: Literal["equal", "examples"] = Field("examples", description="of the average")
@@ -118,6 +122,16 @@ class MethodSection(_Section):
             raise ValueError(
                 f"spread = {self.spread} is above learning_rate = {self.learning_rate}, so that a "
                 "client's rate could be negative; allowed is 0 to learning_rate"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _report_holds_the_steps(self) -> "MethodSection":
+        if self.local_steps * self.directions > MOST_COUNTED:
+            raise ValueError(
+                f"local_steps = {self.local_steps} times directions = {self.directions} is "
+                f"{self.local_steps * self.directions}; allowed are at most {MOST_COUNTED} numbers "
+                "in a report"
             )
         return self
 
@@ -186,7 +200,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         )
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise FedForwardError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        # Bytes that are not UTF-8 and numbers of thousands of digits are ValueErrors too.
         raise FedForwardError(f"{path} is not valid TOML: {error}.") from error
     for override in overrides:
         section, key, value = parse_override(override)
@@ -205,10 +222,11 @@ def parse_override(text: str) -> tuple[str, str, Any]:
             f"{text!r} is not an override. Write section.key=value, as in federation.rounds=50."
         )
     try:
-        value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = raw
-    return section, key, value
+        content = tomllib.loads(f"value = {raw}")
+    except (ValueError, RecursionError):
+        return section, key, raw
+    # Text with a line break may read as a second key.
+    return section, key, content["value"] if len(content) == 1 else raw
 
 
 def validate(content: Mapping[str, Any], origin: str = "configuration") -> Config:
@@ -220,14 +238,18 @@ def validate(content: Mapping[str, Any], origin: str = "configuration") -> Confi
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        problems = list(dict.fromkeys(_sentence(problem) for problem in error.errors()))
+        # A value that fits no branch of a union is a problem for each branch; one is enough.
+        problems = list(
+            {problem["loc"][:2]: _sentence(problem) for problem in error.errors()[::-1]}.values()
+        )[::-1]
         head = f"{origin}: " if len(problems) == 1 else f"{origin}:\n  "
         raise FedForwardError(head + "\n  ".join(problems)) from error
 
 
 def _sentence(problem: Any) -> str:
     """One validation problem in the user's words."""
-    location = [str(part) for part in problem["loc"] if not str(part).startswith(("list[", "str"))]
+    # What follows section and key is pydantic's: a branch of a union, a place in a list.
+    location = [str(part) for part in problem["loc"][:2]]
     key, kind, found = ".".join(location), problem["type"], problem["input"]
     if kind == "extra_forbidden":
         legal = list(SECTIONS) if len(location) == 1 else list(_fields(location[0]))
@@ -236,10 +258,9 @@ def _sentence(problem: Any) -> str:
         what = "section" if len(location) == 1 else "key"
         return f"{key} is not a known {what}.{hint} Allowed are {', '.join(legal)}."
     if kind == "missing":
-        meaning = ""
-        if len(location) == 2:
-            meaning = f" ({_fields(location[0])[location[1]].description})"
-        return f"{key} is missing{meaning}."
+        if len(location) == 1:
+            return f"the section [{key}] is missing. `fedforward init` writes a commented example."
+        return f"{key} is missing ({_fields(location[0])[location[1]].description})."
     if kind == "value_error":
         return f"{key}: {problem['ctx']['error']}." if key else f"{problem['ctx']['error']}."
     if kind in ("model_type", "model_attributes_type"):

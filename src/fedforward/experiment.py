@@ -4,6 +4,7 @@ The same configuration and probe plan give the same parts, bit for bit; whoever 
 verifies a run builds them here.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,12 +113,12 @@ def _heldout_count(wish: float, examples: int) -> int:
         count = int(wish)
     else:
         raise FedForwardError(
-            f"data.heldout = {wish} is neither a share below 1 nor a whole number of examples."
+            f"data.heldout = {wish:g} is neither a share below 1 nor a whole number of examples."
         )
     if count >= examples:
         raise FedForwardError(
-            f"data.heldout = {wish} keeps {count} examples for evaluation, but the data have only "
-            f"{examples}. Use a smaller share or number."
+            f"data.heldout = {wish:g} keeps {count} examples for evaluation, but the data have "
+            f"only {examples}. Use a smaller share or number."
         )
     return count
 
@@ -129,7 +130,6 @@ def resolve_plan(config: Config) -> ProbePlan:
         threads=config.run.threads,
         probes_per_call=config.run.probes_per_call,
         trajectory=config.run.trajectory,
-        clients=config.federation.clients,
         directions=config.method.directions,
     )
 
@@ -145,13 +145,18 @@ def resolve_device(wish: str) -> str:
     if wish == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind = wish.split(":")[0]
-    if kind not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", wish):
         raise FedForwardError(
             f"run.device = {wish!r} is not allowed: it must be 'auto', 'cpu', 'cuda' or 'cuda:N'."
         )
     if kind == "cuda" and not torch.cuda.is_available():
         raise FedForwardError(
             f"run.device = {wish!r}: PyTorch finds no CUDA device here. Use 'cpu' or 'auto'."
+        )
+    if kind == "cuda" and int(wish.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise FedForwardError(
+            f"run.device = {wish!r}: there are only {torch.cuda.device_count()} CUDA devices, "
+            "numbered from 0."
         )
     return wish
 

@@ -22,6 +22,12 @@ from fedforward.models.causal_lm import ProbePlan
 
 #: Keys that may change on resume: no committed step depends on them.
 FREE_KEYS = {"run.patience", "run.evaluate_every"}
+#: What a start that was cut short may leave behind; nothing has been computed yet.
+_FIRST_FILES = {
+    name + ending
+    for name in ("plan.json", "environment.json", "config.toml")
+    for ending in ("", ".partial")
+}
 _PACKAGES = ("fedforward", "torch", "transformers", "peft", "numba", "numpy", "datasets")
 
 
@@ -44,9 +50,28 @@ class RunDirectory:
         """Where the adapter or the model lies when the run is done."""
         return self.path / ("adapter" if config.model.tune == "lora" else "model")
 
+    def claim(self) -> None:
+        """Make sure that a new run can be written here.
+
+        Raises:
+            FedForwardError: the folder is in use, or cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            used = any(file.name not in _FIRST_FILES for file in self.path.iterdir())
+        except OSError as error:
+            raise FedForwardError(
+                f"{self.path} cannot be a run directory: {error.strerror}. Choose another --out."
+            ) from error
+        if used:
+            raise FedForwardError(
+                f"{self.path} is not empty and is not a run directory. Choose another --out."
+            )
+        if not os.access(self.path, os.W_OK):
+            raise FedForwardError(f"{self.path} cannot be written. Choose another --out.")
+
     def start(self, config: Config, plan: ProbePlan) -> None:
-        """Write what the run is, before anything else."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Write what the run is, before its first round."""
         write_json(self.path / "plan.json", asdict(plan))
         write_json(self.path / "environment.json", environment())
         write_text(self.path / "config.toml", configuration.to_toml(config))
@@ -58,13 +83,21 @@ class RunDirectory:
             FedForwardError: this is not a run directory, or its files are damaged.
         """
         if not self.started:
-            raise FedForwardError(f"{self.path} is not a run directory: it has no config.toml.")
+            raise FedForwardError(
+                f"{self.path} is not a run directory: it has no config.toml. Give the --out "
+                "folder of a run."
+            )
         config = configuration.load(self.path / "config.toml")
         try:
             content = json.loads((self.path / "plan.json").read_text(encoding="utf-8"))
-            return config, ProbePlan(**content)
+            plan = ProbePlan(**content)
+            if not _is_plan(plan):
+                raise ValueError(f"{content} is not a probe plan")
         except (OSError, ValueError, TypeError) as error:
-            raise FedForwardError(f"{self.path / 'plan.json'} cannot be read: {error}.") from error
+            raise FedForwardError(
+                f"{self.path / 'plan.json'} is damaged: {error}. Restore it from a copy."
+            ) from error
+        return config, plan
 
     def check_same(self, wanted: Config) -> None:
         """Refuse to resume a run of another configuration, naming the keys that differ."""
@@ -85,15 +118,22 @@ class RunDirectory:
             )
 
     def read_metrics(self, rounds: int) -> list[dict[str, Any]]:
-        """The lines up to `rounds` rounds; a line that a kill cut short is left out."""
-        lines = []
+        """The lines up to `rounds` rounds, as far as they are whole.
+
+        A kill may cut the last line short; the ledger has what is needed to write it again.
+        """
+        lines: list[dict[str, Any]] = []
         if self.metrics.is_file():
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            text = self.metrics.read_text(encoding="utf-8", errors="replace")
+            for number, raw in enumerate(text.split("\n")[: rounds + 1]):
                 try:
-                    lines.append(json.loads(line))
+                    line = json.loads(raw)
                 except json.JSONDecodeError:
                     break
-        return [line for line in lines if line["round"] <= rounds]
+                if not _is_metrics(line, number):
+                    break
+                lines.append(line)
+        return lines
 
     def rewrite_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Replace the metrics (on resume, when lines of a round that was lost are dropped)."""
@@ -103,6 +143,17 @@ class RunDirectory:
         """Add a round's line."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _is_plan(plan: ProbePlan) -> bool:
+    counts = (plan.probes_per_call, plan.threads, plan.evaluation_rows)
+    whole = all(type(count) is int and count > 0 for count in counts)
+    return whole and plan.trajectory in ("generate", "copy")
+
+
+def _is_metrics(line: Any, number: int) -> bool:
+    needed = {"seconds", "training_loss"} if number else {"seconds", "heldout_loss", "example"}
+    return isinstance(line, dict) and line.get("round") == number and needed <= line.keys()
 
 
 def _flat(config: Config) -> dict[str, Any]:

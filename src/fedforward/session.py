@@ -20,7 +20,7 @@ from fedforward.federation.ledger import Ledger, Round
 from fedforward.federation.server import Server
 from fedforward.federation.tensor_server import TensorServer
 from fedforward.methods import FirstOrderMethod
-from fedforward.models.causal_lm import longest_sequence
+from fedforward.models.causal_lm import ProbePlan, longest_sequence
 from fedforward.planning.memory import peak_bytes, peak_resident_bytes
 from fedforward.run_directory import RunDirectory
 from fedforward.runtimes.local import LocalRuntime, Traffic
@@ -57,16 +57,20 @@ class Session:
         self.config = config
         self.directory = RunDirectory(out)
         self.listener = listener
-        self._claim(resume)
-        _, self.plan = self.directory.load()
+        self.plan = self._claim(resume)
         listener.phase("loading the model")
         self.model, self.tokenizer = experiment.build_model(config, self.plan)
+        listener.phase(self._describe_plan())
         listener.phase("reading the data")
         positions = longest_sequence(self.model.network)
         self.corpus = experiment.read_corpus(config, self.tokenizer, positions)
         self.heldout = experiment.heldout_batches(self.corpus, self.plan)
         self.method = experiment.build_method(config)
-        self.ledger = self._open_ledger()
+        with errors_of_the_disk(out):
+            # Only now: a mistake in the configuration must not leave a run behind.
+            if not self.directory.started:
+                self.directory.start(config, self.plan)
+            self.ledger = self._open_ledger()
         self.replica = Replica(self.model, config.run.seed, config.method.directions)
         self.server = self._build_server()
         batches = experiment.client_batches(config, self.corpus)
@@ -79,8 +83,19 @@ class Session:
         self.runtime = LocalRuntime(self.server, clients, self.model, together)
         self.lines: list[dict[str, Any]] = []
 
-    def _claim(self, resume: bool) -> None:
-        """Make the run directory ours, or refuse it."""
+    def _describe_plan(self) -> str:
+        """How probes are grouped and trajectories carried, with the cost, in words."""
+        parameters = self.model.layout.parameters
+        if self.config.model.tune == "lora":
+            grouped = self.plan.probes_per_call
+            bank = 4 * parameters * grouped / 1e6
+            return f"{grouped} probes a forward pass, adapters for them: {bank:.1f} MB"
+        if self.plan.trajectory == "copy":
+            return f"local steps are kept in one float32 copy: {4 * parameters / 1e6:.1f} MB"
+        return "local steps are generated again in every probe: no memory, more time"
+
+    def _claim(self, resume: bool) -> ProbePlan:
+        """Make the run directory ours, or refuse it; returns the plan of the run."""
         directory = self.directory
         if directory.started:
             if not resume:
@@ -89,12 +104,9 @@ class Session:
                     "another --out."
                 )
             directory.check_same(self.config)
-            return
-        if directory.path.exists() and any(directory.path.iterdir()):
-            raise FedForwardError(
-                f"{directory.path} is not empty and is not a run directory. Choose another --out."
-            )
-        directory.start(self.config, experiment.resolve_plan(self.config))
+            return directory.load()[1]
+        directory.claim()
+        return experiment.resolve_plan(self.config)
 
     def _open_ledger(self) -> Ledger:
         header = experiment.ledger_header(self.config, self.model)
@@ -258,6 +270,12 @@ class Session:
         draw(self.directory.plot, self.lines, summary)
         run_directory.write_json(self.directory.summary, summary)
         self.ledger.close()
+        if not math.isfinite(self.lines[0]["heldout_loss"]):
+            raise DivergenceError(
+                f"The loss of the base model itself is not a number: the weights of model.path = "
+                f"{self.config.model.path!r} are damaged, or model.dtype = "
+                f"{self.config.model.dtype!r} is too narrow for them (try 'float32')."
+            )
         if reason.startswith("diverged"):
             rate = self.config.method.learning_rate
             raise DivergenceError(

@@ -45,17 +45,22 @@ def fields(template: str, key: str) -> list[str]:
     """The field names between braces, in order.
 
     Raises:
-        FedForwardError: the braces do not match, or are empty.
+        FedForwardError: the braces do not match, are empty, or hold more than a name.
     """
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise FedForwardError(
             f"{key} = {template!r}: {error}. Write fields as {{name}} and a plain brace as {{{{."
         ) from error
-    if any(not name.isidentifier() for name in names):
+    if any(not name for _, name, _, _ in parts):
         raise FedForwardError(f"{key} = {template!r}: a field needs a name, as in {{question}}.")
-    return names
+    for _, name, form, conversion in parts:
+        if form or conversion:
+            raise FedForwardError(
+                f"{key} = {template!r}: only a name may stand between braces, as in {{{name}}}."
+            )
+    return [str(name) for _, name, _, _ in parts]
 
 
 def check_fields(template: str, columns: Sequence[str], key: str) -> None:
@@ -70,7 +75,12 @@ def check_fields(template: str, columns: Sequence[str], key: str) -> None:
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
     """The template with the row's values; a missing value (null) becomes nothing."""
-    return template.format_map({k: "" if v is None else v for k, v in row.items()})
+    # Not `str.format`: a column may be called "a.b", which is an attribute there.
+    text = ""
+    for literal, name, _, _ in string.Formatter().parse(template):
+        value = None if name is None else row[name]
+        text += literal if value is None else f"{literal}{value}"
+    return text
 
 
 def tokenise(

@@ -265,7 +265,16 @@ def accumulate(
             uint16 arrays of their bits.
         threads: at most so many share the tiles; the result does not depend on it.
     """
+    if len(seeds) != len(coefficients) or len(out) != len(weights):
+        raise ValueError(
+            f"{len(seeds)} seeds with {len(coefficients)} coefficients, {len(weights)} weights "
+            f"into {len(out)}: the numbers must be equal"
+        )
+    if seeds.dtype != np.uint64 or coefficients.dtype != np.float32:
+        raise TypeError(f"seeds are {seeds.dtype}, coefficients {coefficients.dtype}")
     tiles = -(-len(weights) // TILE)
+    # float32 is never rounded, so its dither would be generated for nothing.
+    dithered = dither_seed is not None and codes[1] != FLOAT32
 
     def work(begin: int, end: int) -> None:
         _accumulate(
@@ -282,7 +291,7 @@ def accumulate(
             begin,
             end,
             int(stream),
-            dither_seed is not None,
+            dithered,
             np.uint64(dither_seed or 0),
         )
 

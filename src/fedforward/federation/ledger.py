@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedforward.errors import FedForwardError
 from fedforward.federation.messages import Entry, Report
 
@@ -95,30 +97,42 @@ class Ledger:
                     )
                 self.length += 1
         except sqlite3.DatabaseError as error:
-            raise FedForwardError(f"{path} cannot be read as a ledger: {error}.") from error
+            raise _damaged(path, error) from error
 
     @classmethod
     def create(cls, path: Path, header: Mapping[str, Any]) -> "Ledger":
         """A new ledger bound to `header`; the file must not exist yet."""
         if path.exists():
             raise FedForwardError(f"{path} exists already.")
-        database = _connect(path)
+        # A kill must not leave a ledger without its header.
+        partial = path.with_name(path.name + ".partial")
+        for ending in ("", "-wal", "-shm"):
+            partial.with_name(partial.name + ending).unlink(missing_ok=True)
+        database = _connect(partial)
         with database:
             database.executescript("BEGIN;" + _SCHEMA)
             content = json.dumps(dict(header), sort_keys=True)
             database.execute("INSERT INTO header VALUES (0, ?)", (content,))
         database.close()
+        partial.replace(path)
         return cls(path)
 
     def append(self, record: Round) -> None:
         """Add the next round; it is on disk when this returns.
 
         Raises:
+            FedForwardError: the update is not finite.
             sqlite3.OperationalError: the disk is full or the file cannot be written. Nothing is
                 lost: the ledger then ends with the round before.
         """
         if record.entry.round != self.length:
             raise ValueError(f"round {record.entry.round} cannot follow {self.length - 1}")
+        parts = record.entry.contributions
+        if not all(np.isfinite(part.coefficients).all() for part in parts):
+            raise FedForwardError(
+                f"The update of round {self.length + 1} is not finite and was not written. Lower "
+                "method.learning_rate; the rounds before are kept."
+            )
         entry = record.entry.encode()
         origin = b"".join(part.encode() for part in record.origins)
         chain = _link(self.chain, entry, origin)
@@ -156,8 +170,16 @@ def _connect(path: Path) -> sqlite3.Connection:
         database.execute("PRAGMA synchronous = FULL")
     except sqlite3.DatabaseError as error:
         database.close()
-        raise FedForwardError(f"{path} cannot be opened as a ledger: {error}.") from error
+        raise _damaged(path, error) from error
     return database
+
+
+def _damaged(path: Path, error: Exception) -> FedForwardError:
+    reason = str(error).split(" with text ")[0]
+    return FedForwardError(
+        f"{path} cannot be read as a ledger: {reason}. Restore it from a copy, or start again in a "
+        "new directory."
+    )
 
 
 def _hash(data: bytes) -> bytes:

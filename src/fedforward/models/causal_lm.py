@@ -68,6 +68,7 @@ def load(path: str, dtype: str, device: str) -> tuple[Any, Any]:
     Raises:
         FedForwardError: there is no such folder, it lacks a file, or the hub cannot be reached.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(path).expanduser()
@@ -85,10 +86,29 @@ def load(path: str, dtype: str, device: str) -> tuple[Any, Any]:
     name = str(folder) if local else path
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        network = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype])
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
+        network, loading = AutoModelForCausalLM.from_pretrained(
+            name, dtype=DTYPES[dtype], output_loading_info=True
+        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        # The first line often ends before what it announces ("… one of:").
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        if "ignore_mismatched_sizes" in reason:
+            reason = "the weights have other shapes than its config.json says."
         raise FedForwardError(f"model.path = {path!r} cannot be loaded: {reason}") from error
+    if loading["missing_keys"]:
+        raise FedForwardError(
+            f"model.path = {path!r}: the weights lack {len(loading['missing_keys'])} tensors that "
+            f"its config.json asks for, such as {min(loading['missing_keys'])}. Give a complete "
+            "model."
+        )
     network.to(device).eval().requires_grad_(False)
     return network, tokenizer
 

@@ -5,6 +5,7 @@ replaced while probes run. The frozen base sees one large batch; row group g mee
 bank, a float32 buffer with one row per probe that the direction kernel fills in one pass.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,14 @@ class LoraModel(CausalModel):
         )
         try:
             self.peft = get_peft_model(network, settings, autocast_adapter_dtype=True)
-        except ValueError as error:
+            if not all(ADAPTER in m.lora_A for m in self.peft.modules() if hasattr(m, "lora_A")):
+                raise ValueError("a target is not a linear module")
+        except (ValueError, re.error) as error:
             linear = sorted(
                 {n.rsplit(".", 1)[-1] for n, m in network.named_modules() if _is_linear(m)}
             )
             raise FedForwardError(
-                f"lora.targets = {targets!r} fits no module of this model. Its linear modules are "
+                f"lora.targets = {targets!r} does not fit this model. Its linear modules are "
                 f"{', '.join(linear)}; 'all-linear' takes them all but the head."
             ) from error
         self.peft.eval()

@@ -10,8 +10,6 @@ from fedforward.models.causal_lm import ProbePlan
 
 #: Held-out examples per forward pass; more saves nothing on two cores and costs memory.
 EVALUATION_ROWS = 8
-#: Probes of a LoRA step that go through the base together unless the configuration says otherwise.
-LORA_PROBES = 2
 
 
 def resolve(
@@ -20,20 +18,17 @@ def resolve(
     threads: int,
     probes_per_call: int,
     trajectory: str,
-    clients: int,
     directions: int,
 ) -> ProbePlan:
-    """The plan from the configuration's wishes, where 0 and "auto" leave the choice to us."""
-    step = 2 * directions
-    if tune == "full":
-        grouped = 1
-    else:
-        grouped = probes_per_call or min(step * clients, max(step, LORA_PROBES))
-    if trajectory == "auto":
-        trajectory = "copy"
+    """The plan from the configuration's wishes, where 0 and "auto" leave the choice to us.
+
+    One client's step goes through the base in one pass, so that memory does not depend on the
+    number of clients; larger groups pay where rows are short.
+    """
+    full = tune == "full"
     return ProbePlan(
-        probes_per_call=grouped,
+        probes_per_call=1 if full else probes_per_call or 2 * directions,
         threads=threads or len(os.sched_getaffinity(0)),
-        trajectory="generate" if tune == "lora" else trajectory,
+        trajectory=("copy" if trajectory == "auto" else trajectory) if full else "generate",
         evaluation_rows=EVALUATION_ROWS,
     )

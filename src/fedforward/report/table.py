@@ -1,5 +1,6 @@
 """The result of a run as a table that a person understands."""
 
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -22,7 +23,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     start, end = summary["heldout_loss"]["start"], summary["heldout_loss"]["end"]
     traffic, example = summary["bytes_per_client_round"], summary["example"]
     peak, plain = summary["peak_memory_bytes"], summary["inference_memory_bytes"]
-    what = f"{summary['method']} on {summary['model']}"
+    what = f"{summary['method']} on {'/'.join(Path(summary['model']).parts[-2:])}"
     table = Table(
         title=what, show_header=False, title_justify="left", box=None, padding=(0, 2, 0, 0)
     )
