@@ -26,14 +26,17 @@ from fedforward.methods import Returned
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.session import Session
 
-LORA = {"rank": 8, "alpha": 16, "factors": "both"}
+LORA = {"rank": 8, "alpha": 16, "factors": "B"}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "lora": {},
     "control": {},
     "sgd": {"method": {"name": "fedavg", "optimizer": "sgd", "learning_rate": 0.1}},
     "adamw": {"method": {"name": "fedavg", "optimizer": "adamw", "learning_rate": 1e-3}},
-    "full-float32": {"model": {"tune": "full"}},
-    "full-bfloat16": {"model": {"tune": "full", "dtype": "bfloat16"}},
+    "full-float32": {"model": {"tune": "full"}, "method": {"learning_rate": 2e-4}},
+    "full-bfloat16": {
+        "model": {"tune": "full", "dtype": "bfloat16"},
+        "method": {"learning_rate": 2e-4, "mu": 3e-3},
+    },
     "dirichlet": {"federation": {"partition": "dirichlet", "alpha": 0.5, "field": "steps"}},
 }
 
@@ -86,9 +89,16 @@ def configure(name: str, model: str, data: Path, overrides: Sequence[str]) -> co
             "heldout": 500,
             "sequence_length": 256,
         },
-        "federation": {"clients": 3, "rounds": 50},
-        "method": {"local_steps": 30, "batch_size": 4, "learning_rate": 2e-3, "mu": 1e-3},
-        "run": {"evaluate_every": 5},
+        "federation": {"clients": 3, "rounds": 24},
+        "method": {
+            "local_steps": 30,
+            "batch_size": 4,
+            "learning_rate": 5e-3,
+            "schedule": "cosine",
+            "final": 0.2,
+            "mu": 1e-3,
+        },
+        "run": {"evaluate_every": 2},
     }
     for section, values in VARIANTS[name].items():
         content[section].update(values)

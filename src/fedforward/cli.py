@@ -139,11 +139,12 @@ def _carry_out(config: Any, out: Path, resume: bool, as_json: bool) -> None:
     with _display() as display:
         display.phase("loading libraries")
         quiet_libraries()
+        from fedforward.run_directory import strict
         from fedforward.session import Session
 
         summary = Session(config, out, resume, display).run()
     if as_json:
-        print(json.dumps(summary, indent=2))
+        print(json.dumps(strict(summary), indent=2))
         return
     from fedforward.report.table import summary_table
 

@@ -7,6 +7,7 @@ ledger.sqlite     the source of truth               adapter/ or model/   what wa
 """
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -132,17 +133,19 @@ class RunDirectory:
                     break
                 if not _is_metrics(line, number):
                     break
+                if line.get("heldout_loss", 0.0) is None:
+                    line["heldout_loss"] = math.nan
                 lines.append(line)
         return lines
 
     def rewrite_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Replace the metrics (on resume, when lines of a round that was lost are dropped)."""
-        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(self.metrics, "".join(json.dumps(strict(line)) + "\n" for line in lines))
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add a round's line."""
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(strict(line)) + "\n")
 
 
 def _is_plan(plan: ProbePlan) -> bool:
@@ -180,7 +183,18 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """`write_text` of indented JSON."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(strict(content), indent=2) + "\n")
+
+
+def strict(content: Any) -> Any:
+    """The same with null for numbers that are not finite, which JSON does not have."""
+    if isinstance(content, Mapping):
+        return {key: strict(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [strict(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content
 
 
 def environment() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from fedforward import experiment, run_directory
 from fedforward.config import Config
 from fedforward.errors import FedForwardError
 from fedforward.federation.client import Client, Replica
-from fedforward.federation.ledger import Ledger, Round
+from fedforward.federation.ledger import Ledger, Round, UpdateNotFiniteError
 from fedforward.federation.server import Server
 from fedforward.federation.tensor_server import TensorServer
 from fedforward.methods import FirstOrderMethod
@@ -67,9 +67,9 @@ class Session:
         self.heldout = experiment.heldout_batches(self.corpus, self.plan)
         self.method = experiment.build_method(config)
         with errors_of_the_disk(out):
-            # Only now: a mistake in the configuration must not leave a run behind.
-            if not self.directory.started:
-                self.directory.start(config, self.plan)
+            # Only now: a mistake in the configuration must not leave a run behind. On resume
+            # the keys that may change are brought up to date.
+            self.directory.start(config, self.plan)
             self.ledger = self._open_ledger()
         self.replica = Replica(self.model, config.run.seed, config.method.directions)
         self.server = self._build_server()
@@ -132,10 +132,14 @@ class Session:
         with errors_of_the_disk(self.directory.path):
             self._measure_memory()
             self._restore()
-            reason = ""
+            reason = self._reason_to_stop()
             while self.server.round < self.config.federation.rounds and not reason:
                 began = time.monotonic()
-                record, traffic = self.runtime.run_round()
+                try:
+                    record, traffic = self.runtime.run_round()
+                except UpdateNotFiniteError:
+                    reason = "diverged: the update of the next round was not finite"
+                    break
                 self._catch_up()
                 self._write_line(record, traffic, time.monotonic() - began)
                 reason = self._reason_to_stop()
@@ -237,8 +241,10 @@ class Session:
 
     def _reason_to_stop(self) -> str:
         """Why the run ends before its last round, or nothing."""
+        if len(self.lines) == 1:
+            return ""
         line, start = self.lines[-1], self.lines[0]["heldout_loss"]
-        steps = self.config.method.local_steps * len(self.server.participants())
+        steps = self.config.method.local_steps * len(line["learning_rates"])
         if line["skipped_steps"] >= steps:
             return "diverged: no step of the last round had a finite loss"
         training = [entry["training_loss"] for entry in self.lines[1:]]

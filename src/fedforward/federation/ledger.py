@@ -60,6 +60,10 @@ class Round:
     origins: tuple[Origin, ...]
 
 
+class UpdateNotFiniteError(FedForwardError):
+    """The reports of a round add up to more than float32 holds; nothing was written."""
+
+
 class Ledger:
     """An open ledger file.
 
@@ -129,17 +133,23 @@ class Ledger:
             raise ValueError(f"round {record.entry.round} cannot follow {self.length - 1}")
         parts = record.entry.contributions
         if not all(np.isfinite(part.coefficients).all() for part in parts):
-            raise FedForwardError(
+            raise UpdateNotFiniteError(
                 f"The update of round {self.length + 1} is not finite and was not written. Lower "
                 "method.learning_rate; the rounds before are kept."
             )
         entry = record.entry.encode()
         origin = b"".join(part.encode() for part in record.origins)
         chain = _link(self.chain, entry, origin)
-        with self._database:
-            self._database.execute(
-                "INSERT INTO rounds VALUES (?, ?, ?, ?)", (self.length, entry, origin, chain)
-            )
+        try:
+            with self._database:
+                self._database.execute(
+                    "INSERT INTO rounds VALUES (?, ?, ?, ?)", (self.length, entry, origin, chain)
+                )
+        except sqlite3.IntegrityError as error:
+            raise FedForwardError(
+                f"{self.path}: round {self.length} was written by another process. Only one may "
+                "carry out a run at a time; stop the other, then --resume."
+            ) from error
         self.length += 1
         self.chain = chain
 

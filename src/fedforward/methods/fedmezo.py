@@ -68,14 +68,12 @@ class FedMeZO:
 
     def aggregate(self, returned: Sequence[Returned]) -> tuple[Contribution, ...]:
         """-p_i (η_i / n) g_ih, computed in float64 and rounded to float32 once."""
-        return tuple(
-            Contribution(
-                part.report.client,
-                (
-                    -part.weight
-                    * (part.learning_rate / self.directions)
-                    * part.report.gradients.astype(np.float64)
-                ).astype(np.float32),
-            )
-            for part in returned
-        )
+        contributions = []
+        for part in returned:
+            rate = -part.weight * (part.learning_rate / self.directions)
+            # What float32 cannot hold becomes infinite here, and the ledger refuses it.
+            with np.errstate(over="ignore"):
+                coefficients = rate * part.report.gradients.astype(np.float64)
+                rounded = coefficients.astype(np.float32)
+            contributions.append(Contribution(part.report.client, rounded))
+        return tuple(contributions)

@@ -6,11 +6,14 @@ How a probe's displacement reaches the weights is left to `lora` (a batched adap
 
 import hashlib
 import inspect
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import numpy as np
 import torch
@@ -84,10 +87,12 @@ def load(path: str, dtype: str, device: str) -> tuple[Any, Any]:
             "Hugging Face format."
         )
     name = str(folder) if local else path
+    # Offline the hub's client tries again for most of a minute; what it has cached needs no hub.
+    kept = local or not hub_is_reachable()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=kept)
         network, loading = AutoModelForCausalLM.from_pretrained(
-            name, dtype=DTYPES[dtype], output_loading_info=True
+            name, dtype=DTYPES[dtype], output_loading_info=True, local_files_only=kept
         )
     except (
         OSError,
@@ -102,6 +107,8 @@ def load(path: str, dtype: str, device: str) -> tuple[Any, Any]:
         reason = " ".join(str(error).split("\n\n")[0].split())
         if "ignore_mismatched_sizes" in reason:
             reason = "the weights have other shapes than its config.json says."
+        if not local and kept:
+            reason = f"there is no such folder here, and the hub cannot be reached. {reason}"
         raise FedForwardError(f"model.path = {path!r} cannot be loaded: {reason}") from error
     if loading["missing_keys"]:
         raise FedForwardError(
@@ -111,6 +118,21 @@ def load(path: str, dtype: str, device: str) -> tuple[Any, Any]:
         )
     network.to(device).eval().requires_grad_(False)
     return network, tokenizer
+
+
+def hub_is_reachable(seconds: float = 5.0) -> bool:
+    """Whether the model hub answers; taken for granted behind a proxy."""
+    from huggingface_hub import constants
+
+    address = urlsplit(constants.ENDPOINT)
+    if getproxies().get(address.scheme):
+        return True
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname or "", port), timeout=seconds).close()
+    except OSError:
+        return False
+    return True
 
 
 def longest_sequence(network: Any) -> int | None:

@@ -25,7 +25,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     peak, plain = summary["peak_memory_bytes"], summary["inference_memory_bytes"]
     what = f"{summary['method']} on {'/'.join(Path(summary['model']).parts[-2:])}"
     table = Table(
-        title=what, show_header=False, title_justify="left", box=None, padding=(0, 2, 0, 0)
+        title=Text(what), show_header=False, title_justify="left", box=None, padding=(0, 2, 0, 0)
     )
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
