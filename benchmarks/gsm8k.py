@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedforward import cli, config, experiment
-from fedforward.federation.messages import Contribution
+from fedforward.messages import Contribution
 from fedforward.methods import Returned
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.session import Session

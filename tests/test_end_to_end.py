@@ -16,7 +16,7 @@ import torch
 
 from fedforward import artefacts, config, session
 from fedforward.errors import FedForwardError
-from fedforward.federation.messages import Report
+from fedforward.messages import Report
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.models.lora import LoraModel
 

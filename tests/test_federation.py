@@ -19,8 +19,8 @@ from fedforward.federation import learning_rates
 from fedforward.federation.client import Replica
 from fedforward.federation.learning_rates import RateSettings, phi, rates, update_differences
 from fedforward.federation.ledger import Ledger, Origin, Round
-from fedforward.federation.messages import Contribution, Entry, MessageError, Report, Task
 from fedforward.federation.server import Server, ServerSettings
+from fedforward.messages import Contribution, Entry, MessageError, Report, Task
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.models.quadratic import Quadratic
 from fedforward.seeds import direction_seed

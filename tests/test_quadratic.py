@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedforward.directions import Distribution, reference
-from fedforward.federation.messages import Entry, Report, Task
+from fedforward.messages import Entry, Report, Task
 from fedforward.methods import Returned
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.models.quadratic import Quadratic

@@ -13,8 +13,8 @@ from fedforward import experiment
 from fedforward.errors import FedForwardError
 from fedforward.federation.client import Replica
 from fedforward.federation.ledger import Ledger
-from fedforward.federation.messages import DIGEST_BYTES
 from fedforward.federation.tensor_server import TensorServer
+from fedforward.messages import DIGEST_BYTES
 from fedforward.methods import FirstOrderMethod
 from fedforward.models.causal_lm import CausalModel
 from fedforward.models.lora import LoraModel

@@ -8,7 +8,7 @@ from fedforward import config as configuration
 from fedforward.config import Config
 from fedforward.demo.text import ANSWER, EXAMPLE_QUESTION, PROMPT, site_examples
 
-ROUNDS = 60
+ROUNDS = 100
 PER_SITE = 400
 #: The prompt answered before and after; no site holds a question about it.
 EXAMPLE_PROMPT = PROMPT.format(question=EXAMPLE_QUESTION)
@@ -33,11 +33,11 @@ def prepare(data: Path, rounds: int = ROUNDS) -> Config:
             },
             "federation": {"clients": 4, "rounds": rounds, "partition": "by", "field": "site"},
             "method": {
-                "learning_rate": 6e-3,
+                "learning_rate": 4.5e-3,
                 "mu": 1e-2,
                 "local_steps": 10,
                 "batch_size": 4,
             },
-            "run": {"evaluate_every": 5, "probes_per_call": 8},
+            "run": {"evaluate_every": 5},
         }
     )

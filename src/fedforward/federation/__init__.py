@@ -1,1 +1,1 @@
-"""Server, client, their messages and the ledger: the same objects in simulation and deployment."""
+"""Server, client and ledger: the same objects in simulation and deployment."""

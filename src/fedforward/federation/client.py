@@ -7,7 +7,7 @@ has its own; in a simulation all clients share one, and only the first to catch 
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 
-from fedforward.federation.messages import DIGEST_BYTES, Entry, MessageError, Report, Task
+from fedforward.messages import DIGEST_BYTES, Entry, MessageError, Report, Task
 from fedforward.methods import BatchStream, FirstOrderMethod, Method
 from fedforward.models.causal_lm import CausalModel
 from fedforward.steps import Evaluation, Probe, Update

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fedforward.errors import FedForwardError
-from fedforward.federation.messages import Entry, Report
+from fedforward.messages import Entry, Report
 
 _SCHEMA = """
 CREATE TABLE header (only_row INTEGER PRIMARY KEY CHECK (only_row = 0), content TEXT NOT NULL);

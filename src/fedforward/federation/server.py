@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedforward.directions import Distribution, Layout
 from fedforward.federation.learning_rates import WINDOW, RateSettings, rates, update_differences
 from fedforward.federation.ledger import Ledger, Origin, Round
-from fedforward.federation.messages import Entry, MessageError, Report, Task
+from fedforward.messages import Entry, MessageError, Report, Task
 from fedforward.methods import FirstOrderMethod, Method, Returned
 from fedforward.seeds import generator
 

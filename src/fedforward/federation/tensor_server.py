@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from fedforward.errors import FedForwardError
 from fedforward.federation.ledger import Ledger, Round
-from fedforward.federation.messages import Entry, MessageError, Report
 from fedforward.federation.server import Server, ServerSettings, origins
+from fedforward.messages import Entry, MessageError, Report
 from fedforward.methods import FirstOrderMethod, Returned
 
 

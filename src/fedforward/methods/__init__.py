@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from fedforward.federation.messages import Contribution, Report, Task
+from fedforward.messages import Contribution, Report, Task
 from fedforward.steps import Evaluation, Probe
 
 #: What a client does in a round: it yields probes and is sent their evaluations.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedforward.federation.messages import Report, Task
+from fedforward.messages import Report, Task
 from fedforward.methods import BatchStream, Returned
 from fedforward.models.causal_lm import CausalModel
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedforward.estimators import two_point_gradients, two_point_probes
-from fedforward.federation.messages import Contribution, Report, Task
+from fedforward.messages import Contribution, Report, Task
 from fedforward.methods import BatchStream, LocalRound, Returned
 from fedforward.seeds import direction_seed
 from fedforward.steps import NO_STEPS, Steps
