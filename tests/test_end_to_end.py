@@ -109,6 +109,76 @@ def test_verify_sees_a_changed_bit(
     assert name in difference and "1 values" in difference
 
 
+def test_verify_sees_a_changed_frozen_factor_and_setting(
+    configure: Configure, carry_out: CarryOut, tmp_path: Path
+) -> None:
+    """With only B tuned the ledger says nothing of A and of alpha; the seed and the header do."""
+    from safetensors.torch import load_file, save_file
+
+    carry_out(configure(lora__factors="B"), tmp_path / "run")
+    path = tmp_path / "run/adapter/adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if ".lora_A." in name)
+    tensors[name] *= 100
+    save_file(tensors, path, metadata={"format": "pt"})
+    settings = tmp_path / "run/adapter/adapter_config.json"
+    content = json.loads(settings.read_text())
+    settings.write_text(json.dumps(content | {"lora_alpha": 999}))
+    differences = artefacts.verify(tmp_path / "run").differences
+    assert len(differences) == 2
+    assert name in differences[0] and "lora_alpha 999" in differences[1]
+
+
+def test_an_extended_run_that_stopped_verifies(
+    configure: Configure, carry_out: CarryOut, tmp_path: Path
+) -> None:
+    carry_out(configure(), tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session.Session, "_finish", lambda self, reason: self.ledger.close())
+        carry_out(configure(federation__rounds=5), tmp_path / "run", resume=True)
+    result = artefacts.verify(tmp_path / "run")
+    assert result.differences == [] and result.rounds == 5 and not result.saved
+
+
+def test_changed_data_are_refused_on_resume(
+    configure: Configure, carry_out: CarryOut, tmp_path: Path, rows: Path
+) -> None:
+    carry_out(configure(), tmp_path / "run")
+    with rows.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"site": "garden", "question": "More?", "answer": "yes"}) + "\n")
+    with pytest.raises(FedForwardError, match="data have changed"):
+        carry_out(configure(federation__rounds=5), tmp_path / "run", resume=True)
+
+
+def test_lost_metrics_do_not_change_when_a_run_stops(
+    configure: Configure, carry_out: CarryOut, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "federation__rounds": 9,
+        "run__patience": 2,
+        "run__evaluate_every": 1,
+        "method__learning_rate": 1e-12,
+    }
+    whole = carry_out(configure(**settings), tmp_path / "whole")
+    assert whole["rounds"] < 9
+    reason = session.Session._reason_to_stop
+
+    def killed(self: session.Session) -> str:
+        if self.server.round == whole["rounds"] - 1:
+            raise KeyboardInterrupt
+        return reason(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session.Session, "_reason_to_stop", killed)
+        with pytest.raises(KeyboardInterrupt):
+            carry_out(configure(**settings), tmp_path / "cut")
+    metrics = tmp_path / "cut/metrics.jsonl"
+    metrics.write_text(metrics.read_text().split("\n")[0] + "\n")
+    assert digests(carry_out(configure(**settings), tmp_path / "cut", resume=True)) == digests(
+        whole
+    )
+
+
 def test_the_fall_is_real(configure: Configure, carry_out: CarryOut, tmp_path: Path) -> None:
     """Tuning teaches; the same run with its gradients dealt to other steps does not."""
     settings: dict[str, Any] = {

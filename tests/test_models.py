@@ -207,6 +207,19 @@ def test_targets_that_fit_nothing_are_refused(tiny_network: Make) -> None:
         lora(tiny_network(), targets=["query"])
 
 
+def test_weights_that_a_probe_would_miss_are_refused() -> None:
+    """Mamba reads its convolution's weight from the parent module."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "mamba", vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=4
+    )
+    network = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    model = FullModel(network, plan=plan(1))
+    with pytest.raises(FedForwardError, match=r"does not reach .*conv1d"):
+        model.evaluate([Probe(batch(), NO_STEPS, PERTURBATION)])
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "gemma2", "mistral", "phi"])
 def test_other_families(family: str) -> None:
     """Full tuning and LoRA agree with transformers where nothing of an architecture is named."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fedforward import experiment
+from fedforward.config import Config
 from fedforward.errors import FedForwardError
 from fedforward.federation.client import Replica
 from fedforward.federation.ledger import Ledger
@@ -98,17 +99,20 @@ def verify(path: Path) -> Verification:
     rebuilt = rebuild(directory)
     differences = list(rebuilt.differences)
     digest = rebuilt.model.digest().hex()
-    folder = directory.tuned(config)
-    saved = folder.is_dir()
-    if saved:
-        differences += _compare(rebuilt.model, folder)
+    current = False
     if directory.summary.is_file():
         wanted = {"state_digest": digest, "ledger_digest": rebuilt.ledger.chain.hex()}
         try:
             summary = json.loads(directory.summary.read_text(encoding="utf-8"))
             claimed = {name: summary[name] for name in wanted}
-            # A run that was resumed after its summary has a longer ledger than the summary.
+            # A run that was resumed after its summary has a longer ledger than the summary, and
+            # an adapter of the time before.
             current = summary["rounds"] == rebuilt.ledger.length
+            if summary["rounds"] > rebuilt.ledger.length:
+                differences.append(
+                    f"summary.json has {summary['rounds']} rounds, the ledger only "
+                    f"{rebuilt.ledger.length}"
+                )
         except (OSError, ValueError, KeyError, TypeError):
             current, claimed = False, {}
             differences.append("summary.json is damaged (--resume writes it again)")
@@ -117,6 +121,14 @@ def verify(path: Path) -> Verification:
             for name, value in wanted.items()
             if current and claimed[name] != value
         ]
+    folder = directory.tuned(config)
+    saved = current and folder.is_dir()
+    if saved:
+        differences += _compare(rebuilt.model, folder)
+        if isinstance(rebuilt.model, LoraModel):
+            differences += _compare_settings(config, folder / "adapter_config.json")
+    elif current:
+        differences.append(f"{folder.name}/ is missing (--resume writes it again)")
     rebuilt.ledger.close()
     return Verification(
         rounds=rebuilt.ledger.length,
@@ -140,8 +152,12 @@ def _compare(model: CausalModel, folder: Path) -> list[str]:
             stored |= load_file(file)
         except (OSError, SafetensorError) as error:
             return [f"{folder.name}/{file.name} cannot be read: {error}"]
+    expected = model.saved_tensors()
     differences = []
-    for name, tensor in model.tensors.items():
+    if isinstance(model, LoraModel):
+        extra = sorted(stored.keys() - expected.keys())
+        differences += [f"{folder.name}/: the tensor {name} is not the run's" for name in extra]
+    for name, tensor in expected.items():
         other = stored.get(name)
         if other is None or other.dtype != tensor.dtype or other.shape != tensor.shape:
             differences.append(f"{folder.name}/: the tensor {name} is missing or of another kind")
@@ -151,6 +167,22 @@ def _compare(model: CausalModel, folder: Path) -> list[str]:
             changed = int(np.count_nonzero((tensor.detach().cpu() != other).numpy()))
             differences.append(f"{folder.name}/: {changed} values of {name} differ")
     return differences
+
+
+def _compare_settings(config: Config, file: Path) -> list[str]:
+    """A sentence for each setting of the saved adapter that is not the run's."""
+    import json
+
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return [f"{file.parent.name}/{file.name} cannot be read"]
+    wanted = {"r": config.lora.rank, "lora_alpha": config.lora.alpha, "lora_dropout": 0.0}
+    return [
+        f"{file.parent.name}/{file.name} has {key} {stored.get(key)}, the run {value}"
+        for key, value in wanted.items()
+        if stored.get(key) != value
+    ]
 
 
 def export(path: Path, out: Path, *, merge: bool) -> Path:

@@ -6,6 +6,7 @@ transformers are imported only by the commands that need them.
 
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -169,7 +170,8 @@ def run(
     from fedforward import config as configuration
 
     out = out or Path("runs") / config.stem
-    with _friendly(f"Continue with: fedforward run {config} --out {out} --resume"):
+    again = ["fedforward", "run", str(config), *(overrides or []), "--out", str(out), "--resume"]
+    with _friendly(f"Continue with: {shlex.join(again)}"):
         _carry_out(configuration.load(config, overrides or []), out, resume, as_json)
 
 
@@ -184,7 +186,7 @@ def demo(
     """Tune the small model that ships with fedforward, over four sites, in about a minute."""
     from fedforward.demo import run as demonstration
 
-    with _friendly("Continue with: fedforward demo --resume"):
+    with _friendly(f"Continue with: fedforward demo --out {shlex.quote(str(out))} --resume"):
         data = out.parent / f"{out.name}-data" / "sites.jsonl"
         _carry_out(demonstration.prepare(data), out, resume, as_json)
 

@@ -126,6 +126,15 @@ class MethodSection(_Section):
         return self
 
     @model_validator(mode="after")
+    def _strategy_has_its_numbers(self) -> "MethodSection":
+        if self.name == "fedavg" and self.strategy == "update-difference":
+            raise ValueError(
+                "strategy = 'update-difference' needs the projected gradients of fedmezo; with "
+                "fedavg allowed are 'fixed', 'random', 'loss' and 'loss-window'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _report_holds_the_steps(self) -> "MethodSection":
         if self.local_steps * self.directions > MOST_COUNTED:
             raise ValueError(

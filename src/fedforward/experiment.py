@@ -4,6 +4,7 @@ The same configuration and probe plan give the same parts, bit for bit; whoever 
 verifies a run builds them here.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,6 +132,7 @@ def resolve_plan(config: Config) -> ProbePlan:
         probes_per_call=config.run.probes_per_call,
         trajectory=config.run.trajectory,
         directions=config.method.directions,
+        device=resolve_device(config.run.device),
     )
 
 
@@ -198,6 +200,7 @@ def build_method(config: Config) -> Method | FirstOrderMethod:
 
 def ledger_header(config: Config, model: CausalModel) -> dict[str, Any]:
     """What the ledger of a run is bound to: enough to replay it, and to refuse another's."""
+    lora = config.lora.model_dump() if config.model.tune == "lora" else None
     return {
         "format": 1,
         "direction_version": VERSION,
@@ -207,7 +210,19 @@ def ledger_header(config: Config, model: CausalModel) -> dict[str, Any]:
         "method": config.method.name,
         "layout": model.layout.fingerprint,
         "base": model.base_fingerprint,
+        "lora": lora,
     }
+
+
+def corpus_fingerprint(corpus: Corpus) -> str:
+    """SHA-256 of every client's and the held-out examples' tokens, hexadecimal."""
+    state = hashlib.sha256()
+    for part in (*corpus.clients, corpus.heldout):
+        state.update(f"{len(part)}\n".encode())
+        for example in part:
+            state.update(f"{example.prompt_length} {len(example.tokens)}\n".encode())
+            state.update(example.tokens.astype("<i8").tobytes())
+    return state.hexdigest()
 
 
 def server_settings(

@@ -21,8 +21,10 @@ TASK, REPORT = 1, 2
 _HEADER = struct.Struct("<2sBB")
 _ENTRY = struct.Struct("<IfHB")
 _CONTRIBUTION = struct.Struct("<IH")
-_TASK = struct.Struct("<IIdBHI")
+_TASK = struct.Struct("<IIdBII")
 _REPORT = struct.Struct("<IIIfHHBI")
+#: A training loss above this does not fit float32; it is reported as NaN.
+LARGEST = 3.4e38
 #: Bytes of a state digest on the wire (its first half).
 DIGEST_BYTES = 16
 
@@ -95,6 +97,8 @@ class Entry:
     @classmethod
     def _read(cls, reader: "_Reader") -> "Entry":
         number, decay, count, state_size = reader.unpack(_ENTRY)
+        if not math.isfinite(decay):
+            raise MessageError("A ledger entry whose decay is not a number was refused.")
         state = reader.take(state_size)
         contributions = []
         for _ in range(count):
@@ -191,7 +195,7 @@ class Report:
             self.round,
             self.client,
             self.examples,
-            self.loss,
+            self.loss if abs(self.loss) < LARGEST else math.nan,
             self.skipped,
             len(self.gradients),
             len(self.digest),
@@ -216,6 +220,8 @@ class Report:
         reader = _Reader(data)
         reader.header(REPORT)
         number, client, examples, loss, skipped, count, digest, size = reader.unpack(_REPORT)
+        if math.isinf(loss):
+            raise MessageError("A report with an infinite loss was refused.")
         if digest not in (0, DIGEST_BYTES):
             raise MessageError(f"A report with a digest of {digest} bytes was refused.")
         proof = reader.take(digest)

@@ -82,6 +82,8 @@ class Session:
         together = max(1, self.plan.probes_per_call // step)
         self.runtime = LocalRuntime(self.server, clients, self.model, together)
         self.lines: list[dict[str, Any]] = []
+        self.inference_memory = self.peak_memory = 0
+        self.commit_measured = False
 
     def _describe_plan(self) -> str:
         """How probes are grouped and trajectories carried, with the cost, in words."""
@@ -104,12 +106,21 @@ class Session:
                     "another --out."
                 )
             directory.check_same(self.config)
-            return directory.load()[1]
+            plan = directory.load()[1]
+            device = experiment.resolve_device(self.config.run.device)
+            if device.split(":")[0] != plan.device.split(":")[0]:
+                raise FedForwardError(
+                    f"{directory.path} was started on {plan.device}, and run.device = "
+                    f"{self.config.run.device!r} is {device} here, where losses have other last "
+                    "bits. Resume it on such a device."
+                )
+            return plan
         directory.claim()
         return experiment.resolve_plan(self.config)
 
     def _open_ledger(self) -> Ledger:
         header = experiment.ledger_header(self.config, self.model)
+        header["data"] = experiment.corpus_fingerprint(self.corpus)
         if not self.directory.ledger.is_file():
             return Ledger.create(self.directory.ledger, header)
         ledger = Ledger(self.directory.ledger)
@@ -140,6 +151,7 @@ class Session:
                 except UpdateNotFiniteError:
                     reason = "diverged: the update of the next round was not finite"
                     break
+                self.peak_memory = max(self.peak_memory, self._first_peak(record))
                 self._catch_up()
                 self._write_line(record, traffic, time.monotonic() - began)
                 reason = self._reason_to_stop()
@@ -153,13 +165,11 @@ class Session:
         import torch
 
         widest = max(longest, key=lambda batch: batch.tokens.shape[1])
-        tokens, labels = (
-            torch.from_numpy(array).to(model.device) for array in (widest.tokens, widest.labels)
-        )
+        tokens = torch.from_numpy(widest.tokens).to(model.device)
 
         def inference() -> None:
             with torch.inference_mode():
-                network(input_ids=tokens, labels=labels, use_cache=False)
+                network(input_ids=tokens, use_cache=False)
 
         def step() -> None:
             if isinstance(self.method, FirstOrderMethod):
@@ -176,18 +186,28 @@ class Session:
                 ]
             )
 
-        # The first pass compiles kernels and fills caches that would count as the step's.
-        step()
+        # Inference first: the buffers that a step leaves behind are not inference's.
+        inference()
         self.inference_memory = peak_bytes(inference)
+        step()
         self.peak_memory = peak_bytes(step)
 
-    def _catch_up(self) -> None:
-        """Bring the shared replica to the end of the ledger."""
+    def _first_peak(self, record: Round) -> int:
+        """Peak bytes of this session's first commit; later ones take no more."""
+        if self.commit_measured:
+            return 0
+        self.commit_measured = True
+        return peak_bytes(self._catch_up)
+
+    def _catch_up(self, rounds: int | None = None) -> None:
+        """Bring the shared replica to so many rounds of the ledger, or to its end."""
         if isinstance(self.server, TensorServer):
             if len(self.server.state):
                 self.model.assign_state(self.server.state)
             return
-        self.replica.catch_up(list(self.ledger.entries(self.replica.rounds)))
+        last = self.ledger.length if rounds is None else rounds
+        entries = self.ledger.entries(self.replica.rounds)
+        self.replica.catch_up([entry for entry in entries if entry.round < last])
 
     def _restore(self) -> None:
         """Replay the ledger, and make the metrics agree with it."""
@@ -210,9 +230,11 @@ class Session:
         self.directory.rewrite_metrics(self.lines)
         if self.ledger.length:
             self.listener.phase(f"replaying {self.ledger.length} rounds")
-            self._catch_up()
-        # A kill between a round and its line loses the line, never the round.
+            self._catch_up(self.lines[-1]["round"])
+        # A kill between a round and its line loses the line, never the round. What is written
+        # again must be what was lost: it decides when the run stops.
         for record in self.ledger.rounds(self.lines[-1]["round"]):
+            self._catch_up(record.entry.round + 1)
             self._write_line(record, None, 0.0)
 
     def _write_line(self, record: Round, traffic: Traffic | None, seconds: float) -> None:
@@ -231,7 +253,9 @@ class Session:
         if self.model.changed_share is not None:
             line["changed_share"] = self.model.changed_share
         due = done % self.config.run.evaluate_every == 0 or done == self.config.federation.rounds
-        if due and done == self.ledger.length:
+        # The states between are gone where the update is a tensor.
+        there = done == self.ledger.length or not isinstance(self.server, TensorServer)
+        if due and there:
             began = time.monotonic()
             line["heldout_loss"] = experiment.heldout_loss(self.model, self.heldout)
             line["seconds"] += time.monotonic() - began
@@ -349,6 +373,8 @@ def check_header(ledger: Ledger, header: dict[str, Any]) -> None:
         if ledger.header.get(key) != value:
             what = {
                 "base": "the base model's weights have changed since the run started",
+                "data": "the data have changed since the run started",
+                "lora": "the adapters are set up in another way",
                 "layout": "the model's tuned tensors are not those of the run",
                 "direction_version": "it was made with another version of the directions",
             }.get(key, f"its {key} differs")
@@ -363,9 +389,11 @@ def errors_of_the_disk(path: Path) -> Iterator[None]:
     """Turn a full or failing disk into a sentence; the ledger is whole either way."""
     import sqlite3
 
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, sqlite3.OperationalError) as error:
+    except (OSError, sqlite3.OperationalError, SafetensorError) as error:
         raise FedForwardError(
             f"{path} cannot be written: {error}. Every finished round is kept; make room and "
             "continue with --resume."

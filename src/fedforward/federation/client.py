@@ -37,14 +37,14 @@ class Replica:
         for entry in entries:
             if entry.round < self.rounds:
                 continue
-            if entry.round != self.rounds:
+            if entry.round != self.rounds + len(updates):
                 raise MessageError(
-                    f"Ledger round {entry.round} was refused: this client has {self.rounds} "
-                    "rounds, so the ones in between are missing."
+                    f"Ledger round {entry.round} was refused: this client has "
+                    f"{self.rounds + len(updates)} rounds, so the ones in between are missing."
                 )
             updates.append(entry.update(self.run_seed, self.directions))
-            self.rounds += 1
         self.model.commit(updates)
+        self.rounds += len(updates)
 
 
 class Client:
@@ -70,9 +70,17 @@ class Client:
                 f"A task for client {task.client} was refused by client {self.number}."
             )
         model = self.replica.model
+        first_order = isinstance(self.method, FirstOrderMethod)
+        if len(task.state) not in ((0, model.layout.parameters) if first_order else (0,)):
+            raise MessageError(f"A task with a state of {len(task.state)} numbers was refused.")
         if len(task.state):
             model.assign_state(task.state)
         self.replica.catch_up(task.entries)
+        if not first_order and task.round != self.replica.rounds:
+            raise MessageError(
+                f"A task for round {task.round} was refused: this client has "
+                f"{self.replica.rounds} rounds and was not sent what it lacks."
+            )
         digest = model.digest()[:DIGEST_BYTES] if task.digest_wanted else b""
         report: Report
         if isinstance(self.method, FirstOrderMethod):

@@ -99,7 +99,7 @@ def phi(scores: Mapping[int, float], participants: Sequence[int]) -> dict[int, f
     mean = sum(known.values()) / len(known)
     width = max(abs(score - mean) for score in known.values())
     # Equal scores differ in their last bits; dividing by that would be noise at full strength.
-    if width <= 1e-12 * max(1.0, abs(mean)):
+    if width <= 1e-12 * abs(mean):
         return dict.fromkeys(participants, 0.0)
     return {c: (known[c] - mean) / width if c in known else 0.0 for c in participants}
 

@@ -26,6 +26,9 @@ CREATE TABLE rounds (
 );
 CREATE TRIGGER header_kept BEFORE UPDATE ON header BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER rounds_kept BEFORE UPDATE ON rounds BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+CREATE TRIGGER rounds_new BEFORE INSERT ON rounds
+    WHEN EXISTS (SELECT 1 FROM rounds WHERE round = NEW.round)
+    BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER header_stays BEFORE DELETE ON header BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER rounds_stay BEFORE DELETE ON rounds BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 """

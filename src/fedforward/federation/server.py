@@ -4,6 +4,7 @@ It knows seeds, the layout and scalars, and no weights. All of its state is in t
 server that was killed goes on from the file. It imports no PyTorch.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,6 +67,10 @@ class Server:
         """The number of the round that is open or comes next."""
         return self.ledger.length
 
+    @property
+    def _digest_wanted(self) -> bool:
+        return self.round % DIGEST_EVERY == 0
+
     def participants(self) -> list[int]:
         """The clients of the coming round, ascending: a function of run seed and round."""
         clients = len(self.settings.examples)
@@ -93,7 +98,7 @@ class Server:
                 round=self.round,
                 client=client,
                 learning_rate=self._rates[client],
-                digest_wanted=self.round % DIGEST_EVERY == 0,
+                digest_wanted=self._digest_wanted,
                 entries=self._lacking(client),
                 state=self._state(),
             )
@@ -134,11 +139,22 @@ class Server:
         if report.client in self._reports:
             raise MessageError(f"A second report of client {report.client} was refused.")
         self._check(report)
+        if bool(report.digest) != self._digest_wanted:
+            raise MessageError(
+                f"A report of client {report.client} was refused: it "
+                f"{'lacks the digest' if self._digest_wanted else 'has a digest'} of the state."
+            )
+        steps = self.method.local_steps
+        if report.skipped > steps or math.isnan(report.loss) != (report.skipped == steps):
+            raise MessageError(
+                f"A report of client {report.client} was refused: {report.skipped} of {steps} "
+                f"steps skipped and a loss of {report.loss} do not fit together."
+            )
         self._reports[report.client] = report
 
     def _check(self, report: Report) -> None:
         expected = self.method.local_steps * self.method.directions
-        if len(report.gradients) != expected:
+        if len(report.gradients) != expected or report.state is not None:
             raise MessageError(
                 f"A report of client {report.client} was refused: it has "
                 f"{len(report.gradients)} projected gradients, not {expected}."
@@ -150,6 +166,8 @@ class Server:
         Raises:
             MessageError: clients disagree on the tuned state.
         """
+        if not self._reports:
+            raise MessageError(f"Round {self.round} cannot be closed: nobody has reported.")
         reports = [self._reports[client] for client in sorted(self._reports)]
         _agree(reports)
         returned = [
@@ -159,6 +177,7 @@ class Server:
         record = self._join(returned)
         self.ledger.append(record)
         self._history = [*self._history, record][-WINDOW:]
+        self._reports, self._rates = {}, {}
         return record
 
     def _join(self, returned: Sequence[Returned]) -> Round:

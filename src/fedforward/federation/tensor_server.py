@@ -5,6 +5,7 @@ which is on disk before the round is. Imports no PyTorch.
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +54,10 @@ class TensorServer(Server):
         path = self._file(self.ledger.length)
         last = next(self.ledger.entries(self.ledger.length - 1))
         if path.is_file():
-            state: NDArray[np.float32] = np.load(path)
+            try:
+                state: NDArray[np.float32] = np.load(path)
+            except (OSError, ValueError, EOFError):
+                state = np.empty(0, np.float32)
             if _digest(state) == last.state:
                 return state
         raise FedForwardError(
@@ -69,7 +73,7 @@ class TensorServer(Server):
 
     def _check(self, report: Report) -> None:
         found = 0 if report.state is None else len(report.state)
-        if found != self.settings.layout.parameters:
+        if found != self.settings.layout.parameters or len(report.gradients):
             raise MessageError(
                 f"A report of client {report.client} was refused: it has {found} numbers, not "
                 f"{self.settings.layout.parameters}."
@@ -79,7 +83,10 @@ class TensorServer(Server):
         self.state = self.first_order.average(returned)
         done = self.round + 1
         partial = self._file(done).with_suffix(".partial.npy")
-        np.save(partial, self.state)
+        with partial.open("wb") as file:
+            np.save(file, self.state)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(self._file(done))
         for old in self.folder.glob("state-*.npy"):
             if old not in (self._file(done), self._file(done - 1)):

@@ -57,12 +57,14 @@ class ProbePlan:
             keeps their sum in one float32 copy of the tuned weights (full tuning only). Both round
             once from the same sum, so the bits are the same.
         evaluation_rows: examples per forward pass of a held-out evaluation.
+        device: where the run was started; the last bits of losses depend on it.
     """
 
     probes_per_call: int
     threads: int
     trajectory: str
     evaluation_rows: int
+    device: str = "cpu"
 
 
 def load(path: str, dtype: str, device: str) -> tuple[Any, Any]:
@@ -216,6 +218,10 @@ class CausalModel(ABC):
         """The network's parameters that hold the tuned tensors (for first-order methods)."""
         places = {tensor.data_ptr() for tensor in self.tensors.values()}
         return [p for p in self.network.parameters() if p.data_ptr() in places]
+
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        """What `save` writes and the ledger determines, by the names in the file."""
+        return self.tensors
 
     def digest(self) -> bytes:
         """SHA-256 of the tuned tensors: names, dtypes, shapes and bytes in canonical order."""

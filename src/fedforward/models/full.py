@@ -13,6 +13,7 @@ from torch import nn
 
 from fedforward.directions import Distribution
 from fedforward.directions.kernels import accumulate
+from fedforward.errors import FedForwardError
 from fedforward.models.causal_lm import CausalModel, ProbePlan, fingerprint, stack
 from fedforward.steps import NO_STEPS, Evaluation, Probe, Steps, Update
 
@@ -40,6 +41,7 @@ class FullModel(CausalModel):
         self.tokenizer = tokenizer
         self._first_tiles = dict(zip(self.layout.names, self.layout.first_tiles, strict=True))
         self._names = {id(parameter): name for name, parameter in network.named_parameters()}
+        self._unreached = set(self._names.values())
         self._probe: Probe | None = None
         self._saved: list[dict[str, nn.Parameter | None]] = []
         self._tops: list[int] = []
@@ -63,6 +65,13 @@ class FullModel(CausalModel):
         self._probe = probe if len(probe.trajectory) or len(probe.perturbation) else None
         try:
             sums, counts = self._losses(*stack([probe.batch]))
+            if self._probe is not None and self._unreached:
+                raise FedForwardError(
+                    f"model.tune = 'full' does not reach {len(self._unreached)} tensors of this "
+                    f"model, such as {min(self._unreached)}: they are read by another module than "
+                    "the one that owns them, so that a probe would not see them move. Use "
+                    "model.tune = 'lora'."
+                )
         finally:
             self._probe = None
         return Evaluation(sums.cpu().numpy(), counts.cpu().numpy())
@@ -108,6 +117,7 @@ class FullModel(CausalModel):
         self._tops.append(self._top)
         for key, parameter in own.items():
             name = self._names[id(parameter)]
+            self._unreached.discard(name)
             out = self._take(parameter)
             if name in self._copy and len(self._probe.trajectory):
                 self._add(self._copy[name], self._probe.perturbation, name, out)

@@ -103,9 +103,11 @@ class LoraModel(CausalModel):
         super().__init__(network, tuned, distribution, plan, base)
         self._bank: dict[int, torch.Tensor] = {}
         self._buffer = torch.empty(0)
-        for layer in self.peft.modules():
+        self._adapters = adapters
+        self._rows = (0, 0)
+        for name, layer in self.peft.named_modules():
             if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
-                self._replace_forward(layer, adapters)
+                self._replace_forward(name, layer)
 
     def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
         """Measure the probes, `plan.probes_per_call` of them in each forward pass."""
@@ -117,6 +119,7 @@ class LoraModel(CausalModel):
     @torch.inference_mode()
     def _evaluate_together(self, probes: Sequence[Probe]) -> list[Evaluation]:
         tokens, labels = stack([probe.batch for probe in probes])
+        self._rows = (len(tokens), len(tokens) * (tokens.shape[1] - 1))
         self._fill_bank(probes)
         try:
             sums, counts = self._losses(tokens, labels)
@@ -163,8 +166,14 @@ class LoraModel(CausalModel):
             out=out,
         )
 
-    def _replace_forward(self, layer: Any, adapters: dict[str, torch.Tensor]) -> None:
+    def _replace_forward(self, name: str, layer: Any) -> None:
         """Give one PEFT layer a forward pass that uses the bank while there is one."""
+        if not _is_linear(layer.get_base_layer()):
+            raise FedForwardError(
+                f"lora.targets takes in {name}, a {type(layer.get_base_layer()).__name__}, and "
+                "only linear modules can be probed. Name the modules to adapt, as in ['q_proj', "
+                "'v_proj']."
+            )
         plain = layer.forward
         factor_a = layer.lora_A[ADAPTER].weight
         factor_b = layer.lora_B[ADAPTER].weight
@@ -177,6 +186,11 @@ class LoraModel(CausalModel):
             result = layer.base_layer(x, *args, **kwargs)
             b = self._bank[id(factor_b)]
             groups = len(b)
+            if groups > 1 and len(x) != self._rows[x.dim() == 2]:
+                raise FedForwardError(
+                    f"{name} does not see the rows of a batch in their order, so that probes "
+                    "cannot share a forward pass. Set run.probes_per_call = 1."
+                )
             a = self._bank.get(id(factor_a))
             if a is None:
                 a = factor_a[None].expand(groups, -1, -1)
@@ -194,6 +208,10 @@ class LoraModel(CausalModel):
     def save(self, folder: Path) -> None:
         """Write the adapter in PEFT format."""
         self.peft.save_pretrained(str(folder))
+
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        """Both factors of every adapter, the frozen A included."""
+        return dict(self._adapters)
 
     def merge(self) -> Any:
         """The base with the adapters added in, a plain transformers model; this one is used up."""

@@ -18,6 +18,7 @@ def resolve(
     threads: int,
     probes_per_call: int,
     trajectory: str,
+    device: str,
     directions: int,
 ) -> ProbePlan:
     """The plan from the configuration's wishes, where 0 and "auto" leave the choice to us.
@@ -31,4 +32,5 @@ def resolve(
         threads=threads or len(os.sched_getaffinity(0)),
         trajectory=("copy" if trajectory == "auto" else trajectory) if full else "generate",
         evaluation_rows=EVALUATION_ROWS,
+        device=device,
     )
