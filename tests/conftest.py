@@ -1,5 +1,6 @@
 """Shared parts of the tests: tiny networks, the demonstration model, a tiny configuration."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -8,6 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# A machine that only runs the `gpu` tests need not have hypothesis.
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    # Kernels compile in the first example, and shared machines pause: time says nothing here.
+    settings.register_profile("fedforward", deadline=None)
+    settings.load_profile("fedforward")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
