@@ -3,6 +3,7 @@
 Both rebuild the tuned state from the base model and the ledger alone.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,8 +93,6 @@ def verify(path: Path) -> Verification:
     Raises:
         FedForwardError: this is not a run, or its ledger or base model cannot be used.
     """
-    import json
-
     directory = RunDirectory(path)
     config, _ = directory.load()
     rebuilt = rebuild(directory)
@@ -171,8 +170,6 @@ def _compare(model: CausalModel, folder: Path) -> list[str]:
 
 def _compare_settings(config: Config, file: Path) -> list[str]:
     """A sentence for each setting of the saved adapter that is not the run's."""
-    import json
-
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

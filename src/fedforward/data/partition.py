@@ -59,15 +59,7 @@ def partition(
             seed=seed % 2**32,
         )
     else:
-        distinct = len(set(table["value"]))
-        size = -(-distinct // clients)
-        if clients > distinct or -(-distinct // size) != clients:
-            fitting = sorted({-(-distinct // group) for group in range(1, distinct + 1)})
-            raise FedForwardError(
-                f"federation.partition = 'by' with field {field!r}: its {distinct} values cannot "
-                f"be dealt to {clients} clients in groups of equal size. Use federation.clients = "
-                f"{', '.join(map(str, fitting))}, or another field."
-            )
+        size = _group_size(len(set(table["value"])), clients, field)
         partitioner = GroupedNaturalIdPartitioner(
             partition_by="value", group_size=size, sort_unique_ids=True
         )
@@ -86,3 +78,16 @@ def partition(
     finally:
         datasets.enable_progress_bars()
     return parts
+
+
+def _group_size(distinct: int, clients: int, field: str | None) -> int:
+    """How many of a field's values each client gets; refuses what cannot be dealt evenly."""
+    size = -(-distinct // clients)
+    if clients > distinct or -(-distinct // size) != clients:
+        fitting = sorted({-(-distinct // group) for group in range(1, distinct + 1)})
+        raise FedForwardError(
+            f"federation.partition = 'by' with field {field!r}: its {distinct} values cannot "
+            f"be dealt to {clients} clients in groups of equal size. Use federation.clients = "
+            f"{', '.join(map(str, fitting))}, or another field."
+        )
+    return size

@@ -1,8 +1,8 @@
 """The numba kernels: directions on the CPU, generated and consumed tile by tile, never stored.
 
 One call covers any number of seeds in one pass over the weights. The kernels release the
-interpreter lock and are spread over tiles by a small thread pool of our own, because numba's
-parallel back ends keep their threads spinning and so take the cores away from PyTorch's.
+interpreter lock and are spread over tiles by a small thread pool of our own, which sleeps when it
+is idle and leaves the cores to PyTorch's threads.
 """
 
 from concurrent.futures import ThreadPoolExecutor

@@ -220,11 +220,8 @@ class LoraModel(CausalModel):
 
 def _views(layout: Layout, storage: torch.Tensor) -> dict[str, torch.Tensor]:
     """The tuned tensors inside a flat buffer [..., tiles * 2048], leading dimensions kept."""
-    lead = storage.shape[:-1]
     return {
         name: storage[..., TILE * tile : TILE * tile + size].unflatten(-1, shape)
-        if lead
-        else storage[TILE * tile : TILE * tile + size].view(shape)
         for name, shape, size, tile in zip(
             layout.names, layout.shapes, layout.sizes, layout.first_tiles, strict=True
         )
