@@ -15,7 +15,8 @@ from fedforward.data.batches import Batches
 from fedforward.data.templates import tokenise
 from fedforward.demo.text import ANSWER, PROMPT, site_examples
 from fedforward.estimators import two_point_gradients, two_point_probes
-from fedforward.models.causal_lm import ProbePlan, load
+from fedforward.models.causal_lm import ProbePlan
+from fedforward.models.loading import load
 from fedforward.models.lora import LoraModel
 from fedforward.seeds import direction_seed, dither_seed
 from fedforward.steps import NO_STEPS

@@ -21,8 +21,9 @@ from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.server import ServerSettings
 from fedforward.methods import FirstOrderMethod, Method
 from fedforward.methods.fedmezo import FedMeZO
-from fedforward.models.causal_lm import CausalModel, ProbePlan, TokenBatch, load, longest_sequence
+from fedforward.models.causal_lm import CausalModel, ProbePlan, TokenBatch
 from fedforward.models.full import FullModel
+from fedforward.models.loading import load, longest_sequence
 from fedforward.models.lora import LoraModel
 from fedforward.planning import probes
 from fedforward.seeds import derive, generator

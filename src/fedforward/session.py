@@ -20,7 +20,8 @@ from fedforward.federation.ledger import Ledger, Round, UpdateNotFiniteError
 from fedforward.federation.server import Server
 from fedforward.federation.tensor_server import TensorServer
 from fedforward.methods import FirstOrderMethod
-from fedforward.models.causal_lm import ProbePlan, longest_sequence
+from fedforward.models.causal_lm import ProbePlan
+from fedforward.models.loading import longest_sequence
 from fedforward.planning.memory import peak_bytes, peak_resident_bytes
 from fedforward.run_directory import RunDirectory
 from fedforward.runtimes.local import LocalRuntime, Traffic
