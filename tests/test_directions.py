@@ -119,13 +119,18 @@ def run(
 
 
 def on_arrays(weights: torch.Tensor, *steps: Any, out: torch.Tensor, **options: Any) -> None:
-    """`cpu.accumulate` on what it takes: flat arrays, half precisions as their bits."""
+    """`cpu.commit` on what it takes: flat arrays, half precisions as their bits."""
     source, target = (
         t.numpy() if t.dtype is torch.float32 else t.view(torch.uint16).numpy()
         for t in (weights, out)
     )
     codes = (CODES[weights.dtype], CODES[out.dtype])
-    cpu.accumulate(source, *steps, out=target, codes=codes, **options)
+    if "decay" in options:
+        options["decays"] = (options.pop("decay"),)
+    if "dither_seed" in options:
+        seed = options.pop("dither_seed")
+        options["dither_seeds"] = None if seed is None else (seed,)
+    cpu.commit(source, *steps, out=target, codes=codes, **options)
 
 
 # Reference equality
@@ -530,4 +535,4 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         ((weights, seeds.astype(np.int64), coefficients), weights, TypeError),
     ):
         with pytest.raises(error):
-            cpu.accumulate(*arguments, first_tile=0, distribution=Distribution.GAUSSIAN, out=out)
+            cpu.commit(*arguments, first_tile=0, distribution=Distribution.GAUSSIAN, out=out)

@@ -34,6 +34,22 @@ class ModelSection(_Section):
         "float32", description="of the weights as they are held in memory"
     )
     tune: Literal["lora", "full"] = Field("lora", description="what the run changes")
+    quantization: Literal["none", "nf4"] = Field(
+        "none", description="of a frozen base's linear layers: 4 bits through bitsandbytes"
+    )
+    device_map: Literal["none", "auto"] = Field(
+        "none", description='"auto" spreads a frozen base over all CUDA devices and host memory'
+    )
+
+    @model_validator(mode="after")
+    def _only_a_frozen_base_is_packed(self) -> "ModelSection":
+        for key, value in (("quantization", self.quantization), ("device_map", self.device_map)):
+            if self.tune == "full" and value != "none":
+                raise ValueError(
+                    f"{key} = {value!r} is for a frozen base, and tune = 'full' changes every "
+                    f"weight; use tune = 'lora' or {key} = 'none'"
+                )
+        return self
 
 
 class LoraSection(_Section):
@@ -174,6 +190,16 @@ class Config(_Section):
     federation: FederationSection = FederationSection()
     method: MethodSection = MethodSection()
     run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _one_key_chooses_the_device(self) -> "Config":
+        if self.model.device_map == "auto" and self.run.device not in ("auto", "cuda"):
+            raise ValueError(
+                f"model.device_map = 'auto' takes all CUDA devices, and run.device = "
+                f"{self.run.device!r} names one; use run.device = 'auto', or model.device_map = "
+                "'none'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _partition_has_a_field(self) -> "Config":

@@ -170,7 +170,13 @@ def build_model(config: Config, plan: ProbePlan) -> tuple[CausalModel, Any]:
 
     torch.set_num_threads(plan.threads)
     device = resolve_device(config.run.device)
-    network, tokenizer = load(config.model.path, config.model.dtype, device)
+    network, tokenizer = load(
+        config.model.path,
+        config.model.dtype,
+        device,
+        quantization=config.model.quantization,
+        device_map=config.model.device_map,
+    )
     distribution = Distribution(config.method.distribution)
     if config.model.tune == "full":
         return FullModel(

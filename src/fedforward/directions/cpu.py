@@ -5,13 +5,16 @@ interpreter lock and are spread over tiles by a small thread pool of our own, wh
 is idle and leaves the cores to PyTorch's threads.
 """
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numba import njit, uint16, uint32, uint64
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import njit, types, uint16, uint32, uint64
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from fedforward.directions.specification import (
@@ -20,6 +23,7 @@ from fedforward.directions.specification import (
     Stream,
     half_normal_table,
 )
+from fedforward.steps import Steps
 
 #: Seeds whose words are kept at once; bounds the scratch of a thread to half a megabyte.
 SEEDS_AT_ONCE = 128
@@ -115,128 +119,225 @@ def _add_gaussian(acc, words, seeds, bits, start, stop, tile, stream, table):  #
 
 
 @njit(inline="always")
-def _half_to_bits(half):  # type: ignore[no-untyped-def]
-    """The float32 bits of a float16, exactly."""
-    sign = uint32(uint32(half) & uint32(0x8000)) << uint32(16)
-    exponent = uint32(half >> uint16(10)) & uint32(31)
-    mantissa = uint32(half) & uint32(0x3FF)
-    if exponent == uint32(31):
-        return uint32(sign | uint32(0x7F800000) | uint32(mantissa << uint32(13)))
-    if exponent == uint32(0):
-        # Subnormal: the mantissa counts units of 2^-24, which float32 holds exactly.
-        value = np.float32(mantissa) * np.float32(2.0**-24)
-        return uint32(sign | np.float32(value).view(np.uint32))
-    return uint32(sign | uint32((exponent + uint32(112)) << uint32(23)) | (mantissa << uint32(13)))
+def _directions(z, words, wide, seed, gaussian, tile, stream, table):  # type: ignore[no-untyped-def]
+    """z[: 2048] of one seed on one tile, float32; `words` [64] and `wide` [1024] are scratch."""
+    if gaussian:
+        _philox(wide, 256, tile, stream, seed)
+        for i in range(1024):
+            w = wide[i]
+            low = np.float32(table[w & uint32(0x7FFF)]).view(np.uint32)
+            high = np.float32(table[(w >> uint32(16)) & uint32(0x7FFF)]).view(np.uint32)
+            low ^= uint32(w << uint32(16)) & uint32(0x80000000)
+            high ^= w & uint32(0x80000000)
+            z[i] = np.uint32(low).view(np.float32)
+            z[1024 + i] = np.uint32(high).view(np.float32)
+        return
+    _philox(words, 16, tile, stream, seed)
+    for j in range(32):
+        shift = uint32(31 - j)
+        part = z[64 * j : 64 * j + 64]
+        for i in range(64):
+            part[i] = _signed(uint32(0x3F800000), words[i], shift)
+
+
+@intrinsic
+def _half_to_float(context, half):  # type: ignore[no-untyped-def]
+    """The float32 of a float16's bits, exactly, by the processor's own conversion."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def _to_float16(context, value):  # type: ignore[no-untyped-def]
+    """The bits of the nearest float16, ties to even, by the processor's own conversion."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
 
 
 @njit(inline="always")
-def _to_bfloat16(bits, dither):  # type: ignore[no-untyped-def]
-    """Float32 bits to bfloat16 bits: nearest-even if dither < 0, else up if frac + dither >= 1."""
-    if (bits & uint32(0x7FFFFFFF)) > uint32(0x7F800000):
-        return uint16((bits >> uint32(16)) | uint32(0x40))
-    if dither < 0:
-        step = uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))
-    elif (bits & uint32(0x7F800000)) == uint32(0x7F800000):
-        step = uint32(0)
-    else:
-        step = uint32(dither)
-    return uint16(uint32(bits + step) >> uint32(16))
+def _to_bfloat16(value):  # type: ignore[no-untyped-def]
+    """The bits of the nearest bfloat16, ties to even."""
+    bits = np.float32(value).view(np.uint32)
+    top = uint32(bits >> uint32(16))
+    rounded = uint32(uint32(bits + uint32(0x7FFF) + (top & uint32(1))) >> uint32(16))
+    quiet = top | uint32(0x40)
+    return uint16(quiet if (bits & uint32(0x7FFFFFFF)) > uint32(0x7F800000) else rounded)
 
 
 @njit(inline="always")
-def _to_float16(bits, dither):  # type: ignore[no-untyped-def]
-    """Float32 bits to float16 bits; the fraction below the last place is cut to 16 bits."""
-    sign = uint32(bits >> uint32(16)) & uint32(0x8000)
-    magnitude = uint32(bits & uint32(0x7FFFFFFF))
-    if magnitude >= uint32(0x7F800000):
-        special = uint32(0x7E00) if magnitude > uint32(0x7F800000) else uint32(0x7C00)
-        return uint16(sign | special)
-    exponent = magnitude >> uint32(23)
-    if exponent >= uint32(143):
-        return uint16(sign | uint32(0x7C00))
-    mantissa = uint64(magnitude & uint32(0x7FFFFF))
-    if exponent >= uint32(113):
-        kept = (uint64(exponent - uint32(113)) << uint64(10)) + (mantissa >> uint64(13))
-        kept += uint64(1 << 10)
-        rest = uint64((mantissa & uint64(0x1FFF)) << uint64(3))
-        exact_half = rest == uint64(0x8000)
-    else:
-        # Below 2^-14 the last place is 2^-24: shift the full significand down to units of it.
-        shift = uint64(min(uint32(126) - exponent, uint32(41)))
-        significand = mantissa | uint64(0x800000) if exponent > uint32(0) else mantissa
-        kept = significand >> shift
-        below = significand & ((uint64(1) << shift) - uint64(1))
-        rest = (below << uint64(16)) >> shift
-        exact_half = (below << uint64(1)) == (uint64(1) << shift)
-    if dither < 0:
-        up = rest >= uint64(0x8000) and (not exact_half or (kept & uint64(1)) == uint64(1))
-    else:
-        up = rest + uint64(dither) >= uint64(0x10000)
-    if up:
-        kept += uint64(1)
-    return uint16(sign | uint32(kept))
+def _dithered_bfloat16(value, noise):  # type: ignore[no-untyped-def]
+    """The bits of a neighbouring bfloat16: up where fraction + noise reaches one last place."""
+    bits = np.float32(value).view(np.uint32)
+    special = (bits & uint32(0x7F800000)) == uint32(0x7F800000)
+    rounded = uint16(uint32(bits + noise) >> uint32(16))
+    return _to_bfloat16(value) if special else rounded
 
 
 @njit(inline="always")
-def _load(acc, weights, code, decay):  # type: ignore[no-untyped-def]
-    """acc[i] = RNE(decay * float32(weights[i]))."""
+def _dithered_float16(value, noise):  # type: ignore[no-untyped-def]
+    """The same for float16; the fraction below the last place is cut to 16 bits."""
+    bits = np.float32(value).view(np.uint32)
+    magnitude = bits & uint32(0x7FFFFFFF)
+    normal = uint32(uint32(uint32(magnitude - uint32(0x38000000)) << uint32(3)) + noise)
+    # Below 2^-14 the last place is 2^-24; cut to 16 bits of it, the number is whole in 2^-40.
+    tiny = min(np.uint32(magnitude).view(np.float32), np.float32(2.0**-14)) * np.float32(2.0**40)
+    small = uint32(uint32(np.int32(tiny)) + noise)
+    rounded = uint32((small if magnitude < uint32(0x38800000) else normal) >> uint32(16))
+    half = uint16(rounded | (uint32(bits >> uint32(16)) & uint32(0x8000)))
+    return _to_float16(np.float32(value)) if magnitude >= uint32(0x47800000) else half
+
+
+@njit(inline="always")
+def _load(acc, weights, code):  # type: ignore[no-untyped-def]
+    """acc[i] = float32(weights[i])."""
     if code == FLOAT32:
         for i in range(len(weights)):
-            acc[i] = decay * np.float32(weights[i])
+            acc[i] = np.float32(weights[i])
     elif code == BFLOAT16:
         for i in range(len(weights)):
-            bits = uint32(weights[i]) << uint32(16)
-            acc[i] = decay * np.uint32(bits).view(np.float32)
+            acc[i] = np.uint32(uint32(weights[i]) << uint32(16)).view(np.float32)
     else:
         for i in range(len(weights)):
-            bits = _half_to_bits(uint16(weights[i]))
-            acc[i] = decay * np.uint32(bits).view(np.float32)
+            acc[i] = _half_to_float(uint16(weights[i]))
 
 
 @njit(inline="always")
-def _store(out, code, acc, dithered, dither):  # type: ignore[no-untyped-def]
-    """out[i] = acc[i], rounded once; the dither of i is half i // 1024 of word i % 1024."""
+def _store(out, code, acc):  # type: ignore[no-untyped-def]
+    """out[i] = acc[i], rounded to nearest-even."""
     if code == FLOAT32:
         for i in range(len(out)):
             out[i] = acc[i]
-        return
-    for i in range(len(out)):
-        bits = np.float32(acc[i]).view(np.uint32)
-        noise = np.int64(-1)
-        if dithered:
-            noise = np.int64((dither[i % 1024] >> uint32(16 * (i // 1024))) & uint32(0xFFFF))
-        if code == BFLOAT16:
-            out[i] = _to_bfloat16(bits, noise)
-        else:
-            out[i] = _to_float16(bits, noise)
+    elif code == BFLOAT16:
+        for i in range(len(out)):
+            out[i] = _to_bfloat16(acc[i])
+    else:
+        for i in range(len(out)):
+            out[i] = _to_float16(acc[i])
+
+
+@njit(inline="always")
+def _store_dithered(out, code, acc, words):  # type: ignore[no-untyped-def]
+    """out[i] = acc[i], rounded by the dither of i: half i // 1024 of word i % 1024."""
+    for first in range(0, len(out), 1024):
+        shift = uint32(16 if first else 0)
+        for i in range(min(1024, len(out) - first)):
+            noise = uint32(words[i] >> shift) & uint32(0xFFFF)
+            if code == BFLOAT16:
+                out[first + i] = _dithered_bfloat16(acc[first + i], noise)
+            else:
+                out[first + i] = _dithered_float16(acc[first + i], noise)
 
 
 @njit(nogil=True, cache=True)
-def _accumulate(  # type: ignore[no-untyped-def]
-    weights, weights_code, out, out_code, decay, seeds, bits, gaussian, table,
-    first_tile, begin_tile, end_tile, stream, dithered, dither_seed,
+def _commit(  # type: ignore[no-untyped-def]
+    weights, weights_code, out, out_code, decays, seeds, bits, ends, gaussian, table,
+    first_tile, begin_tile, end_tile, stream, dithered, dither_seeds,
 ):  # fmt: skip
-    """Tiles begin..end of one flat tensor whose first tile has the number first_tile."""
+    """Tiles begin..end of a flat tensor; returns how many coordinates the last round changed.
+
+    Round r ends at step ends[r]. Between rounds the values are those that `out` would hold.
+    """
     acc = np.zeros(TILE, np.float32)
     rows = acc.reshape(32, 64)
+    before = np.zeros(TILE, np.float32)
     words = np.empty((SEEDS_AT_ONCE, 64), np.uint32)
     wide = np.empty(1024, np.uint32)
-    dither = np.empty(1024, np.uint32)
     total = len(weights)
+    changed = 0
     for tile in range(begin_tile, end_tile):
         begin = tile * TILE
         count = min(TILE, total - begin)
         number = uint64(first_tile + tile)
-        _load(acc, weights[begin : begin + count], weights_code, decay)
-        if gaussian:
-            _add_gaussian(acc, wide, seeds, bits, 0, len(seeds), number, stream, table)
+        target = out[begin : begin + count]
+        _load(acc, weights[begin : begin + count], weights_code)
+        step = 0
+        for r in range(len(ends)):
+            if out_code != FLOAT32 and r == len(ends) - 1:
+                before[:] = acc
+            if decays[r] != np.float32(1.0):
+                for i in range(TILE):
+                    acc[i] = decays[r] * acc[i]
+            if gaussian:
+                _add_gaussian(acc, wide, seeds, bits, step, ends[r], number, stream, table)
+            else:
+                for start in range(step, ends[r], SEEDS_AT_ONCE):
+                    stop = min(start + SEEDS_AT_ONCE, ends[r])
+                    _add_rademacher(rows, words, seeds, bits, start, stop, number, stream)
+            step = ends[r]
+            if out_code != FLOAT32:
+                if dithered:
+                    _philox(wide, 256, number, DITHER, dither_seeds[r])
+                    _store_dithered(target, out_code, acc, wide)
+                else:
+                    _store(target, out_code, acc)
+                _load(acc, target, out_code)
+        if out_code == FLOAT32:
+            _store(target, out_code, acc)
         else:
-            for start in range(0, len(seeds), SEEDS_AT_ONCE):
-                stop = min(start + SEEDS_AT_ONCE, len(seeds))
-                _add_rademacher(rows, words, seeds, bits, start, stop, number, stream)
-        if dithered:
-            _philox(dither, 256, number, DITHER, dither_seed)
-        _store(out[begin : begin + count], out_code, acc, dithered, dither)
+            for i in range(count):
+                if before[i] != acc[i]:
+                    changed += 1
+    return changed
+
+
+@njit(nogil=True, cache=True)
+def _displace(  # type: ignore[no-untyped-def]
+    weights, weights_code, out, out_code, seeds, bits, own_seeds, own_bits, ends, gaussian, table,
+    first_tile, tiles, skips, counts, places, begin, end, stream,
+):  # fmt: skip
+    """Pieces begin..end: out[g, places..] = weights + the shared steps + those up to ends[g].
+
+    Piece p is counts[p] coordinates that begin skips[p] after the start of tile tiles[p].
+    """
+    acc = np.zeros(TILE, np.float32)
+    own = np.zeros(TILE, np.float32)
+    z = np.zeros(TILE, np.float32)
+    words = np.empty((SEEDS_AT_ONCE, 64), np.uint32)
+    wide = np.empty(1024, np.uint32)
+    for piece in range(begin, end):
+        skip, count, place = skips[piece], counts[piece], places[piece]
+        source = tiles[piece] * TILE + skip
+        number = uint64(first_tile + tiles[piece])
+        _load(acc[skip : skip + count], weights[source : source + count], weights_code)
+        _add(acc, words, wide, seeds, bits, 0, len(seeds), gaussian, number, stream, table)
+        step = 0
+        known = False
+        for g in range(len(ends)):
+            if ends[g] - step == 1:
+                # The two signs of a direction, and any neighbours that share it, share its z.
+                if not known or own_seeds[step] != own_seeds[step - 1]:
+                    _directions(z, words[0], wide, own_seeds[step], gaussian, number, stream, table)
+                c = np.uint32(own_bits[step]).view(np.float32)
+                for i in range(TILE):
+                    own[i] = acc[i] + c * z[i]
+                known = True
+            else:
+                own[:] = acc
+                _add(
+                    own, words, wide, own_seeds, own_bits, step, ends[g],
+                    gaussian, number, stream, table,
+                )  # fmt: skip
+                known = False
+            step = ends[g]
+            _store(out[g, place : place + count], out_code, own[skip : skip + count])
+
+
+@njit(inline="always")
+def _add(acc, words, wide, seeds, bits, start, stop, gaussian, tile, stream, table):  # type: ignore[no-untyped-def]
+    """acc += the steps start..stop on one tile, in order."""
+    if gaussian:
+        _add_gaussian(acc, wide, seeds, bits, start, stop, tile, stream, table)
+    else:
+        rows = acc.reshape(32, 64)
+        for first in range(start, stop, SEEDS_AT_ONCE):
+            last = min(first + SEEDS_AT_ONCE, stop)
+            _add_rademacher(rows, words, seeds, bits, first, last, tile, stream)
 
 
 @cache
@@ -244,7 +345,30 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="fedforward-directions")
 
 
-def accumulate(
+def _shared(work: Callable[[int, int], int], parts: int, cost: int, threads: int) -> int:
+    """work(begin, end) over 0..parts, on several threads if it is worth it; the sum of results.
+
+    Args:
+        cost: tile-seeds in all.
+    """
+    threads = min(threads, parts)
+    if threads <= 1 or cost < THREADING_THRESHOLD:
+        return work(0, parts)
+    edges = [parts * part // threads for part in range(threads + 1)]
+    jobs = [_pool(threads).submit(work, begin, end) for begin, end in pairwise(edges[1:])]
+    return work(0, edges[1]) + sum(job.result() for job in jobs)
+
+
+def _check(seeds: NDArray[np.uint64], coefficients: NDArray[np.float32]) -> None:
+    if len(seeds) != len(coefficients):
+        raise ValueError(
+            f"{len(seeds)} seeds with {len(coefficients)} coefficients: the numbers must be equal"
+        )
+    if seeds.dtype != np.uint64 or coefficients.dtype != np.float32:
+        raise TypeError(f"seeds are {seeds.dtype}, coefficients {coefficients.dtype}")
+
+
+def commit(
     weights: NDArray[Any],
     seeds: NDArray[np.uint64],
     coefficients: NDArray[np.float32],
@@ -253,54 +377,121 @@ def accumulate(
     distribution: Distribution,
     out: NDArray[Any],
     codes: tuple[int, int] = (FLOAT32, FLOAT32),
-    decay: float = 1.0,
-    dither_seed: int | None = None,
+    ends: Sequence[int] | None = None,
+    decays: Sequence[float] = (1.0,),
+    dither_seeds: Sequence[int] | None = None,
     stream: Stream = Stream.DIRECTION,
     threads: int = 1,
-) -> None:
-    """`fedforward.directions.kernels.accumulate` for flat arrays in main memory.
+) -> int:
+    """Rounds of `fedforward.directions.kernels.accumulate`, one after another, in one pass.
 
     Args beyond those of `kernels.accumulate`:
-        codes: dtypes of `weights` and `out`; FLOAT32 arrays are float32, the half precisions are
-            uint16 arrays of their bits.
+        weights, out: flat; FLOAT32 arrays are float32, the half precisions uint16 arrays of
+            their bits.
+        codes: dtypes of `weights` and `out`.
+        ends: the step at which each round ends; None is one round.
+        decays: of each round.
+        dither_seeds: of each round; None rounds to nearest.
         threads: at most so many share the tiles; the result does not depend on it.
+
+    Returns:
+        How many coordinates the last round changed; 0 in float32, where they are not counted.
     """
-    if len(seeds) != len(coefficients) or len(out) != len(weights):
+    _check(seeds, coefficients)
+    if len(out) != len(weights):
         raise ValueError(
-            f"{len(seeds)} seeds with {len(coefficients)} coefficients, {len(weights)} weights "
-            f"into {len(out)}: the numbers must be equal"
+            f"{len(weights)} weights into {len(out)} places: the numbers must be equal"
         )
-    if seeds.dtype != np.uint64 or coefficients.dtype != np.float32:
-        raise TypeError(f"seeds are {seeds.dtype}, coefficients {coefficients.dtype}")
-    tiles = -(-len(weights) // TILE)
+    ends = (len(seeds),) if ends is None else ends
     # float32 is never rounded, so its dither would be generated for nothing.
-    dithered = dither_seed is not None and codes[1] != FLOAT32
+    dithered = dither_seeds is not None and codes[1] != FLOAT32
+    settings = (
+        np.array(decays, np.float32),
+        seeds,
+        coefficients.view(np.uint32),
+        np.array(ends, np.int64),
+        distribution is Distribution.GAUSSIAN,
+        half_normal_table(),
+        first_tile,
+    )
+    noise = np.array(dither_seeds if dithered else (), np.uint64)
 
-    def work(begin: int, end: int) -> None:
-        _accumulate(
-            weights,
-            codes[0],
-            out,
-            codes[1],
-            np.float32(decay),
-            seeds,
-            coefficients.view(np.uint32),
-            distribution is Distribution.GAUSSIAN,
-            half_normal_table(),
-            first_tile,
-            begin,
-            end,
-            int(stream),
-            dithered,
-            np.uint64(dither_seed or 0),
+    def work(begin: int, end: int) -> int:
+        changed = _commit(
+            weights, codes[0], out, codes[1], *settings, begin, end, int(stream), dithered, noise
         )
+        return int(changed)
 
-    threads = min(threads, tiles)
-    if threads <= 1 or tiles * (len(seeds) + 1) < THREADING_THRESHOLD:
-        work(0, tiles)
+    tiles = -(-len(weights) // TILE)
+    return _shared(work, tiles, tiles * (len(seeds) + 1), threads)
+
+
+def displace(
+    weights: NDArray[Any],
+    shared: Steps,
+    own: Sequence[Steps],
+    *,
+    first_tile: int,
+    distribution: Distribution,
+    out: NDArray[Any],
+    codes: tuple[int, int] = (FLOAT32, FLOAT32),
+    starts: NDArray[np.int64] | None = None,
+    threads: int = 1,
+) -> None:
+    """`fedforward.directions.kernels.displace` for arrays in main memory; see `commit` for codes.
+
+    Args:
+        weights: flat.
+        out: [len(own), n].
+        starts: int64 [S], where each of S pieces of n // S coordinates begins; None is 0 alone.
+    """
+    steps = Steps(
+        np.concatenate([part.seeds for part in own]),
+        np.concatenate([part.coefficients for part in own]),
+    )
+    _check(shared.seeds, shared.coefficients)
+    _check(steps.seeds, steps.coefficients)
+    if len(out) != len(own):
+        raise ValueError(f"{len(own)} displacements into {len(out)} rows: must be equal")
+    if starts is None:
+        pieces = _whole(out.shape[1])
+    elif len(starts):
+        pieces = _pieces(starts, out.shape[1] // len(starts))
+    else:
         return
-    edges = [tiles * part // threads for part in range(threads + 1)]
-    jobs = [_pool(threads).submit(work, begin, end) for begin, end in pairwise(edges[1:])]
-    work(0, edges[1])
-    for job in jobs:
-        job.result()
+    settings = (
+        shared.seeds,
+        shared.coefficients.view(np.uint32),
+        steps.seeds,
+        steps.coefficients.view(np.uint32),
+        np.cumsum([len(part) for part in own]),
+        distribution is Distribution.GAUSSIAN,
+        half_normal_table(),
+        first_tile,
+        *pieces,
+    )
+
+    def work(begin: int, end: int) -> int:
+        _displace(weights, codes[0], out, codes[1], *settings, begin, end, int(Stream.DIRECTION))
+        return 0
+
+    count = len(pieces[0])
+    _shared(work, count, count * (len(shared) + len(own) + 1), threads)
+
+
+@lru_cache(maxsize=256)
+def _whole(length: int) -> tuple[NDArray[np.int64], ...]:
+    return _pieces(np.zeros(1, np.int64), length)
+
+
+def _pieces(starts: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64], ...]:
+    """Tile, coordinates skipped in it, their number and place in the output, of every piece."""
+    first = starts // TILE
+    spanned = (starts + length - 1) // TILE - first + 1
+    ends = np.cumsum(spanned)
+    owner = np.repeat(np.arange(len(starts)), spanned)
+    tiles = first[owner] + np.arange(ends[-1]) - (ends - spanned)[owner]
+    begins = np.maximum(starts[owner], TILE * tiles)
+    stops = np.minimum(starts[owner] + length, TILE * (tiles + 1))
+    places = owner * length + begins - starts[owner]
+    return tiles, begins - TILE * tiles, stops - begins, places

@@ -1,4 +1,11 @@
-"""The one operation on tensors: add displacements to weights, on whatever device they are."""
+"""The operations on tensors: add displacements to weights, on whatever device they are.
+
+The device chooses the kernel: numba on the CPU, Triton on CUDA, the PyTorch reference elsewhere.
+All give the same bits.
+"""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -6,6 +13,7 @@ from numpy.typing import NDArray
 
 from fedforward.directions import cpu, reference
 from fedforward.directions.specification import Distribution, Stream
+from fedforward.steps import Steps, Update
 
 _CODES = {
     torch.float32: cpu.FLOAT32,
@@ -45,7 +53,7 @@ def accumulate(
         stream: the Philox stream that the numbers come from.
     """
     if weights.device.type == "cpu":
-        cpu.accumulate(
+        cpu.commit(
             _array(weights),
             seeds,
             coefficients,
@@ -53,13 +61,13 @@ def accumulate(
             distribution=distribution,
             out=_array(out),
             codes=(_CODES[weights.dtype], _CODES[out.dtype]),
-            decay=decay,
-            dither_seed=dither_seed,
+            decays=(decay,),
+            dither_seeds=None if dither_seed is None else (dither_seed,),
             stream=stream,
             threads=torch.get_num_threads(),
         )
         return
-    reference.accumulate(
+    _elsewhere(weights).accumulate(
         weights,
         seeds,
         coefficients,
@@ -70,6 +78,102 @@ def accumulate(
         dither_seed=dither_seed,
         stream=stream,
     )
+
+
+def commit(
+    weights: torch.Tensor,
+    updates: Sequence[Update],
+    *,
+    first_tile: int,
+    distribution: Distribution,
+) -> int:
+    """Apply updates in place, each with its own rounding, in one pass over the weights.
+
+    Float32 weights are not rounded; half precisions are rounded stochastically after every update,
+    with its dither. The bits are those of `accumulate` called for one update after another.
+
+    Args:
+        weights: contiguous; see `accumulate`, also for the others.
+        updates: in order.
+
+    Returns:
+        How many coordinates the last update changed; 0 in float32, where they are not counted.
+    """
+    if not updates:
+        return 0
+    if weights.device.type == "cpu":
+        array = _array(weights)
+        return cpu.commit(
+            array,
+            np.concatenate([update.steps.seeds for update in updates]),
+            np.concatenate([update.steps.coefficients for update in updates]),
+            first_tile=first_tile,
+            distribution=distribution,
+            out=array,
+            codes=(_CODES[weights.dtype],) * 2,
+            ends=np.cumsum([len(update.steps) for update in updates]).tolist(),
+            decays=[update.decay for update in updates],
+            dither_seeds=[update.dither_seed for update in updates],
+            threads=torch.get_num_threads(),
+        )
+    return int(
+        _elsewhere(weights).commit(
+            weights, updates, first_tile=first_tile, distribution=distribution
+        )
+    )
+
+
+def displace(
+    weights: torch.Tensor,
+    shared: Steps,
+    own: Sequence[Steps],
+    *,
+    first_tile: int,
+    distribution: Distribution,
+    out: torch.Tensor,
+    starts: NDArray[np.int64] | None = None,
+) -> None:
+    """out[g] = round(weights + Σ shared + Σ own[g]), beside the weights, for all g in one pass.
+
+    The shared sum is made once; neighbours in `own` that are one step along the same seed (the two
+    signs of a direction) share its z.
+
+    Args:
+        weights: contiguous; see `accumulate`, also for the others.
+        shared: steps that come first in every sum.
+        own: G lists of steps.
+        out: contiguous [G, n], float32, bfloat16 or float16, rounded to nearest-even.
+        starts: int64 [S], at which coordinates of the weights S pieces of n / S neighbours begin
+            (rows of an embedding, or a tile of a matrix); None takes the first n.
+    """
+    if weights.device.type == "cpu":
+        cpu.displace(
+            _array(weights),
+            shared,
+            own,
+            first_tile=first_tile,
+            distribution=distribution,
+            out=_array(out).reshape(out.shape),
+            codes=(_CODES[weights.dtype], _CODES[out.dtype]),
+            starts=starts,
+            threads=torch.get_num_threads(),
+        )
+        return
+    _elsewhere(weights).displace(
+        weights, shared, own, first_tile=first_tile, distribution=distribution, out=out,
+        starts=starts,
+    )  # fmt: skip
+
+
+def _elsewhere(weights: torch.Tensor) -> Any:
+    """The implementation for a tensor that is not in main memory."""
+    if weights.device.type == "cuda":
+        try:
+            from fedforward.directions import cuda
+        except ImportError:
+            return reference
+        return cuda
+    return reference
 
 
 def _array(tensor: torch.Tensor) -> NDArray[np.float32] | NDArray[np.uint16]:

@@ -5,6 +5,8 @@ framework, no `alpha=`, no `addcmul`. Slow on purpose: the fast kernels must agr
 for bit.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ from fedforward.directions.specification import (
     Stream,
     half_normal_table,
 )
+from fedforward.steps import Steps, Update
 
 _LOW = 0xFFFFFFFF
 
@@ -148,3 +151,56 @@ def accumulate(
         noise = dither(dither_seed, flat.numel(), first_tile, flat.device)
         rounded = round_stochastically(total, noise, out.dtype)
     out.copy_(rounded.view(out.shape))
+
+
+def commit(
+    weights: torch.Tensor,
+    updates: Sequence[Update],
+    *,
+    first_tile: int,
+    distribution: Distribution,
+) -> int:
+    """The oracle behind `kernels.commit`: one pass over the weights for every update."""
+    changed = 0
+    for update in updates:
+        before = weights.clone()
+        accumulate(
+            weights,
+            update.steps.seeds,
+            update.steps.coefficients,
+            first_tile=first_tile,
+            distribution=distribution,
+            out=weights,
+            decay=update.decay,
+            dither_seed=update.dither_seed,
+        )
+        changed = int((before != weights).sum())
+    return 0 if weights.dtype is torch.float32 else changed
+
+
+def displace(
+    weights: torch.Tensor,
+    shared: Steps,
+    own: Sequence[Steps],
+    *,
+    first_tile: int,
+    distribution: Distribution,
+    out: torch.Tensor,
+    starts: NDArray[np.int64] | None = None,
+) -> None:
+    """The oracle behind `kernels.displace`: the whole tensor is displaced and cut."""
+    begins = [0] if starts is None else starts.tolist()
+    length = out.shape[1] // max(1, len(begins))
+    for g, steps in enumerate(own):
+        whole = torch.empty(weights.numel(), dtype=out.dtype, device=out.device)
+        total = shared + steps
+        accumulate(
+            weights,
+            total.seeds,
+            total.coefficients,
+            first_tile=first_tile,
+            distribution=distribution,
+            out=whole,
+        )
+        for place, begin in enumerate(begins):
+            out[g, place * length : (place + 1) * length] = whole[begin : begin + length]

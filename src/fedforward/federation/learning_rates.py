@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedforward.directions import TILE, Distribution, Layout
-from fedforward.directions.cpu import accumulate
+from fedforward.directions.cpu import commit
 from fedforward.federation.ledger import Round
 from fedforward.seeds import direction_seed, generator
 
@@ -153,7 +153,7 @@ def update_differences(
         for begin in range(0, size, len(zeros)):
             count = min(len(zeros), size - begin)
             for row, (seed, coefficient) in enumerate(zip(seeds, coefficients, strict=True)):
-                accumulate(
+                commit(
                     zeros[:count],
                     seed,
                     coefficient,

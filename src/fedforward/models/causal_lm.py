@@ -1,13 +1,14 @@
-"""What all tuned causal language models share: the loss on answers, commit and digest.
+"""What all tuned causal language models share: probes in one batch, the loss, commit and digest.
 
 How a probe's displacement reaches the weights is left to `lora` (a batched adapter bank) and
-`full` (a scratch beside the weights).
+`full` (tiles beside the weights).
 """
 
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from fedforward.directions import Distribution, Layout
-from fedforward.directions.kernels import accumulate
+from fedforward.directions.kernels import commit
+from fedforward.models.blocks import Prefix
+from fedforward.models.head import Head, VocabularyTile, losses_of
 from fedforward.steps import Evaluation, Probe, Update
 
 #: Label of tokens that do not count (the prompt and the padding).
 IGNORED = -100
-#: Float32 logits that the loss works on at once (1 MiB), unless that is under LOSS_TOKENS tokens.
-LOSS_CHUNK = 1 << 18
-LOSS_TOKENS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +46,11 @@ class ProbePlan:
     """How probes are grouped into forward passes. Fixed when a run starts and stored with it.
 
     Attributes:
-        probes_per_call: LoRA probes that share one forward pass; 1 with full tuning.
+        probes_per_call: probes that share one forward pass.
         threads: PyTorch and kernel threads.
         trajectory: "generate" adds a client's local steps to the weights in every probe; "copy"
-            keeps their sum in one float32 copy of the tuned weights (full tuning only). Both round
-            once from the same sum, so the bits are the same.
+            keeps their sum in a float32 copy of the tuned weights. Both round once from the same
+            sum, so the bits are the same.
         evaluation_rows: examples per forward pass of a held-out evaluation.
         device: where the run was started; the last bits of losses depend on it.
     """
@@ -98,39 +99,146 @@ class CausalModel(ABC):
         self.distribution = distribution
         self.plan = plan
         self.base_fingerprint = base_fingerprint
-        self.device = next(network.parameters()).device
+        self.device = network.get_input_embeddings().weight.device
         self.changed_share: float | None = None
         forward = inspect.signature(network.forward).parameters
         self._selects_logits = "logits_to_keep" in forward
+        self.head = Head(network)
+        self.prefix = Prefix(network, tuple(tensors.values()))
+
+    def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
+        """Measure probes on their `TokenBatch`es, `plan.probes_per_call` to a forward pass.
+
+        The weights stay, bit for bit.
+        """
+        results: list[Evaluation] = []
+        for begin in range(0, len(probes), self.plan.probes_per_call):
+            results += self._evaluate_together(probes[begin : begin + self.plan.probes_per_call])
+        return results
+
+    @torch.inference_mode()
+    def _evaluate_together(self, probes: Sequence[Probe]) -> list[Evaluation]:
+        """One forward pass. The probes' rows come one group after another; probes with a batch in
+        common share what lies below the first block that is tuned.
+        """
+        batches = list({id(probe.batch): probe.batch for probe in probes}.values())
+        place = {id(batch): number for number, batch in enumerate(batches)}
+        tokens, labels = stack(batches)
+        rows = len(tokens) // len(batches)
+        owner = torch.tensor([place[id(probe.batch)] for probe in probes])
+        index = (owner[:, None] * rows + torch.arange(rows)).flatten()
+        labels = labels[index]
+        spread: torch.Tensor | None = index.to(self.device)
+        if not self.prefix.first or len(batches) == len(probes):
+            tokens, spread = tokens[index], None
+        with self.prefix.spread(len(tokens), spread):
+            sums, counts = self._losses(tokens, labels, probes)
+        return [
+            Evaluation(part.numpy()[:height], count.numpy()[:height])
+            for part, count, height in zip(
+                sums.cpu().split(rows),
+                counts.cpu().split(rows),
+                (len(probe.batch.tokens) for probe in probes),
+                strict=True,
+            )
+        ]
+
+    def _losses(
+        self, tokens: torch.Tensor, labels: torch.Tensor, probes: Sequence[Probe]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Per row: the summed loss (float64 [rows]) and the number of counted tokens.
+
+        Args:
+            tokens: int64 [rows below the first tuned block, length].
+            labels: int64 [rows, length], equally many of each probe.
+        """
+        tokens, targets = tokens.to(self.device), labels[:, 1:].to(self.device)
+        counted = targets != IGNORED
+        positions = counted.any(dim=0).nonzero()[:, 0]
+        every = len(positions) == targets.shape[1]
+        options: dict[str, Any] = {"input_ids": tokens[:, :-1]}
+        if self._selects_logits and not every:
+            options["logits_to_keep"] = positions
+        with self._displaced(probes, (len(labels), targets.shape[1])):
+            if self.head.module is None:
+                given = self.network(use_cache=False, **options).logits
+            else:
+                given = self.head.inputs(**options)
+            if not every:
+                given = given if self._selects_logits else given[:, positions]
+                targets, counted = targets[:, positions], counted[:, positions]
+            if self.head.module is None:
+                losses = losses_of(given, targets)
+            elif self.head.sliceable and (sliced := self._vocabulary_tiles()):
+                losses = self._losses_by_tiles(given, targets, counted, *sliced)
+            else:
+                losses = self.head.losses_whole(given, targets)
+        per_token = losses.double().masked_fill(~counted, 0.0)
+        return per_token.sum(dim=1), counted.sum(dim=1)
+
+    def _losses_by_tiles(
+        self,
+        given: torch.Tensor,
+        targets: torch.Tensor,
+        counted: torch.Tensor,
+        groups: int,
+        tiles: Iterator[VocabularyTile],
+    ) -> torch.Tensor:
+        """Float32 in the shape of `targets`; 0 where nothing is counted."""
+        assert isinstance(self.head.module, nn.Linear)
+        weight = self.head.module.weight
+        rows = len(given) // groups
+        parts = [slice(g * rows, (g + 1) * rows) for g in range(groups)]
+        if bool(counted.all()):
+            chosen = [given[part].flatten(0, 1) for part in parts]
+        else:
+            chosen = [given[part][counted[part]] for part in parts]
+        wanted = [targets[part][counted[part]] for part in parts]
+        result = torch.zeros(targets.shape, device=weight.device)
+        losses = self.head.losses(
+            [part.to(weight.device) for part in chosen],
+            [part.to(weight.device) for part in wanted],
+            tiles,
+        )
+        result[counted.to(weight.device)] = losses
+        return result.to(targets.device)
 
     @abstractmethod
-    def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
-        """Measure each probe on its `TokenBatch`; the weights stay, bit for bit."""
+    def _displaced(
+        self, probes: Sequence[Probe], shape: tuple[int, int]
+    ) -> AbstractContextManager[None]:
+        """While it is open, group g of the rows meets the weights displaced as probe g has them.
+
+        Args:
+            shape: rows of all groups, and tokens in a row.
+        """
+
+    def _vocabulary_tiles(self) -> tuple[int, Iterator[VocabularyTile]] | None:
+        """The head as the open displacement has it, and how many groups of rows differ in it.
+
+        None if it cannot be cut along the vocabulary.
+        """
+        return 1, self.head.frozen_tiles()
 
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write what was tuned: a PEFT adapter, or the whole model in Hugging Face format."""
 
     def commit(self, updates: Sequence[Update]) -> None:
-        """Apply updates in order: nearest rounding in float32, stochastic in half precision."""
-        for update in updates:
-            changed = 0
-            for name, first_tile in zip(self.layout.names, self.layout.first_tiles, strict=True):
-                tensor = self.tensors[name]
-                before = tensor.clone() if tensor.dtype is not torch.float32 else None
-                accumulate(
-                    tensor,
-                    update.steps.seeds,
-                    update.steps.coefficients,
-                    first_tile=first_tile,
-                    distribution=self.distribution,
-                    out=tensor,
-                    decay=update.decay,
-                    dither_seed=update.dither_seed,
-                )
-                if before is not None:
-                    changed += int((before != tensor).sum())
-                    self.changed_share = changed / self.layout.parameters
+        """Apply updates in order, any number of them in one pass over the weights.
+
+        Float32 is rounded to nearest, half precision stochastically, after each update.
+        """
+        changed = 0
+        for name, first_tile in zip(self.layout.names, self.layout.first_tiles, strict=True):
+            changed += commit(
+                self.tensors[name],
+                updates,
+                first_tile=first_tile,
+                distribution=self.distribution,
+            )
+        if updates and any(t.dtype is not torch.float32 for t in self.tensors.values()):
+            self.changed_share = changed / self.layout.parameters
 
     def tuned_parameters(self) -> list[torch.nn.Parameter]:
         """The network's parameters that hold the tuned tensors (for first-order methods)."""
@@ -159,38 +267,16 @@ class CausalModel(ABC):
 
     def loss(self, batch: TokenBatch) -> torch.Tensor:
         """Mean loss per counted token with gradients to the tuned tensors (first-order methods)."""
-        sums, counts = self._losses(torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels))
-        return sums.sum() / counts.sum()
-
-    def _losses(
-        self, tokens: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Per row: the summed loss (float64 [rows]) and the number of counted tokens."""
-        tokens, labels = tokens.to(self.device), labels.to(self.device)
-        targets = labels[:, 1:]
+        tokens = torch.from_numpy(batch.tokens).to(self.device)
+        targets = torch.from_numpy(batch.labels)[:, 1:].to(self.device)
         counted = targets != IGNORED
         positions = counted.any(dim=0).nonzero()[:, 0]
         options = {"logits_to_keep": positions} if self._selects_logits else {}
         logits = self.network(input_ids=tokens[:, :-1], use_cache=False, **options).logits
         if not self._selects_logits:
             logits = logits[:, positions]
-        targets, counted = targets[:, positions], counted[:, positions]
-        rows = max(LOSS_TOKENS, LOSS_CHUNK // logits.shape[-1])
-        losses = [
-            _token_losses(part, target)
-            for part, target in zip(
-                logits.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True
-            )
-        ]
-        per_token = torch.cat(losses).view(targets.shape).double() * counted
-        return per_token.sum(dim=1), counted.sum(dim=1)
-
-
-def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """-log p of each target, float32 [tokens]; anything where the target is IGNORED."""
-    wide = logits.float()
-    chosen = wide.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    return torch.logsumexp(wide, dim=1) - chosen
+        losses = losses_of(logits, targets[:, positions]).double() * counted[:, positions]
+        return losses.sum() / counted.sum()
 
 
 def stack(batches: Sequence[TokenBatch]) -> tuple[torch.Tensor, torch.Tensor]:

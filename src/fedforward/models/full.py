@@ -1,10 +1,11 @@
 """Full tuning: every weight moves, and a probe never touches one.
 
-When a module runs, θ + displacement of its own parameters is generated into a scratch, used and
-forgotten. Hooks on whatever modules own parameters do this, so no architecture is named here.
+While probes run, the parameters are replaced by displaced ones (see `displaced`), which generate
+θ + displacement beside the weights, a tile at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,15 @@ from torch import nn
 from fedforward.directions import Distribution
 from fedforward.directions.kernels import accumulate
 from fedforward.errors import FedForwardError
-from fedforward.models.causal_lm import CausalModel, ProbePlan, fingerprint, stack
+from fedforward.models.blocks import names_in_blocks
+from fedforward.models.causal_lm import CausalModel, ProbePlan, fingerprint
+from fedforward.models.displaced import DisplacedTensor, Displacement
+from fedforward.models.head import VocabularyTile, tile_rows
 from fedforward.steps import NO_STEPS, Evaluation, Probe, Steps, Update
-
-#: Bytes; each tensor in the scratch begins on a cache line.
-ALIGNMENT = 64
 
 
 class FullModel(CausalModel):
-    """All parameters of a network, tuned in the dtype they are loaded in.
-
-    Tied weights are one tensor and count once. Probes run one at a time.
-    """
+    """Parameters of a network, tuned in the dtype they are loaded in. Tied weights count once."""
 
     def __init__(
         self,
@@ -33,53 +31,95 @@ class FullModel(CausalModel):
         *,
         distribution: Distribution = Distribution.GAUSSIAN,
         plan: ProbePlan,
+        blocks: Collection[int] | None = None,
         tokenizer: Any = None,
     ) -> None:
-        tensors = {name: parameter.data for name, parameter in network.named_parameters()}
-        base = fingerprint(sorted(network.named_parameters()))
+        """Tune all parameters, or only those of some transformer blocks, numbered from 0."""
+        parameters = dict(network.named_parameters())
+        base = fingerprint(sorted(parameters.items()))
+        inside = ("",) if blocks is None else tuple(names_in_blocks(network, blocks))
+        tensors = {n: p.data for n, p in parameters.items() if n.startswith(inside)}
         super().__init__(network, tensors, distribution, plan, base)
         self.tokenizer = tokenizer
-        self._first_tiles = dict(zip(self.layout.names, self.layout.first_tiles, strict=True))
-        self._names = {id(parameter): name for name, parameter in network.named_parameters()}
-        self._unreached = set(self._names.values())
-        self._probe: Probe | None = None
-        self._saved: list[dict[str, nn.Parameter | None]] = []
-        self._tops: list[int] = []
-        self._top = 0
-        self._scratch = torch.empty(0, dtype=torch.uint8, device=self.device)
+        tiles = dict(zip(self.layout.names, self.layout.first_tiles, strict=True))
+        self._weights = {n: DisplacedTensor.of(t, n, tiles[n]) for n, t in self.tensors.items()}
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        self._places: list[tuple[nn.Module, str, nn.Parameter, DisplacedTensor]] = [
+            (module, key, parameter, self._weights[names[id(parameter)]])
+            for module in network.modules()
+            for key, parameter in module._parameters.items()
+            if parameter is not None and names[id(parameter)] in self._weights
+        ]
+        self._reached: set[str] = set()
         self._copy: dict[str, torch.Tensor] = {}
         self._copied = NO_STEPS
-        for module in network.modules():
-            if any(True for _ in module.parameters(recurse=False)):
-                module.register_forward_pre_hook(self._displace)
-                module.register_forward_hook(self._restore, always_call=True)
 
     def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
-        """Measure the probes one after another."""
-        return [self._evaluate_one(probe) for probe in probes]
+        """See `CausalModel.evaluate`.
 
-    @torch.inference_mode()
-    def _evaluate_one(self, probe: Probe) -> Evaluation:
-        if len(probe.trajectory) and self.plan.trajectory == "copy":
-            self._carry(probe.trajectory)
-        self._probe = probe if len(probe.trajectory) or len(probe.perturbation) else None
-        try:
-            sums, counts = self._losses(*stack([probe.batch]))
-            if self._probe is not None and self._unreached:
-                raise FedForwardError(
-                    f"model.tune = 'full' does not reach {len(self._unreached)} tensors of this "
-                    f"model, such as {min(self._unreached)}: they are read by another module than "
-                    "the one that owns them, so that a probe would not see them move. Use "
-                    "model.tune = 'lora'."
-                )
-        finally:
-            self._probe = None
-        return Evaluation(sums.cpu().numpy(), counts.cpu().numpy())
+        Raises:
+            FedForwardError: the network reads a tuned tensor past its parameter, so that a probe
+                would not see it move.
+        """
+        results = super().evaluate(probes)
+        unreached = self._weights.keys() - self._reached
+        if unreached and self._reached:
+            raise FedForwardError(
+                f"model.tune = 'full' does not reach {len(unreached)} tensors of this model, such "
+                f"as {min(unreached)}: nothing in its forward pass asks for them, so that a probe "
+                "would not see them move. Use model.tune = 'lora'."
+            )
+        return results
 
     def commit(self, updates: Sequence[Update]) -> None:
         """See `CausalModel.commit`; the copy of a finished trajectory is dropped."""
         self._copy, self._copied = {}, NO_STEPS
         super().commit(updates)
+
+    @contextmanager
+    def _displaced(self, probes: Sequence[Probe], shape: tuple[int, int]) -> Iterator[None]:
+        trajectory = probes[0].trajectory
+        if all(probe.trajectory is trajectory for probe in probes):
+            shared, own = trajectory, [probe.perturbation for probe in probes]
+            if len(trajectory) and self.plan.trajectory == "copy":
+                self._carry(trajectory)
+                shared = NO_STEPS
+        else:
+            shared, own = NO_STEPS, [probe.trajectory + probe.perturbation for probe in probes]
+        if not len(shared) + sum(map(len, own)) and not len(trajectory):
+            yield
+            return
+        carried = self._copy if len(trajectory) and not len(shared) else {}
+        displacement = Displacement(shared, own, self.distribution, shape, carried, self._reached)
+        try:
+            for module, key, _, weight in self._places:
+                weight.displacement = displacement
+                # The registry takes a plain tensor where setattr would insist on a Parameter.
+                module._parameters[key] = weight  # type: ignore[assignment]
+            yield
+        finally:
+            for module, key, parameter, weight in self._places:
+                module._parameters[key] = parameter
+                weight.displacement = None
+
+    def _vocabulary_tiles(self) -> tuple[int, Iterator[VocabularyTile]] | None:
+        head = self.head.module
+        assert isinstance(head, nn.Linear)
+        weight, bias = head.weight, head.bias
+        if not isinstance(weight, DisplacedTensor):
+            return None if isinstance(bias, DisplacedTensor) else super()._vocabulary_tiles()
+        displacement = weight.displacement
+        assert displacement is not None
+        biases = [] if bias is None else displacement.parts(bias)[0]
+
+        def tiles() -> Iterator[VocabularyTile]:
+            rows = tile_rows(weight.plain)
+            for begin in range(0, len(weight.plain), rows):
+                count = min(rows, len(weight.plain) - begin)
+                made = displacement.tile(weight, begin, count)
+                yield VocabularyTile(begin, list(made), [b[begin : begin + count] for b in biases])
+
+        return displacement.groups, tiles()
 
     def _carry(self, trajectory: Steps) -> None:
         """Bring the float32 copy to θ + trajectory by adding only the steps it lacks."""
@@ -93,56 +133,16 @@ class FullModel(CausalModel):
                 copy.copy_(self.tensors[name])
             self._copied = NO_STEPS
         missing = trajectory[len(self._copied) :]
-        if len(missing):
-            for name, copy in self._copy.items():
-                self._add(copy, missing, name, copy)
+        for name, copy in self._copy.items() if len(missing) else ():
+            accumulate(
+                copy,
+                missing.seeds,
+                missing.coefficients,
+                first_tile=self._weights[name].first_tile,
+                distribution=self.distribution,
+                out=copy,
+            )
         self._copied = trajectory
-
-    def _add(self, source: torch.Tensor, steps: Steps, name: str, out: torch.Tensor) -> None:
-        accumulate(
-            source,
-            steps.seeds,
-            steps.coefficients,
-            first_tile=self._first_tiles[name],
-            distribution=self.distribution,
-            out=out,
-        )
-
-    def _displace(self, module: nn.Module, _: Any) -> None:
-        """Before a module runs: put displaced values in place of its own parameters."""
-        if self._probe is None:
-            return
-        own = {key: p for key, p in module._parameters.items() if p is not None}
-        self._saved.append(dict(module._parameters))
-        self._tops.append(self._top)
-        for key, parameter in own.items():
-            name = self._names[id(parameter)]
-            self._unreached.discard(name)
-            out = self._take(parameter)
-            if name in self._copy and len(self._probe.trajectory):
-                self._add(self._copy[name], self._probe.perturbation, name, out)
-            else:
-                steps = self._probe.trajectory + self._probe.perturbation
-                self._add(self.tensors[name], steps, name, out)
-            # The registry takes a plain tensor where setattr would insist on a Parameter.
-            module._parameters[key] = out  # type: ignore[assignment]
-
-    def _restore(self, module: nn.Module, *_: Any) -> None:
-        """After a module ran, also when it failed: its own parameters are back."""
-        if self._probe is None:
-            return
-        module._parameters.update(self._saved.pop())
-        self._top = self._tops.pop()
-
-    def _take(self, parameter: torch.Tensor) -> torch.Tensor:
-        """A part of the scratch in the parameter's shape; nested modules take it as a stack."""
-        size = parameter.numel() * parameter.element_size()
-        begin = -(-self._top // ALIGNMENT) * ALIGNMENT
-        if begin + size > len(self._scratch):
-            # Views handed out earlier keep the old storage alive until their modules are done.
-            self._scratch = self._scratch.new_empty(begin + size)
-        self._top = begin + size
-        return self._scratch[begin : self._top].view(parameter.dtype).view(parameter.shape)
 
     def save(self, folder: Path) -> None:
         """Write the whole model, and its tokenizer if there is one, in Hugging Face format."""

@@ -1,6 +1,13 @@
-"""Networks and tokenizers from folders or the hub, with errors that say what is wrong with them."""
+"""Networks and tokenizers from folders or the hub, with errors that say what is wrong with them.
 
+A frozen base may be held in fewer bits, and may lie on several devices; what it consists of then,
+and its way back to plain weights, are here too.
+"""
+
+import importlib.util
+import logging
 import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,14 +20,31 @@ from fedforward.errors import FedForwardError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load(path: str, dtype: str, device: str) -> tuple[Any, Any]:
+def load(
+    path: str,
+    dtype: str,
+    device: str,
+    *,
+    quantization: str = "none",
+    device_map: str = "none",
+) -> tuple[Any, Any]:
     """The network (evaluation mode, no gradients) and the tokenizer of a folder or a hub name.
 
+    Args:
+        path: a folder in Hugging Face format, or a hub name.
+        dtype: of the weights, and of the arithmetic where they are held in fewer bits.
+        device: where the network goes, unless `device_map` decides.
+        quantization: "nf4" holds the linear layers in 4 bits through bitsandbytes. They are
+            quantised on the CPU, so that every party has the same base, unless `device_map` places
+            them first.
+        device_map: "auto" spreads the layers over all CUDA devices and then host memory.
+
     Raises:
-        FedForwardError: there is no such folder, it lacks a file, or the hub cannot be reached.
+        FedForwardError: there is no such folder, it lacks a file, or the hub cannot be reached; it
+            cannot be quantised or placed like that.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(path).expanduser()
     local = folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
@@ -34,13 +58,27 @@ def load(path: str, dtype: str, device: str) -> tuple[Any, Any]:
             f"model.path = {path!r}: the folder has no config.json. It must be a model saved in "
             "Hugging Face format."
         )
+    if device_map == "auto" and torch.device(device).type == "cpu":
+        raise FedForwardError(
+            "model.device_map = 'auto' spreads a model over CUDA devices, and PyTorch finds none "
+            "here. Use model.device_map = 'none'."
+        )
+    options: dict[str, Any] = {"dtype": DTYPES[dtype]}
+    if device_map == "auto":
+        options["device_map"] = "auto"
+    if quantization != "none":
+        _check_package(quantization)
+        options = {"device_map": {"": "cpu"}} | options
     name = str(folder) if local else path
     # Offline the hub's client tries again for most of a minute; what it has cached needs no hub.
     kept = local or not hub_is_reachable()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=kept)
+        stored = AutoConfig.from_pretrained(name, local_files_only=kept)
+        if quantization != _stored_quantization(path, stored, quantization):
+            options["quantization_config"] = _settings(dtype)
         network, loading = AutoModelForCausalLM.from_pretrained(
-            name, dtype=DTYPES[dtype], output_loading_info=True, local_files_only=kept
+            name, output_loading_info=True, local_files_only=kept, **options
         )
     except (
         OSError,
@@ -55,6 +93,11 @@ def load(path: str, dtype: str, device: str) -> tuple[Any, Any]:
         reason = " ".join(str(error).split("\n\n")[0].split())
         if "ignore_mismatched_sizes" in reason:
             reason = "the weights have other shapes than its config.json says."
+        if "dispatched on the CPU or the disk" in reason:
+            reason = (
+                f"with model.quantization = {quantization!r} and model.device_map = 'auto' all of "
+                "it must fit on the CUDA devices, and it does not."
+            )
         if not local and kept:
             reason = f"there is no such folder here, and the hub cannot be reached. {reason}"
         raise FedForwardError(f"model.path = {path!r} cannot be loaded: {reason}") from error
@@ -64,8 +107,149 @@ def load(path: str, dtype: str, device: str) -> tuple[Any, Any]:
             f"its config.json asks for, such as {min(loading['missing_keys'])}. Give a complete "
             "model."
         )
-    network.to(device).eval().requires_grad_(False)
+    if quantization != "none":
+        _settle(path, network, quantization, dtype)
+    if device_map == "auto":
+        _check_placement(path, network.hf_device_map)
+    else:
+        network.to(device)
+    network.eval().requires_grad_(False)
     return network, tokenizer
+
+
+def _check_package(quantization: str) -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise FedForwardError(
+            f"model.quantization = {quantization!r} needs the package bitsandbytes, which is not "
+            "installed. Install it with `pip install 'fedforward[quantization]'`, or use "
+            "model.quantization = 'none'."
+        )
+    # Its import warns of a kernel that `_settle` does without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _settings(dtype: str) -> Any:
+    """NF4 in blocks of 64 weights with a float32 scale each: 4.5 bits a weight."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]
+    )
+
+
+def _stored_quantization(path: str, stored: Any, asked: str) -> str:
+    """How the weights lie on disk: "none" or as asked.
+
+    Raises:
+        FedForwardError: they are quantised in another way.
+    """
+    found = getattr(stored, "quantization_config", None)
+    if found is None:
+        return "none"
+    settings = found if isinstance(found, dict) else found.to_dict()
+    method = str(settings.get("quant_method", "unknown"))
+    bits = method == "bitsandbytes"
+    if settings.get("load_in_4bit"):
+        bits, method = True, str(settings.get("bnb_4bit_quant_type", "fp4"))
+    if method == asked or (asked == "none" and not bits):
+        # What other packages have quantised is theirs to load.
+        return asked
+    advice = "Give the model as it was before."
+    if method == "nf4":
+        advice = "Set model.quantization = 'nf4'."
+    raise FedForwardError(
+        f"model.path = {path!r} is quantised on disk already ({method}), and model.quantization = "
+        f"{asked!r}. {advice}"
+    )
+
+
+def _settle(path: str, network: Any, quantization: str, dtype: str) -> None:
+    """Have the quantised layers compute in `dtype`, whatever the processor offers.
+
+    On processors with AVX512-BF16 bitsandbytes rounds activations to bfloat16 in a kernel of its
+    own. The two losses of a small perturbation then differ by little more than that rounding.
+    """
+    layers = [module for module in network.modules() if is_quantized(module)]
+    if not layers:
+        raise FedForwardError(
+            f"model.quantization = {quantization!r}: model.path = {path!r} has no linear layers "
+            "beside its head. Use model.quantization = 'none'."
+        )
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+        layer.compute_dtype = DTYPES[dtype]
+        layer.compute_type_is_set = True
+
+
+def _check_placement(path: str, places: dict[str, Any]) -> None:
+    """Refuse a model that found no room on any CUDA device, or too little memory altogether."""
+    kinds = {str(place) for place in places.values()}
+    if "disk" in kinds:
+        raise FedForwardError(
+            f"model.path = {path!r} fits neither on the CUDA devices nor in host memory beside "
+            "them, and every probe would read the rest from disk. Use model.quantization = 'nf4', "
+            "a narrower model.dtype or a smaller model."
+        )
+    if kinds == {"cpu"}:
+        raise FedForwardError(
+            f"model.path = {path!r}: model.device_map = 'auto' finds no room on any CUDA device. "
+            "Free their memory, or use run.device = 'cpu' and model.device_map = 'none'."
+        )
+
+
+def is_quantized(module: Any) -> bool:
+    """Whether this module's weight is held in 4 bits."""
+    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
+
+
+def weights(network: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """All that a base consists of: its parameters by name, then the scales of the quantised ones.
+
+    Weights that wait in host memory for their turn on a device are fetched module by module.
+    """
+    from accelerate.utils import align_module_device
+
+    # Weights without storage lose their ties, and would then be counted twice.
+    tied = getattr(network, "all_tied_weights_keys", {})
+    for name, parameter in sorted(network.named_parameters()):
+        if not parameter.is_meta:
+            yield name, parameter
+            continue
+        if name in tied:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        module = network.get_submodule(parent)
+        with align_module_device(module, torch.device("cpu")):
+            yield name, getattr(module, leaf)
+    for name, module in sorted(network.named_modules()):
+        if is_quantized(module):
+            for key, tensor in sorted(module.weight.quant_state.as_dict(packed=True).items()):
+                yield f"{name}.weight.{key}", tensor
+
+
+def dequantize(network: Any, added: Mapping[str, torch.Tensor]) -> Any:
+    """The same network with plain weights of the values that it computed with; this is used up.
+
+    Args:
+        network: as `load` quantised it.
+        added: float32 [outputs, inputs] to add to the weights of these modules.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = {name: m.source_cls for name, m in network.named_modules() if is_quantized(m)}
+    network = network.dequantize(network.dtype)
+    for name, delta in added.items():
+        weight = network.get_submodule(name).weight
+        weight.data = (weight.float() + delta.to(weight.device)).to(weight.dtype)
+    for name, kind in kinds.items():
+        if kind is Conv1D:
+            # GPT-2 stores its weights transposed; transformers leaves them the way they computed.
+            linear = network.get_submodule(name)
+            conv = Conv1D(linear.out_features, linear.in_features)
+            conv.weight = torch.nn.Parameter(linear.weight.T.contiguous())
+            conv.bias = linear.bias
+            network.set_submodule(name, conv)
+    return network.eval().requires_grad_(False)
 
 
 def hub_is_reachable(seconds: float = 5.0) -> bool:

@@ -6,7 +6,8 @@ bank, a float32 buffer with one row per probe that the direction kernel fills in
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ import torch
 from torch import nn
 
 from fedforward.directions import TILE, Distribution, Layout, Stream
-from fedforward.directions.kernels import accumulate
+from fedforward.directions.kernels import accumulate, displace
 from fedforward.errors import FedForwardError
-from fedforward.models.causal_lm import CausalModel, ProbePlan, fingerprint, stack
+from fedforward.models.blocks import names_in_blocks
+from fedforward.models.causal_lm import CausalModel, ProbePlan, fingerprint
 from fedforward.seeds import derive
-from fedforward.steps import Evaluation, Probe, Steps
+from fedforward.steps import NO_STEPS, Evaluation, Probe, Steps, Update
 
 ADAPTER = "default"
+#: Activations that an adapter works on at once, by device: what fits a cache, or fills a GPU.
+ACTIVATIONS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}
 
 
 class LoraModel(CausalModel):
@@ -39,6 +43,7 @@ class LoraModel(CausalModel):
         alpha: float,
         targets: str | Sequence[str] = "all-linear",
         factors: str = "both",
+        blocks: Collection[int] | None = None,
         run_seed: int = 0,
         distribution: Distribution = Distribution.GAUSSIAN,
         plan: ProbePlan,
@@ -53,12 +58,14 @@ class LoraModel(CausalModel):
             alpha: LoRA α; the product BA is scaled by α / r.
             targets: "all-linear" or names of modules.
             factors: "both" tunes A and B, "B" freezes A.
+            blocks: only modules in these transformer blocks, numbered from 0; None is all.
             run_seed: of the initial A.
             distribution: of the directions.
             plan: how probes are grouped.
 
         Raises:
-            FedForwardError: no module of the model has a name in `targets`.
+            FedForwardError: no module of the model has a name in `targets`, or there is no such
+                block.
         """
         from peft import LoraConfig, get_peft_model
 
@@ -66,7 +73,7 @@ class LoraModel(CausalModel):
         settings = LoraConfig(
             r=rank,
             lora_alpha=alpha,
-            target_modules=targets if isinstance(targets, str) else list(targets),
+            target_modules=_targets(network, targets, blocks),
             lora_dropout=0.0,
             bias="none",
             # GPT-2's Conv1D stores its weight transposed.
@@ -104,42 +111,39 @@ class LoraModel(CausalModel):
         self._bank: dict[int, torch.Tensor] = {}
         self._buffer = torch.empty(0)
         self._adapters = adapters
-        self._rows = (0, 0)
+        self._rows: tuple[int, int] = (0, 0)
+        self._carried: list[tuple[Steps, torch.Tensor]] = []
+        self._wanted: set[int] = set()
         for name, layer in self.peft.named_modules():
             if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
                 self._replace_forward(name, layer)
 
     def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
-        """Measure the probes, `plan.probes_per_call` of them in each forward pass."""
-        results: list[Evaluation] = []
-        for begin in range(0, len(probes), self.plan.probes_per_call):
-            results += self._evaluate_together(probes[begin : begin + self.plan.probes_per_call])
+        """See `CausalModel.evaluate`."""
+        # One sum for each client of the call, so that their number in it bounds the memory.
+        self._wanted = {id(probe.trajectory) for probe in probes}
+        results = super().evaluate(probes)
+        self._carried = [entry for entry in self._carried if id(entry[0]) in self._wanted]
         return results
 
-    @torch.inference_mode()
-    def _evaluate_together(self, probes: Sequence[Probe]) -> list[Evaluation]:
-        tokens, labels = stack([probe.batch for probe in probes])
-        self._rows = (len(tokens), len(tokens) * (tokens.shape[1] - 1))
+    def commit(self, updates: Sequence[Update]) -> None:
+        """See `CausalModel.commit`; the sums of finished trajectories are dropped."""
+        self._carried = []
+        super().commit(updates)
+
+    @contextmanager
+    def _displaced(self, probes: Sequence[Probe], shape: tuple[int, int]) -> Iterator[None]:
+        self._rows = (shape[0], shape[0] * shape[1])
         self._fill_bank(probes)
         try:
-            sums, counts = self._losses(tokens, labels)
+            yield
         finally:
             self._bank = {}
-        rows = len(tokens) // len(probes)
-        return [
-            Evaluation(part.cpu().numpy()[:height], count.cpu().numpy()[:height])
-            for part, count, height in zip(
-                sums.split(rows),
-                counts.split(rows),
-                (len(probe.batch.tokens) for probe in probes),
-                strict=True,
-            )
-        ]
 
     def _fill_bank(self, probes: Sequence[Probe]) -> None:
         """One adapter per probe; a trajectory that neighbours share is summed once."""
-        if len(probes) == 1 and not len(probes[0].trajectory) and not len(probes[0].perturbation):
-            bank = self.flat[None]
+        if len(probes) == 1 and not len(probes[0].perturbation):
+            bank = self._carry(probes[0].trajectory)[None]
         else:
             if len(self._buffer) < len(probes):
                 self._buffer = self.flat.new_empty((len(probes), len(self.flat)))
@@ -148,23 +152,44 @@ class LoraModel(CausalModel):
             for end in range(1, len(probes) + 1):
                 if end < len(probes) and probes[end].trajectory is probes[begin].trajectory:
                     continue
-                self._add(self.flat, probes[begin].trajectory, bank[begin])
-                # The first row holds the shared sum until the others have been made from it.
-                for row in range(end - 1, begin - 1, -1):
-                    self._add(bank[begin], probes[row].perturbation, bank[row])
+                displace(
+                    self._carry(probes[begin].trajectory),
+                    NO_STEPS,
+                    [probe.perturbation for probe in probes[begin:end]],
+                    first_tile=0,
+                    distribution=self.distribution,
+                    out=bank[begin:end],
+                )
                 begin = end
         views = _views(self.layout, bank)
         self._bank = {id(self.tensors[name]): view for name, view in views.items()}
 
-    def _add(self, source: torch.Tensor, steps: Steps, out: torch.Tensor) -> None:
+    def _carry(self, trajectory: Steps) -> torch.Tensor:
+        """The adapters at θ + trajectory: a sum made before, and the steps that it lacks.
+
+        Float32 sums are not rounded on the way, so they are the ones made from θ at once.
+        """
+        if not len(trajectory):
+            return self.flat
+        known = [entry for entry in self._carried if trajectory.starts_with(entry[0])]
+        steps, total = max(known, key=lambda e: len(e[0]), default=(NO_STEPS, self.flat))
+        missing = trajectory[len(steps) :]
+        if not len(missing):
+            return total
+        others = [entry for entry in self._carried if entry[1] is not total]
+        target = total
+        if total is self.flat or id(steps) in self._wanted:
+            others, target = self._carried, torch.empty_like(self.flat)
         accumulate(
-            source,
-            steps.seeds,
-            steps.coefficients,
+            total,
+            missing.seeds,
+            missing.coefficients,
             first_tile=0,
             distribution=self.distribution,
-            out=out,
+            out=target,
         )
+        self._carried = [*others, (trajectory, target)]
+        return target
 
     def _replace_forward(self, name: str, layer: Any) -> None:
         """Give one PEFT layer a forward pass that uses the bank while there is one."""
@@ -183,7 +208,6 @@ class LoraModel(CausalModel):
             if not self._bank:
                 result: torch.Tensor = plain(x, *args, **kwargs)
                 return result
-            result = layer.base_layer(x, *args, **kwargs)
             b = self._bank[id(factor_b)]
             groups = len(b)
             if groups > 1 and len(x) != self._rows[x.dim() == 2]:
@@ -194,14 +218,7 @@ class LoraModel(CausalModel):
             a = self._bank.get(id(factor_a))
             if a is None:
                 a = factor_a[None].expand(groups, -1, -1)
-            grouped = x.reshape(groups, -1, x.shape[-1]).float()
-            inner = torch.bmm(grouped, a.transpose(1, 2))
-            target = result.view(groups, -1, result.shape[-1])
-            if result.dtype is torch.float32:
-                target.baddbmm_(inner, b.transpose(1, 2), alpha=scaling)
-                return result
-            wide = torch.baddbmm(target.float(), inner, b.transpose(1, 2), alpha=scaling)
-            return wide.view(result.shape).to(result.dtype)
+            return _adapted(layer.base_layer, x, a, b, scaling)
 
         layer.forward = forward
 
@@ -216,6 +233,33 @@ class LoraModel(CausalModel):
     def merge(self) -> Any:
         """The base with the adapters added in, a plain transformers model; this one is used up."""
         return self.peft.merge_and_unload()
+
+
+def _adapted(
+    base: nn.Module, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """base(x) + scaling · B A x, each group of rows with its own factors, summed in float32.
+
+    Args:
+        x: [rows of all groups, ..., inputs].
+        a: float32 [groups, r, inputs].
+        b: float32 [groups, outputs, r].
+    """
+    result: torch.Tensor = base(x)
+    a, b = a.to(result.device), b.to(result.device)
+    flat = x.to(result.device).reshape(len(b), -1, x.shape[-1])
+    target = result.view(len(b), -1, result.shape[-1])
+    at_once = ACTIVATIONS_AT_ONCE.get(result.device.type, ACTIVATIONS_AT_ONCE["cuda"])
+    rows = max(16, at_once // (len(b) * max(x.shape[-1], result.shape[-1])))
+    for begin in range(0, flat.shape[1], rows):
+        part = slice(begin, begin + rows)
+        inner = torch.bmm(flat[:, part].float(), a.transpose(1, 2))
+        if result.dtype is torch.float32:
+            target[:, part].baddbmm_(inner, b.transpose(1, 2), alpha=scaling)
+        else:
+            wide = target[:, part].float().baddbmm_(inner, b.transpose(1, 2), alpha=scaling)
+            target[:, part] = wide
+    return result
 
 
 def _views(layout: Layout, storage: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -247,6 +291,22 @@ def initialise(adapters: dict[str, torch.nn.Parameter], run_seed: int) -> None:
             out=tensor,
             stream=Stream.INITIALISATION,
         )
+
+
+def _targets(
+    network: Any, targets: str | Sequence[str], blocks: Collection[int] | None
+) -> str | list[str]:
+    """What PEFT is to adapt: the targets as given, or full names of those in some blocks."""
+    if blocks is None:
+        return targets if isinstance(targets, str) else list(targets)
+    inside = tuple(names_in_blocks(network, blocks))
+    return [
+        name
+        for name, module in network.named_modules()
+        if name.startswith(inside)
+        and _is_linear(module)
+        and (targets == "all-linear" or name.rsplit(".", 1)[-1] in targets)
+    ]
 
 
 def _is_linear(module: nn.Module) -> bool:
