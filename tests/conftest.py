@@ -35,18 +35,18 @@ def quiet_libraries() -> None:
 def tiny_network() -> Callable[..., Any]:
     """A function that makes a two-block Llama with random weights, the same each time."""
 
-    def make(dtype: str = "float32", tie: bool = True) -> Any:
+    def make(dtype: str = "float32", tie: bool = True, vocabulary: int = 97) -> Any:
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=97,
+            vocab_size=vocabulary,
             hidden_size=32,
             intermediate_size=48,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=64,
+            max_position_embeddings=128,
             tie_word_embeddings=tie,
             initializer_range=0.1,
         )

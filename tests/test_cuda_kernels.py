@@ -116,10 +116,10 @@ class TestAccumulate:
     @by_distribution
     @pytest.mark.parametrize("count", (0, 1, 9, 130))
     def test_any_number_of_seeds(self, cuda: Any, count: int, distribution: Distribution) -> None:
-        for dtype, dither in ((torch.float32, None), (torch.bfloat16, 3)):
+        for dtype, dither in ((torch.float32, None), (torch.bfloat16, 3))[count > 9 :]:
             same(
                 cuda,
-                some_weights(TILE + 1, dtype),
+                some_weights(63 if count > 9 else TILE + 1, dtype),
                 some_steps(count),
                 dtype,
                 first_tile=2,
@@ -385,6 +385,34 @@ class TestDisplace:
         with pytest.raises(ValueError, match="within the tensor's 10"):
             cuda.displace(weights, NO_STEPS, [a, a], out=out, starts=[0, 6], **options)
         cuda.displace(weights, NO_STEPS, [], out=out[:0], **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no CUDA device")
+@by_distribution
+def test_more_coordinates_than_32_bits_count(cuda: Any, distribution: Distribution) -> None:
+    size, tail = 2**32 + 5000, 2**32 - TILE
+    if torch.cuda.mem_get_info()[0] < 5 * size:
+        pytest.skip("needs 20 GiB on the device")
+    weights = torch.zeros(size, dtype=torch.bfloat16, device=DEVICE)
+    end = torch.from_numpy(np.random.default_rng(0).standard_normal(size - tail))
+    weights[tail:] = end.to(torch.bfloat16)
+    before = weights[tail:].cpu()
+    options: dict[str, Any] = {"first_tile": 5, "distribution": distribution}
+    there = options | {"first_tile": 5 + tail // TILE}
+    a = some_steps(1)
+
+    out = torch.zeros(1, size, dtype=torch.bfloat16, device=DEVICE)
+    cuda.displace(weights, NO_STEPS, [a], out=out, **options)
+    wanted = expected(before, a, torch.bfloat16, **there)
+    np.testing.assert_array_equal(bits(out[0, tail:]), bits(wanted))
+    rows = torch.zeros(1, 3000, dtype=torch.bfloat16, device=DEVICE)
+    cuda.displace(weights, NO_STEPS, [a], out=rows, starts=[tail + 2000], **options)
+    np.testing.assert_array_equal(bits(rows[0]), bits(wanted[2000:5000]))
+    del out
+    cuda.commit(weights, [Update(a, 9)], **options)
+    wanted = expected(before, a, torch.bfloat16, dither_seed=9, **there)
+    np.testing.assert_array_equal(bits(weights[tail:]), bits(wanted))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted run")

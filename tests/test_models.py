@@ -207,58 +207,6 @@ def test_targets_that_fit_nothing_are_refused(tiny_network: Make) -> None:
         lora(tiny_network(), targets=["query"])
 
 
-def test_weights_that_a_probe_would_miss_are_refused() -> None:
-    """Mamba reads its convolution's weight from the parent module."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(
-        "mamba", vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=4
-    )
-    network = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    model = FullModel(network, plan=plan(1))
-    with pytest.raises(FedForwardError, match=r"does not reach .*conv1d"):
-        model.evaluate([Probe(batch(), NO_STEPS, PERTURBATION)])
-
-
-@pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "gemma2", "mistral", "phi"])
-def test_other_families(family: str) -> None:
-    """Full tuning and LoRA agree with transformers where nothing of an architecture is named."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    small: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "intermediate_size": 48,
-        "vocab_size": 97,
-        "max_position_embeddings": 64,
-        "head_dim": 8,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    if family == "gpt2":
-        small = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97, "n_positions": 64}
-        small |= {"bos_token_id": 1, "eos_token_id": 2}
-    if family == "opt":
-        small |= {"ffn_dim": 48, "word_embed_proj_dim": 32}
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **small)
-    for tune in ("full", "lora"):
-        network = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-        expected = hugging_face_loss(network, batch())
-        model: CausalModel = (
-            lora(network, plan=plan(2)) if tune == "lora" else FullModel(network, plan=plan(1))
-        )
-        probes = [Probe(batch()), Probe(batch(), TRAJECTORY, PERTURBATION)]
-        plain, moved = model.evaluate(probes)
-        assert plain.mean == pytest.approx(expected, rel=1e-5)
-        displace(model.tensors, model.layout, TRAJECTORY + PERTURBATION, Distribution.GAUSSIAN)
-        assert moved.mean == pytest.approx(hugging_face_loss(network, batch()), rel=1e-5)
-        assert moved.mean != pytest.approx(plain.mean, rel=1e-4)
-
-
 def test_commit_reports_the_share_of_changed_weights(tiny_network: Make) -> None:
     model = FullModel(tiny_network("bfloat16"), plan=plan(1))
     model.commit([Update(Steps.of([1], [1e-7]), 0)])

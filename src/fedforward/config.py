@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedforward.errors import FedForwardError
+from fedforward.units import parse_bytes
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -34,12 +35,38 @@ class ModelSection(_Section):
         "float32", description="of the weights as they are held in memory"
     )
     tune: Literal["lora", "full"] = Field("lora", description="what the run changes")
+    blocks: str | list[int] = Field(
+        "all", description='transformer blocks that are tuned: "all", "8-15" or [0, 5], from 0'
+    )
     quantization: Literal["none", "nf4"] = Field(
         "none", description="of a frozen base's linear layers: 4 bits through bitsandbytes"
     )
     device_map: Literal["none", "auto"] = Field(
         "none", description='"auto" spreads a frozen base over all CUDA devices and host memory'
     )
+
+    @property
+    def tuned_blocks(self) -> tuple[int, ...] | None:
+        """The numbers in `blocks`, in order; None for all."""
+        if isinstance(self.blocks, list):
+            return tuple(sorted(set(self.blocks)))
+        if self.blocks == "all":
+            return None
+        first, _, last = self.blocks.partition("-")
+        return tuple(range(int(first), int(last) + 1))
+
+    @model_validator(mode="after")
+    def _blocks_are_numbers(self) -> "ModelSection":
+        try:
+            blocks = self.tuned_blocks
+        except ValueError:
+            blocks = ()
+        if blocks is not None and (not blocks or min(blocks) < 0):
+            raise ValueError(
+                f"blocks = {self.blocks!r} is not allowed: it must be 'all', a range such as "
+                "'8-15', or a list of numbers from 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _only_a_frozen_base_is_packed(self) -> "ModelSection":
@@ -172,13 +199,33 @@ class RunSection(_Section):
         0, description="evaluations without a lower held-out loss before stopping; 0 is never"
     )
     probes_per_call: Annotated[int, Field(ge=0)] = Field(
-        0, description="LoRA probes that share a forward pass; 0 chooses"
+        0, description="probes that share a forward pass; 0 chooses"
+    )
+    memory_budget: str | None = Field(
+        None,
+        description='"6 GiB": share a forward pass among as many probes as fit, the model included',
     )
     trajectory: Literal["auto", "generate", "copy"] = Field(
         "auto",
         description='local steps under full tuning: "generate" in every probe (slower, no memory), '
         '"copy" in float32 (4 bytes a parameter)',
     )
+
+    @model_validator(mode="after")
+    def _budget_is_an_amount(self) -> "RunSection":
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget)
+            if self.probes_per_call:
+                raise ValueError(
+                    f"memory_budget = {self.memory_budget!r} chooses probes_per_call, which is "
+                    f"set to {self.probes_per_call}; leave one of them out"
+                )
+        return self
+
+    @property
+    def budget(self) -> int | None:
+        """`memory_budget` in bytes."""
+        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
 
 
 class Config(_Section):

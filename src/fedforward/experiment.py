@@ -179,20 +179,37 @@ def build_model(config: Config, plan: ProbePlan) -> tuple[CausalModel, Any]:
     )
     distribution = Distribution(config.method.distribution)
     if config.model.tune == "full":
-        return FullModel(
-            network, distribution=distribution, plan=plan, tokenizer=tokenizer
-        ), tokenizer
+        full = FullModel(
+            network,
+            distribution=distribution,
+            plan=plan,
+            blocks=config.model.tuned_blocks,
+            tokenizer=tokenizer,
+        )
+        return full, tokenizer
     model = LoraModel(
         network,
         rank=config.lora.rank,
         alpha=config.lora.alpha,
         targets=config.lora.targets,
         factors=config.lora.factors,
+        blocks=config.model.tuned_blocks,
         run_seed=config.run.seed,
         distribution=distribution,
         plan=plan,
     )
     return model, tokenizer
+
+
+def fit_plan(config: Config, model: CausalModel, corpus: Corpus) -> ProbePlan:
+    """The model's plan, with as many probes in a forward pass as `run.memory_budget` allows."""
+    budget = config.run.budget
+    if budget is None or config.method.name == "fedavg":
+        return model.plan
+    step = 2 * config.method.directions
+    clients = config.federation.clients if config.model.tune == "lora" else 1
+    batches = sorted(longest_batches(config, corpus), key=lambda b: -b.tokens.shape[1])
+    return probes.fit(model, batches, budget, step * clients, config.method.directions)
 
 
 def build_method(config: Config) -> Method | FirstOrderMethod:

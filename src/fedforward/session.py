@@ -23,9 +23,9 @@ from fedforward.methods import FirstOrderMethod
 from fedforward.models.causal_lm import ProbePlan
 from fedforward.models.loading import longest_sequence
 from fedforward.planning.memory import peak_bytes, peak_resident_bytes
+from fedforward.planning.probes import step_probes
 from fedforward.run_directory import RunDirectory
 from fedforward.runtimes.local import LocalRuntime, Traffic
-from fedforward.steps import Probe, Steps
 
 #: A held-out loss above this multiple of the loss at the start counts as divergence.
 DIVERGED = 1.5
@@ -61,10 +61,14 @@ class Session:
         self.plan = self._claim(resume)
         listener.phase("loading the model")
         self.model, self.tokenizer = experiment.build_model(config, self.plan)
-        listener.phase(self._describe_plan())
         listener.phase("reading the data")
         positions = longest_sequence(self.model.network)
         self.corpus = experiment.read_corpus(config, self.tokenizer, positions)
+        if not self.directory.started and config.run.memory_budget:
+            listener.phase("fitting probes to the memory budget")
+            self.plan = experiment.fit_plan(config, self.model, self.corpus)
+            self.model.plan = self.plan
+        listener.phase(self._describe_plan())
         self.heldout = experiment.heldout_batches(self.corpus, self.plan)
         self.method = experiment.build_method(config)
         with errors_of_the_disk(out):
@@ -80,7 +84,9 @@ class Session:
             for number, stream in enumerate(batches)
         ]
         step = 2 * config.method.directions
-        together = max(1, self.plan.probes_per_call // step)
+        # A float32 copy of all weights carries one client's local steps at a time.
+        alone = config.model.tune == "full" and self.plan.trajectory == "copy"
+        together = 1 if alone else max(1, self.plan.probes_per_call // step)
         self.runtime = LocalRuntime(self.server, clients, self.model, together)
         self.lines: list[dict[str, Any]] = []
         self.inference_memory = self.peak_memory = 0
@@ -89,13 +95,18 @@ class Session:
     def _describe_plan(self) -> str:
         """How probes are grouped and trajectories carried, with the cost, in words."""
         parameters = self.model.layout.parameters
+        grouped = self.plan.probes_per_call
+        shared = self.model.prefix.first
+        words = f"{grouped} probes a forward pass" if grouped > 1 else "one probe a forward pass"
+        if shared:
+            words += f", blocks 0 to {shared - 1} once for all"
         if self.config.model.tune == "lora":
-            grouped = self.plan.probes_per_call
-            bank = 4 * parameters * grouped / 1e6
-            return f"{grouped} probes a forward pass, adapters for them: {bank:.1f} MB"
+            step = 2 * self.config.method.directions
+            sums = max(1, grouped // step)
+            return f"{words}; adapters for them: {4 * parameters * (grouped + sums) / 1e6:.1f} MB"
         if self.plan.trajectory == "copy":
-            return f"local steps are kept in one float32 copy: {4 * parameters / 1e6:.1f} MB"
-        return "local steps are generated again in every probe: no memory, more time"
+            return f"{words}; local steps in a float32 copy: {4 * parameters / 1e6:.1f} MB"
+        return f"{words}; local steps generated again in each: no memory, more time"
 
     def _claim(self, resume: bool) -> ProbePlan:
         """Make the run directory ours, or refuse it; returns the plan of the run."""
@@ -176,16 +187,9 @@ class Session:
             if isinstance(self.method, FirstOrderMethod):
                 _backward(model, widest)
                 return
-            trajectory = Steps.of([1], [0.0])
-            count = max(1, self.plan.probes_per_call // 2)
-            pairs = [longest[place % len(longest)] for place in range(count)]
-            model.evaluate(
-                [
-                    Probe(batch, trajectory, Steps.of([2], [sign * self.config.method.mu]))
-                    for batch in pairs[: len(longest) * self.config.method.directions]
-                    for sign in (1.0, -1.0)
-                ]
-            )
+            method = self.config.method
+            count = 2 * method.directions * self.runtime.together
+            model.evaluate(step_probes(longest, count, method.directions, method.mu))
 
         # Inference first: the buffers that a step leaves behind are not inference's.
         inference()

@@ -7,6 +7,7 @@ so that a resumed run and an absent client's return need no state.
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedforward.data.templates import Example
 from fedforward.models.causal_lm import IGNORED, TokenBatch
@@ -25,8 +26,16 @@ def collate(examples: Sequence[Example]) -> TokenBatch:
     return TokenBatch(tokens, labels)
 
 
+#: Batches among which examples are exchanged, so that those of a batch have similar lengths.
+BATCHES_SORTED = 16
+
+
 class Batches:
-    """The endless, shuffled stream of one client's batches, addressable by step."""
+    """The endless, shuffled stream of one client's batches, addressable by step.
+
+    Every example comes once an epoch. Within stretches of 16 batches the examples are sorted into
+    batches of similar length, and those are shuffled: less padding, and no order of lengths.
+    """
 
     def __init__(
         self, examples: Sequence[Example], *, batch_size: int, run_seed: int, client: int
@@ -49,10 +58,24 @@ class Batches:
     def _example(self, position: int) -> Example:
         epoch, place = divmod(position, len(self.examples))
         if epoch != self._epoch:
-            random = generator(self.run_seed, "epoch", self.client, epoch)
-            self._order = random.permutation(len(self.examples))
+            self._order = self._shuffled(epoch)
             self._epoch = epoch
         return self.examples[int(self._order[place])]
+
+    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
+        """The examples in the order of an epoch, int64 [examples]."""
+        random = generator(self.run_seed, "epoch", self.client, epoch)
+        order = random.permutation(len(self.examples))
+        lengths = np.array([len(example.tokens) for example in self.examples])
+        # The epoch's first examples may belong to a batch that the one before began.
+        begin = -epoch * len(order) % self.batch_size
+        while self.batch_size > 1 and begin + self.batch_size <= len(order):
+            count = min(BATCHES_SORTED, (len(order) - begin) // self.batch_size)
+            part = order[begin : begin + count * self.batch_size]
+            batches = part[np.argsort(lengths[part], kind="stable")].reshape(count, -1)
+            order[begin : begin + len(part)] = batches[random.permutation(count)].ravel()
+            begin += len(part)
+        return order
 
 
 def by_length(examples: Sequence[Example], rows: int) -> list[TokenBatch]:

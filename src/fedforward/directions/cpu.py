@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba import njit, types, uint16, uint32, uint64
 from numba.extending import intrinsic
 from numpy.typing import NDArray

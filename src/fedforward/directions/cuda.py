@@ -157,7 +157,10 @@ def _draw(  # type: ignore[no-untyped-def]
     if gaussian:
         half = _halves(tile, stream, seed, tiles, lanes)
         sign = half << 16
-        magnitude = tl.load(table + (half & 0x7FFF).to(tl.int32))
+        # Neighbours they are not: it says which dimension lies across threads, and no more, as
+        # the table's alignment is not known.
+        entry = tl.max_contiguous(table + (half & 0x7FFF).to(tl.int32), [1, 1, 2])
+        magnitude = tl.load(entry)
     else:
         sign = _signs(tile, stream, seed, tiles, lanes)
         magnitude = 1.0
@@ -194,19 +197,38 @@ def _add(  # type: ignore[no-untyped-def]
     return acc
 
 
-# The interpreter's own conversion to bfloat16 cuts the lower half off.
+# The interpreter's own conversions to and from bfloat16 cut halves off and lose subnormals.
 _INTERPRETED = tl.constexpr(not isinstance(_philox, triton.JITFunction))
+
+
+@triton.jit
+def _widened(numbers):  # type: ignore[no-untyped-def]
+    """float32 of any of the three dtypes, exactly."""
+    if numbers.dtype == tl.bfloat16:
+        if _INTERPRETED:
+            bits = numbers.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+            wide = bits.to(tl.float32, bitcast=True)
+        else:
+            wide = numbers.to(tl.float32)
+    else:
+        wide = numbers.to(tl.float32)
+    return wide
 
 
 @triton.jit
 def _nearest(acc, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """float32 to `dtype`, to nearest-even: one instruction of the device."""
-    if _INTERPRETED:
-        if dtype == tl.bfloat16:  # noqa: SIM102 (the compiler knows no `and` of its constants)
+    if dtype == tl.bfloat16:
+        if _INTERPRETED:
             bits = acc.to(tl.uint32, bitcast=True)
-            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-            acc = tl.where(acc == acc, rounded, bits | 0x400000).to(tl.float32, bitcast=True)
-    return acc.to(dtype)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            rounded = tl.where(acc == acc, rounded, 0x7FC0).to(tl.uint16)
+            narrow = rounded.to(tl.bfloat16, bitcast=True)
+        else:
+            narrow = acc.to(dtype)
+    else:
+        narrow = acc.to(dtype)
+    return narrow
 
 
 @triton.jit
@@ -229,19 +251,19 @@ def _dithered(acc, noise, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.where(acc == acc, rounded, acc)
 
 
-# Kernels. Counts and places are arguments, never compiled in; `stride` is 1, unknown to the
-# compiler, which would otherwise give a thread neighbouring coordinates to load them as vectors,
-# and so make every thread generate the words of its neighbours.
+# Kernels. Counts and places are arguments, never compiled in, and pointers are not specialised:
+# were the compiler to know their alignment, it would give a thread neighbouring coordinates to load
+# them as vectors, and so make every thread generate the words of its neighbours.
 
 
 @triton.jit(
     do_not_specialize=[
         "weights", "out", "updates", "steps", "table", "changed", "size", "first_tile", "count",
-        "stream", "stride",
+        "stream",
     ]
 )  # fmt: skip
 def _commit(  # type: ignore[no-untyped-def]
-    weights, out, updates, steps, table, changed, size, first_tile, count, stream, stride,
+    weights, out, updates, steps, table, changed, size, first_tile, count, stream,
     gaussian: tl.constexpr, dithered: tl.constexpr, counting: tl.constexpr,
     tiles: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
@@ -255,19 +277,19 @@ def _commit(  # type: ignore[no-untyped-def]
     own = tl.program_id(0).to(tl.int64) * tiles + lane // lanes
     tile = own + first_tile
     # A thread's places are one base plus constants.
-    base = own * _TILE + (lane % lanes) * stride
+    base = tl.max_contiguous(own * _TILE + lane % lanes, lanes)
     offset = (
         256 * tl.arange(0, 8)[:, None, None] + lanes * tl.arange(0, 256 // lanes)[None, :, None]
     )
     mask = offset < tl.minimum(size - base, _TILE).to(tl.int32)[None, None, :]
     place = base[None, None, :] + offset
 
-    value = tl.load(weights + place, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+    value = _widened(tl.load(weights + place, mask=mask, other=0.0, cache_modifier=".cg"))
     for update in range(count):
         if counting:  # noqa: SIM102 (one is decided by the compiler, one by the device)
             if (update > 0) & (update == count - 1):
                 # Read again below: to keep it would take half of the registers.
-                tl.store(out + place, value.to(out.dtype.element_ty), mask=mask)
+                tl.store(out + place, _nearest(value, out.dtype.element_ty), mask=mask)
         begin = tl.load(updates + 4 * update).to(tl.int32)
         end = tl.load(updates + 4 * update + 1).to(tl.int32)
         decay = _float(tl.load(updates + 4 * update + 3))
@@ -276,27 +298,27 @@ def _commit(  # type: ignore[no-untyped-def]
             seed = tl.load(updates + 4 * update + 2)
             noise = _halves(tile, tl.full((), _DITHER, tl.int32), seed, tiles, lanes) & 0xFFFF
             value = _dithered(value, noise, out.dtype.element_ty)
-        value = _nearest(value, out.dtype.element_ty).to(tl.float32)
+        value = _widened(_nearest(value, out.dtype.element_ty))
     if counting:
         # The read and the store before it may lie in other threads than the store after it.
         tl.debug_barrier()
-        before = tl.load(out + place, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+        before = _widened(tl.load(out + place, mask=mask, other=0.0, cache_modifier=".cg"))
         tl.debug_barrier()
         differ = ((value != before) & mask).to(tl.int32)
         total = tl.sum(tl.sum(tl.sum(differ, axis=0), axis=0), axis=0)
         tl.store(changed + tl.program_id(0), total)
-    tl.store(out + place, value.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + place, _nearest(value, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(
     do_not_specialize=[
         "weights", "out", "starts", "steps", "singles", "lists", "table", "size", "first_tile",
-        "pieces", "length", "tiles_per_piece", "trajectory", "single_count", "list_count", "stride",
+        "pieces", "length", "tiles_per_piece", "trajectory", "single_count", "list_count",
     ]
 )  # fmt: skip
 def _displace(  # type: ignore[no-untyped-def]
     weights, out, starts, steps, singles, lists, table, size, first_tile, pieces, length,
-    tiles_per_piece, trajectory, single_count, list_count, stride,
+    tiles_per_piece, trajectory, single_count, list_count,
     gaussian: tl.constexpr, listed: tl.constexpr, tiles: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
     """The program's tiles of the pieces: the trajectory once, then every perturbation.
@@ -309,48 +331,47 @@ def _displace(  # type: ignore[no-untyped-def]
     own = tl.program_id(0) * tiles + lane // lanes
     piece = own // tiles_per_piece
     start = tl.load(starts + piece, mask=piece < pieces, other=0)
+    start = tl.where(start < 0, size, start)
     inner = start // _TILE + (own - piece * tiles_per_piece)
     tile = inner + first_tile
-    base = inner * _TILE + (lane % lanes) * stride
+    base = tl.max_contiguous(inner * _TILE + lane % lanes, lanes)
     offset = (
         256 * tl.arange(0, 8)[:, None, None] + lanes * tl.arange(0, 256 // lanes)[None, :, None]
     )
     # The piece's part of the tile, counted from the thread's base; none beyond the last piece.
-    first = tl.minimum(start - base, _TILE).to(tl.int32)
+    first = tl.minimum(tl.maximum(start - base, 0), _TILE).to(tl.int32)
     behind = tl.minimum(tl.maximum(start + length - base, 0), _TILE)
     behind = tl.where(piece < pieces, behind, 0).to(tl.int32)
     limit = tl.minimum(tl.maximum(size - base, 0), _TILE).to(tl.int32)
     mask = (offset >= first[None, None, :]) & (offset < behind[None, None, :])
-    place = base[None, None, :] + offset
-    target = (piece * length.to(tl.int64) + base - start)[None, None, :] + offset
+    source = weights + base[None, None, :] + offset
+    target = tl.max_contiguous(piece * length.to(tl.int64) + base - start, lanes)
+    target = target[None, None, :] + offset
     row_length = length.to(tl.int64) * pieces
     stream = tl.full((), 0, tl.int32)
 
-    value = tl.load(
-        weights + place,
-        mask=mask & (offset < limit[None, None, :]),
-        other=0.0,
-        cache_modifier=".cg",
-    ).to(tl.float32)
+    here = mask & (offset < limit[None, None, :])
+    value = _widened(tl.load(source, mask=here, other=0.0, cache_modifier=".cg"))
     value = _add(value, steps, 0, trajectory, tile, stream, table, gaussian, tiles, lanes)
     for single in range(single_count):
         at = singles + 5 * single
         sign, magnitude = _draw(tile, stream, tl.load(at), table, gaussian, tiles, lanes)
         moved = _moved(value, _float(tl.load(at + 1)), sign, magnitude, gaussian)
-        row = tl.load(at + 2) * row_length
-        tl.store(out + row + target, _nearest(moved, out.dtype.element_ty), mask=mask)
-        moved = _moved(value, _float(tl.load(at + 3)), sign, magnitude, gaussian)
+        place = out + tl.load(at + 2) * row_length + target
+        tl.store(place, _nearest(moved, out.dtype.element_ty), mask=mask)
         twin = tl.load(at + 4)
-        row = twin * row_length
-        tl.store(out + row + target, _nearest(moved, out.dtype.element_ty), mask=mask & (twin >= 0))
+        if twin >= 0:
+            other = _moved(value, _float(tl.load(at + 3)), sign, magnitude, gaussian)
+            place = out + twin * row_length + target
+            tl.store(place, _nearest(other, out.dtype.element_ty), mask=mask)
     if listed:
         for number in range(list_count):
             at = lists + 3 * number
             begin = tl.load(at + 1).to(tl.int32)
             end = tl.load(at + 2).to(tl.int32)
             moved = _add(value, steps, begin, end, tile, stream, table, gaussian, tiles, lanes)
-            row = tl.load(at) * row_length
-            tl.store(out + row + target, _nearest(moved, out.dtype.element_ty), mask=mask)
+            place = out + tl.load(at) * row_length + target
+            tl.store(place, _nearest(moved, out.dtype.element_ty), mask=mask)
 
 
 # Launchers
@@ -493,7 +514,6 @@ def displace(
             len(trajectory),
             len(singles),
             len(lists),
-            1,
             gaussian=distribution is Distribution.GAUSSIAN,
             listed=len(lists) > 0,
             tiles=shape.tiles,
@@ -540,7 +560,6 @@ def _run_updates(
             first_tile,
             len(updates),
             int(stream),
-            1,
             gaussian=distribution is Distribution.GAUSSIAN,
             dithered=dithered,
             counting=changed is not None,

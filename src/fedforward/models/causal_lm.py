@@ -22,6 +22,7 @@ from fedforward.directions import Distribution, Layout
 from fedforward.directions.kernels import commit
 from fedforward.models.blocks import Prefix
 from fedforward.models.head import Head, VocabularyTile, losses_of
+from fedforward.models.loading import input_device
 from fedforward.steps import Evaluation, Probe, Update
 
 #: Label of tokens that do not count (the prompt and the padding).
@@ -99,7 +100,7 @@ class CausalModel(ABC):
         self.distribution = distribution
         self.plan = plan
         self.base_fingerprint = base_fingerprint
-        self.device = network.get_input_embeddings().weight.device
+        self.device = input_device(network)
         self.changed_share: float | None = None
         forward = inspect.signature(network.forward).parameters
         self._selects_logits = "logits_to_keep" in forward

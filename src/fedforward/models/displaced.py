@@ -22,7 +22,15 @@ from fedforward.models.head import tile_rows
 from fedforward.steps import Steps
 
 _DESCRIBING = {"size", "dim", "numel", "stride", "ndimension", "is_contiguous", "element_size"}
-_DESCRIBING |= {"is_floating_point", "is_complex", "__len__", "__hash__", "__repr__"}
+_DESCRIBING |= {
+    "is_floating_point",
+    "is_complex",
+    "untyped_storage",
+    "data_ptr",
+    "__len__",
+    "__hash__",
+    "__repr__",
+}
 
 
 class Displacement:
@@ -139,7 +147,7 @@ class DisplacedTensor(torch.Tensor):
         plain: the parameter's data; never changed.
         path: its canonical name in the network.
         first_tile: its place in the tunable space.
-        displacement: of the forward pass that runs; there is one wherever the tensor is met.
+        displacement: of the forward pass that runs.
     """
 
     plain: torch.Tensor
@@ -173,7 +181,10 @@ def _dispatch(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -
     leaves, _ = tree_flatten((args, kwargs))
     displaced = (leaf for leaf in leaves if isinstance(leaf, (DisplacedTensor, GroupedTensor)))
     displacement = next(displaced).displacement
-    assert displacement is not None
+    if displacement is None:
+        # Outside of probes it is the parameter's data and nothing else.
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs)
     special = _SPECIAL.get(function)
     if special is not None:
         result = special(displacement, *args, **kwargs)

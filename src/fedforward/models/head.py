@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedforward.models.loading import input_device
+
 #: Logits that are worked on at once, by device: what fits a cache, or fills a GPU.
 LOGITS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 26}
 #: Weights of a tile of the vocabulary, likewise.
@@ -59,7 +61,7 @@ class Head:
         """One token through the network tells whether the head is called, and what follows it."""
         outputs: list[Any] = []
         handle = self._body.register_forward_hook(lambda *call: outputs.append(call[-1]))
-        device = self.network.get_input_embeddings().weight.device
+        device = input_device(self.network)
         token = torch.ones((1, 1), dtype=torch.int64, device=device)
         probe: list[torch.Tensor] = []
 
@@ -92,7 +94,7 @@ class Head:
 
     def _through_network(self, logits: torch.Tensor) -> torch.Tensor:
         """What the network makes of logits, by running it with body and head left out."""
-        device = self.network.get_input_embeddings().weight.device
+        device = input_device(self.network)
         token = torch.ones((1, 1), dtype=torch.int64, device=device)
         with self._replaced(lambda _: logits), _instead(self._body, lambda *_, **__: self._stub):
             result: torch.Tensor = self.network(input_ids=token, use_cache=False).logits

@@ -227,6 +227,15 @@ def weights(network: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{name}.weight.{key}", tensor
 
 
+def input_device(network: Any) -> torch.device:
+    """Where tokens go; the device of the embeddings' turn if they wait in host memory."""
+    embeddings = network.get_input_embeddings()
+    if embeddings.weight.is_meta:
+        return torch.device(embeddings._hf_hook.execution_device)
+    device: torch.device = embeddings.weight.device
+    return device
+
+
 def dequantize(network: Any, added: Mapping[str, torch.Tensor]) -> Any:
     """The same network with plain weights of the values that it computed with; this is used up.
 

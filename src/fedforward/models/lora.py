@@ -19,6 +19,7 @@ from fedforward.directions.kernels import accumulate, displace
 from fedforward.errors import FedForwardError
 from fedforward.models.blocks import names_in_blocks
 from fedforward.models.causal_lm import CausalModel, ProbePlan, fingerprint
+from fedforward.models.loading import dequantize, input_device, is_quantized, weights
 from fedforward.seeds import derive
 from fedforward.steps import NO_STEPS, Evaluation, Probe, Steps, Update
 
@@ -69,7 +70,7 @@ class LoraModel(CausalModel):
         """
         from peft import LoraConfig, get_peft_model
 
-        base = fingerprint(sorted(network.named_parameters()))
+        base = fingerprint(weights(network))
         settings = LoraConfig(
             r=rank,
             lora_alpha=alpha,
@@ -93,6 +94,12 @@ class LoraModel(CausalModel):
                 f"{', '.join(linear)}; 'all-linear' takes them all but the head."
             ) from error
         self.peft.eval()
+        device = input_device(network)
+        for layer in self.peft.modules():
+            # Beside a weight that waits in host memory PEFT leaves the factors without storage.
+            if hasattr(layer, "lora_A") and layer.lora_A[ADAPTER].weight.is_meta:
+                layer.lora_A.to_empty(device=device)
+                layer.lora_B.to_empty(device=device)
         adapters = {
             name.replace(f".{ADAPTER}.", "."): parameter
             for name, parameter in self.peft.named_parameters()
@@ -101,7 +108,6 @@ class LoraModel(CausalModel):
         initialise(adapters, run_seed)
         tuned = {n: p for n, p in adapters.items() if factors == "both" or ".lora_B." in n}
         layout = Layout.of({name: tuple(p.shape) for name, p in tuned.items()})
-        device = next(network.parameters()).device
         self.flat = torch.zeros(layout.tiles * TILE, dtype=torch.float32, device=device)
         self.peft.requires_grad_(False)
         for name, view in _views(layout, self.flat).items():
@@ -205,9 +211,11 @@ class LoraModel(CausalModel):
         scaling = layer.scaling[ADAPTER]
 
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if not self._bank:
+            if not self._bank and x.device == factor_b.device:
                 result: torch.Tensor = plain(x, *args, **kwargs)
                 return result
+            if not self._bank:
+                return _adapted(layer.base_layer, x, factor_a[None], factor_b[None], scaling)
             b = self._bank[id(factor_b)]
             groups = len(b)
             if groups > 1 and len(x) != self._rows[x.dim() == 2]:
@@ -232,7 +240,15 @@ class LoraModel(CausalModel):
 
     def merge(self) -> Any:
         """The base with the adapters added in, a plain transformers model; this one is used up."""
-        return self.peft.merge_and_unload()
+        if not any(is_quantized(module) for module in self.network.modules()):
+            return self.peft.merge_and_unload()
+        # PEFT would round the sum to 4 bits again, and the result would not be what was tuned.
+        deltas = {
+            name: layer.get_delta_weight(ADAPTER)
+            for name, layer in self.network.named_modules()
+            if hasattr(layer, "lora_A") and hasattr(layer, "base_layer")
+        }
+        return dequantize(self.peft.unload(), deltas)
 
 
 def _adapted(

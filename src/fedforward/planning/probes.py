@@ -5,8 +5,14 @@ last bits of a loss.
 """
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 
-from fedforward.models.causal_lm import ProbePlan
+from fedforward.errors import FedForwardError
+from fedforward.models.causal_lm import CausalModel, ProbePlan, TokenBatch
+from fedforward.planning.memory import peak_bytes
+from fedforward.steps import Probe, Steps
+from fedforward.units import format_bytes
 
 #: Held-out examples per forward pass; more saves nothing on two cores and costs memory.
 EVALUATION_ROWS = 8
@@ -23,14 +29,70 @@ def resolve(
 ) -> ProbePlan:
     """The plan from the configuration's wishes, where 0 and "auto" leave the choice to us.
 
-    One client's step goes through the base in one pass, so that memory does not depend on the
-    number of clients; larger groups pay where rows are short.
+    The two signs of one direction go through the network together. With adapters a client's whole
+    step does, so that memory does not depend on the number of clients.
     """
     full = tune == "full"
     return ProbePlan(
-        probes_per_call=1 if full else probes_per_call or 2 * directions,
+        probes_per_call=probes_per_call or (2 if full else 2 * directions),
         threads=threads or len(os.sched_getaffinity(0)),
-        trajectory=("copy" if trajectory == "auto" else trajectory) if full else "generate",
+        trajectory="copy" if trajectory == "auto" or not full else trajectory,
         evaluation_rows=EVALUATION_ROWS,
         device=device,
     )
+
+
+def step_probes(
+    batches: Sequence[TokenBatch], count: int, directions: int, mu: float
+) -> list[Probe]:
+    """`count` probes as a step in the middle of a round has them, client after client."""
+    trajectory = Steps.of([1], [0.0])
+    return [
+        Probe(
+            batches[place // (2 * directions) % len(batches)],
+            trajectory,
+            Steps.of([2 + place // 2], [mu if place % 2 == 0 else -mu]),
+        )
+        for place in range(count)
+    ]
+
+
+def fit(
+    model: CausalModel, batches: Sequence[TokenBatch], budget: int, most: int, directions: int
+) -> ProbePlan:
+    """The model's plan with as many probes in a forward pass as a memory budget allows.
+
+    One and two probes of the longest batches are measured, the number is extrapolated and measured
+    again, and lowered until it fits.
+
+    Args:
+        batches: the longest of each client.
+        budget: bytes of tensors alive, the model's own included.
+        most: probes that can ever be ready at once.
+        directions: of a step.
+
+    Raises:
+        FedForwardError: not even one probe fits.
+    """
+    plan = model.plan
+
+    def measured(count: int) -> int:
+        model.plan = replace(plan, probes_per_call=count)
+        probes = step_probes(batches, count, directions, 1e-3)
+        return peak_bytes(lambda: model.evaluate(probes))
+
+    try:
+        measured(1)
+        one, two = measured(1), measured(2)
+        if one > budget:
+            raise FedForwardError(
+                f"run.memory_budget = {format_bytes(budget)} is too small: the model and one probe "
+                f"of its longest batch take {format_bytes(one)}. Raise it, or lower "
+                "data.sequence_length or method.batch_size."
+            )
+        count = min(most, 1 + (budget - one) // max(1, two - one))
+        while count > 1 and measured(count) > budget:
+            count = max(1, count * 3 // 4)
+    finally:
+        model.plan = plan
+    return replace(plan, probes_per_call=count)
