@@ -129,6 +129,7 @@ def quiet_libraries() -> None:
     import transformers
 
     huggingface_hub.logging.set_verbosity(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     # Not ours to mend: PEFT asks transformers for an attribute that was renamed.

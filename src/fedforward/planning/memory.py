@@ -43,6 +43,12 @@ class _Tracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        # Under inference mode composite operations arrive whole: taken apart, what they make on
+        # the way is seen too.
+        with self:
+            parts = function.decompose(*args, **(kwargs or {}))
+        if parts is not NotImplemented:
+            return parts
         result = function(*args, **(kwargs or {}))
         inputs = {
             leaf.untyped_storage()._cdata

@@ -1,0 +1,179 @@
+"""The benchmarks run, say what they measured, and name what falls short. Sizes are tiny."""
+
+import argparse
+import importlib
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable() -> Iterator[None]:
+    """The benchmarks import each other as they do when they are started from their folder."""
+    threads = torch.get_num_threads()
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+    torch.set_num_threads(threads)
+
+
+def load(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def results(capsys: pytest.CaptureFixture[str], name: str, *arguments: str) -> dict[str, Any]:
+    """The JSON of a benchmark at its tiny sizes."""
+    load(name).main(["--quick", "--json", "--threads", "1", *arguments])
+    content: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert content["benchmark"] == name
+    assert content["rows"]
+    assert {"processor", "cores", "threads", "torch"} <= content["machine"].keys()
+    return content
+
+
+def test_step(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = results(capsys, "step")["rows"]
+    kinds = {(r["tune"], r["horizon"], r["trajectory"], r["distribution"]) for r in rows}
+    for distribution in ("gaussian", "rademacher"):
+        assert ("lora", 30, None, distribution) in kinds
+        assert ("full", 1, None, distribution) in kinds
+        assert ("full", 30, "generate", distribution) in kinds
+        assert ("full", 30, "copy", distribution) in kinds
+    for row in rows:
+        assert row["over_two_forwards"] == row["ours_seconds"] / row["two_forwards_seconds"]
+        assert row["over_twice_batch"] > 0
+        assert row["in_place_over_ours"] > 0
+        assert (row["over_two_forwards_peft"] is not None) == (row["tune"] == "lora")
+
+
+def test_step_in_half_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--dtype", "bfloat16", "--tokens", "8", "--distributions", "rademacher")
+    rows = results(capsys, "step", *arguments)["rows"]
+    assert {row["dtype"] for row in rows} == {"bfloat16"}
+
+
+def test_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = results(capsys, "memory", "--tune", "lora")["rows"]
+    assert [row["probes_per_call"] for row in rows] == [2]
+    for row in rows:
+        assert row["process_bytes"] > 0
+        assert row["plain_process_bytes"] > 0
+        assert row["plain_tensor_bytes"] > 0
+        assert row["process_over_plain"] == row["process_bytes"] / row["plain_process_bytes"]
+        assert "process_over_plain" in row["reaches"]
+
+
+def test_memory_has_both_ways_of_carrying_a_trajectory() -> None:
+    memory = load("memory")
+    wished = argparse.Namespace(
+        distributions=["gaussian", "rademacher"], probes_per_call=[2, 1], horizons=[1, 30]
+    )
+    found = [tuple(s.values()) for s in memory.settings(wished, "full")]
+    assert len(found) == len(set(found)) == 7
+    assert memory.reach("~30M", 2, None).sense == "<="
+    assert memory.reach("~110M", 2, "generate").sense == "<"
+    assert memory.reach("~110M", 2, "copy") is None
+    assert memory.reach("~110M", 1, None) is None
+
+
+def test_directions(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = results(capsys, "directions")["rows"]
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16", "float16"}
+    assert {row["seeds"] for row in rows} == {1, 90}
+    held = [row for row in rows if row["reaches"]]
+    assert len(held) == 12
+    assert all(row["times_naive"] > 0 and row["times_in_place"] > 0 for row in rows)
+
+
+def test_simulation(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = results(capsys, "simulation")["rows"]
+    assert [row["way"] for row in rows] == ["lockstep 4", "one by one", "in pairs"]
+    assert rows[0]["times_one_by_one"] == rows[1]["seconds"] / rows[0]["seconds"]
+    assert all(row["tensor_bytes"] > 0 for row in rows)
+
+
+def test_replay(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = results(capsys, "replay")["rows"]
+    assert {(row["tune"], row["dtype"]) for row in rows} == {
+        ("lora", "float32"),
+        ("full", "float32"),
+        ("full", "bfloat16"),
+    }
+    for row in rows:
+        assert row["bit_identical"]
+        assert row["naive_steps_timed"] >= 6
+        assert row["naive_extrapolated"]
+
+
+def test_llama3b(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = results(capsys, "llama3b")["rows"]
+    names = " ".join(row["name"] for row in rows)
+    for word in ("memory of a step, lora", "memory of a step, full", "a step, lora", "up per"):
+        assert word in names
+    assert "replay of 90 seeds" in names
+    assert not any(row["reaches"] for row in rows)
+
+
+def test_llama3b_needs_a_cuda_device(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        load("llama3b").main([])
+    assert end.value.code == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_a_reach_is_met_or_named() -> None:
+    common = load("common")
+    most, less, least = (common.Reach(sense, 1.0) for sense in ("<=", "<", ">="))
+    assert (most.met(1.0), less.met(1.0), least.met(1.0)) == (True, False, True)
+    assert (most.met(1.1), less.met(0.9), least.met(0.9)) == (False, True, False)
+    assert not most.met(float("nan"))
+    assert not most.met(None)
+    rows = [
+        {"name": "good", "ratio": 0.9, "reaches": {"ratio": most}},
+        {"name": "bad", "ratio": 1.25, "times": 2.0, "reaches": {"ratio": most, "times": least}},
+        {"name": "free", "ratio": 9.0, "reaches": {}},
+    ]
+    assert common.shortfalls(rows) == ["bad: ratio is 1.25, the reach is ≤ 1"]
+    common.check(rows[:1])
+
+
+def test_check_exits_1_and_names_the_figure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directions, common = load("directions"), load("common")
+    arguments = ["--quick", "--check", "--threads", "1", "--dtypes", "float32"]
+    out_of_reach = dict.fromkeys(directions.REACHES, common.Reach(">=", 1e9))
+    monkeypatch.setattr(directions, "REACHES", out_of_reach)
+    with pytest.raises(SystemExit) as end:
+        directions.main(arguments)
+    assert end.value.code == 1
+    shown = capsys.readouterr()
+    assert "float32 gaussian 1 seeds nearest: times_naive is" in shown.err
+    assert "≥ 1e+09" in shown.out
+    within = dict.fromkeys(directions.REACHES, common.Reach(">=", 0.0))
+    monkeypatch.setattr(directions, "REACHES", within)
+    directions.main(arguments)
+
+
+@pytest.mark.parametrize("strata", [1, 2, 4, 28])
+def test_sampled_lengths_stand_for_the_whole_trajectory(strata: int) -> None:
+    weights = load("common").sampled_lengths(30, strata)
+    assert sum(weights.values()) == pytest.approx(1.0)
+    mean = sum(length * weight for length, weight in weights.items())
+    # Where there are two middles the upper one is taken, which is not in our favour.
+    assert 14.5 <= mean + 1e-9 <= 15.0 + 1e-9
+    assert load("common").sampled_lengths(1, 4) == {0: 1.0}
+
+
+def test_the_machine_has_no_name() -> None:
+    described = json.dumps(load("common").machine(1, "cpu"))
+    assert platform.node() not in described
+    assert "/" not in described
