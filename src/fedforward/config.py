@@ -199,7 +199,10 @@ class RunSection(_Section):
         0, description="evaluations without a lower held-out loss before stopping; 0 is never"
     )
     probes_per_call: Annotated[int, Field(ge=0)] = Field(
-        0, description="probes that share a forward pass; 0 chooses"
+        0, description="most probes that share a forward pass; 0 chooses"
+    )
+    tokens_per_call: Annotated[int, Field(ge=0)] = Field(
+        0, description="tokens of a forward pass, beyond which probes or rows wait; 0 chooses"
     )
     memory_budget: str | None = Field(
         None,

@@ -131,6 +131,7 @@ def resolve_plan(config: Config) -> ProbePlan:
         tune=config.model.tune,
         threads=config.run.threads,
         probes_per_call=config.run.probes_per_call,
+        tokens_per_call=config.run.tokens_per_call,
         trajectory=config.run.trajectory,
         directions=config.method.directions,
         device=resolve_device(config.run.device),

@@ -119,25 +119,29 @@ def _add_gaussian(acc, words, seeds, bits, start, stop, tile, stream, table):  #
 
 
 @njit(inline="always")
-def _directions(z, words, wide, seed, gaussian, tile, stream, table):  # type: ignore[no-untyped-def]
-    """z[: 2048] of one seed on one tile, float32; `words` [64] and `wide` [1024] are scratch."""
+def _both_signs(plus, minus, acc, words, wide, seed, bits, gaussian, tile, stream, table):  # type: ignore[no-untyped-def]
+    """plus = acc + c z and minus = acc - c z for one seed on one tile; z is made once."""
     if gaussian:
+        c = np.uint32(bits).view(np.float32)
         _philox(wide, 256, tile, stream, seed)
         for i in range(1024):
             w = wide[i]
-            low = np.float32(table[w & uint32(0x7FFF)]).view(np.uint32)
-            high = np.float32(table[(w >> uint32(16)) & uint32(0x7FFF)]).view(np.uint32)
+            low = np.float32(c * table[w & uint32(0x7FFF)]).view(np.uint32)
+            high = np.float32(c * table[(w >> uint32(16)) & uint32(0x7FFF)]).view(np.uint32)
             low ^= uint32(w << uint32(16)) & uint32(0x80000000)
             high ^= w & uint32(0x80000000)
-            z[i] = np.uint32(low).view(np.float32)
-            z[1024 + i] = np.uint32(high).view(np.float32)
+            plus[i] = acc[i] + np.uint32(low).view(np.float32)
+            minus[i] = acc[i] - np.uint32(low).view(np.float32)
+            plus[1024 + i] = acc[1024 + i] + np.uint32(high).view(np.float32)
+            minus[1024 + i] = acc[1024 + i] - np.uint32(high).view(np.float32)
         return
     _philox(words, 16, tile, stream, seed)
     for j in range(32):
         shift = uint32(31 - j)
-        part = z[64 * j : 64 * j + 64]
         for i in range(64):
-            part[i] = _signed(uint32(0x3F800000), words[i], shift)
+            p = _signed(bits, words[i], shift)
+            plus[64 * j + i] = acc[64 * j + i] + p
+            minus[64 * j + i] = acc[64 * j + i] - p
 
 
 @intrinsic
@@ -297,7 +301,7 @@ def _displace(  # type: ignore[no-untyped-def]
     """
     acc = np.zeros(TILE, np.float32)
     own = np.zeros(TILE, np.float32)
-    z = np.zeros(TILE, np.float32)
+    other = np.zeros(TILE, np.float32)
     words = np.empty((SEEDS_AT_ONCE, 64), np.uint32)
     wide = np.empty(1024, np.uint32)
     for piece in range(begin, end):
@@ -307,25 +311,39 @@ def _displace(  # type: ignore[no-untyped-def]
         _load(acc[skip : skip + count], weights[source : source + count], weights_code)
         _add(acc, words, wide, seeds, bits, 0, len(seeds), gaussian, number, stream, table)
         step = 0
-        known = False
-        for g in range(len(ends)):
-            if ends[g] - step == 1:
-                # The two signs of a direction, and any neighbours that share it, share its z.
-                if not known or own_seeds[step] != own_seeds[step - 1]:
-                    _directions(z, words[0], wide, own_seeds[step], gaussian, number, stream, table)
-                c = np.uint32(own_bits[step]).view(np.float32)
-                for i in range(TILE):
-                    own[i] = acc[i] + c * z[i]
-                known = True
+        g = 0
+        while g < len(ends):
+            target = out[g, place : place + count]
+            if (
+                g + 1 < len(ends)
+                and ends[g] == step + 1
+                and ends[g + 1] == step + 2
+                and own_seeds[step] == own_seeds[step + 1]
+                and own_bits[step] == own_bits[step + 1] ^ uint32(0x80000000)
+            ):
+                _both_signs(
+                    own, other, acc, words[0], wide, own_seeds[step], own_bits[step],
+                    gaussian, number, stream, table,
+                )  # fmt: skip
+                _store(target, out_code, own[skip : skip + count])
+                _store(out[g + 1, place : place + count], out_code, other[skip : skip + count])
+                g += 1
+            elif g == len(ends) - 1:
+                # Nobody else needs the shared sum.
+                _add(
+                    acc, words, wide, own_seeds, own_bits, step, ends[g],
+                    gaussian, number, stream, table,
+                )  # fmt: skip
+                _store(target, out_code, acc[skip : skip + count])
             else:
                 own[:] = acc
                 _add(
                     own, words, wide, own_seeds, own_bits, step, ends[g],
                     gaussian, number, stream, table,
                 )  # fmt: skip
-                known = False
+                _store(target, out_code, own[skip : skip + count])
             step = ends[g]
-            _store(out[g, place : place + count], out_code, own[skip : skip + count])
+            g += 1
 
 
 @njit(inline="always")
@@ -445,16 +463,15 @@ def displace(
         out: [len(own), n].
         starts: int64 [S], where each of S pieces of n // S coordinates begins; None is 0 alone.
     """
-    steps = Steps(
-        np.concatenate([part.seeds for part in own]),
-        np.concatenate([part.coefficients for part in own]),
-    )
-    _check(shared.seeds, shared.coefficients)
-    _check(steps.seeds, steps.coefficients)
     if len(out) != len(own):
         raise ValueError(f"{len(own)} displacements into {len(out)} rows: must be equal")
-    if starts is None:
-        pieces = _whole(out.shape[1])
+    _check(shared.seeds, shared.coefficients)
+    seeds, bits, ends = _joined(own)
+    if starts is None or len(starts) == 1:
+        start = 0 if starts is None else int(starts[0])
+        first_tile += start // TILE
+        weights = weights[start - start % TILE :]
+        pieces = _piece(start % TILE, out.shape[1])
     elif len(starts):
         pieces = _pieces(starts, out.shape[1] // len(starts))
     else:
@@ -462,9 +479,9 @@ def displace(
     settings = (
         shared.seeds,
         shared.coefficients.view(np.uint32),
-        steps.seeds,
-        steps.coefficients.view(np.uint32),
-        np.cumsum([len(part) for part in own]),
+        seeds,
+        bits,
+        ends,
         distribution is Distribution.GAUSSIAN,
         half_normal_table(),
         first_tile,
@@ -479,9 +496,31 @@ def displace(
     _shared(work, count, count * (len(shared) + len(own) + 1), threads)
 
 
-@lru_cache(maxsize=256)
-def _whole(length: int) -> tuple[NDArray[np.int64], ...]:
-    return _pieces(np.zeros(1, np.int64), length)
+_last_joined: tuple[Any, Any] = (None, None)
+
+
+def _joined(own: Sequence[Steps]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Seeds, the coefficients' bits and the ends of several lists of steps, as arrays.
+
+    A forward pass asks for the same lists hundreds of times: the last ones are remembered.
+    """
+    global _last_joined
+    known, result = _last_joined
+    if known is not own:
+        seeds = np.concatenate([part.seeds for part in own])
+        coefficients = np.concatenate([part.coefficients for part in own])
+        _check(seeds, coefficients)
+        ends = np.cumsum([len(part) for part in own])
+        result = (seeds, coefficients.view(np.uint32), ends)
+        # Only what cannot change behind our back.
+        if isinstance(own, tuple):
+            _last_joined = (own, result)
+    return result  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=1024)
+def _piece(skip: int, length: int) -> tuple[NDArray[np.int64], ...]:
+    return _pieces(np.array([skip]), length)
 
 
 def _pieces(starts: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64], ...]:

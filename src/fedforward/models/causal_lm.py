@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,15 @@ class ProbePlan:
     """How probes are grouped into forward passes. Fixed when a run starts and stored with it.
 
     Attributes:
-        probes_per_call: probes that share one forward pass.
+        probes_per_call: most probes that share one forward pass.
         threads: PyTorch and kernel threads.
         trajectory: "generate" adds a client's local steps to the weights in every probe; "copy"
             keeps their sum in a float32 copy of the tuned weights. Both round once from the same
             sum, so the bits are the same.
         evaluation_rows: examples per forward pass of a held-out evaluation.
         device: where the run was started; the last bits of losses depend on it.
+        tokens_per_call: tokens of a forward pass that fewer probes share, or with adapters fewer
+            rows, rather than exceed it; 0 is any number.
     """
 
     probes_per_call: int
@@ -61,6 +64,7 @@ class ProbePlan:
     trajectory: str
     evaluation_rows: int
     device: str = "cpu"
+    tokens_per_call: int = 0
 
 
 def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -108,14 +112,25 @@ class CausalModel(ABC):
         self.prefix = Prefix(network, tuple(tensors.values()))
 
     def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
-        """Measure probes on their `TokenBatch`es, `plan.probes_per_call` to a forward pass.
+        """Measure probes on their `TokenBatch`es, some of them in each forward pass.
 
-        The weights stay, bit for bit.
+        How many is the plan's to say; neighbours go together. The weights stay, bit for bit.
         """
         results: list[Evaluation] = []
-        for begin in range(0, len(probes), self.plan.probes_per_call):
-            results += self._evaluate_together(probes[begin : begin + self.plan.probes_per_call])
+        begin = 0
+        while begin < len(probes):
+            end = begin + 1
+            while end < len(probes) and self._fit(probes[begin : end + 1]):
+                end += 1
+            results += self._evaluate_together(probes[begin:end])
+            begin = end
         return results
+
+    def _fit(self, probes: Sequence[Probe]) -> bool:
+        """Whether the plan lets these probes share a forward pass."""
+        tokens = len(probes) * prod(_height_and_length([probe.batch for probe in probes]))
+        most = self.plan.tokens_per_call or tokens
+        return len(probes) <= self.plan.probes_per_call and tokens <= most
 
     @torch.inference_mode()
     def _evaluate_together(self, probes: Sequence[Probe]) -> list[Evaluation]:
@@ -285,8 +300,7 @@ def stack(batches: Sequence[TokenBatch]) -> tuple[torch.Tensor, torch.Tensor]:
 
     Every batch gets as many rows, and as long ones, as the largest; what is added does not count.
     """
-    rows = max(len(batch.tokens) for batch in batches)
-    length = max(batch.tokens.shape[1] for batch in batches)
+    rows, length = _height_and_length(batches)
     tokens = np.zeros((len(batches), rows, length), np.int64)
     labels = np.full((len(batches), rows, length), IGNORED, np.int64)
     for place, batch in enumerate(batches):
@@ -295,3 +309,21 @@ def stack(batches: Sequence[TokenBatch]) -> tuple[torch.Tensor, torch.Tensor]:
         labels[place, :height, :width] = batch.labels
     flat = (len(batches) * rows, length)
     return torch.from_numpy(tokens.reshape(flat)), torch.from_numpy(labels.reshape(flat))
+
+
+def _height_and_length(batches: Sequence[TokenBatch]) -> tuple[int, int]:
+    return (
+        max(len(batch.tokens) for batch in batches),
+        max(batch.tokens.shape[1] for batch in batches),
+    )
+
+
+def cut(batch: TokenBatch, rows: int) -> list[TokenBatch]:
+    """A batch as several of so many rows, each without the padding that it does not need."""
+    parts = []
+    for begin in range(0, len(batch.tokens), rows):
+        tokens, labels = batch.tokens[begin : begin + rows], batch.labels[begin : begin + rows]
+        used = np.flatnonzero((labels != IGNORED).any(axis=0))
+        length = max(2, int(used[-1]) + 1) if len(used) else tokens.shape[1]
+        parts.append(TokenBatch(tokens[:, :length], labels[:, :length]))
+    return parts

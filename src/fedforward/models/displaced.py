@@ -57,7 +57,7 @@ class Displacement:
             shape: rows of all groups, and tokens in a row.
             sources: what is displaced in place of a tensor of that name (a float32 copy of it).
         """
-        self.shared, self.own = shared, own
+        self.shared, self.own = shared, tuple(own)
         self.distribution = distribution
         self.groups = len(own)
         self.rows = {shape[0], shape[0] * shape[1]}

@@ -8,9 +8,13 @@ bank, a float32 buffer with one row per probe that the direction kernel fills in
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby
+from operator import is_
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,7 +22,7 @@ from fedforward.directions import TILE, Distribution, Layout, Stream
 from fedforward.directions.kernels import accumulate, displace
 from fedforward.errors import FedForwardError
 from fedforward.models.blocks import names_in_blocks
-from fedforward.models.causal_lm import CausalModel, ProbePlan, fingerprint
+from fedforward.models.causal_lm import CausalModel, ProbePlan, TokenBatch, cut, fingerprint
 from fedforward.models.loading import dequantize, input_device, is_quantized, weights
 from fedforward.seeds import derive
 from fedforward.steps import NO_STEPS, Evaluation, Probe, Steps, Update
@@ -120,21 +124,48 @@ class LoraModel(CausalModel):
         self._rows: tuple[int, int] = (0, 0)
         self._carried: list[tuple[Steps, torch.Tensor]] = []
         self._wanted: set[int] = set()
+        self._filled: list[Steps] = []
+        self._last_bank = self._bank
         for name, layer in self.peft.named_modules():
             if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
                 self._replace_forward(name, layer)
 
     def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
-        """See `CausalModel.evaluate`."""
+        """See `CausalModel.evaluate`. A batch too long for one forward pass is cut by rows.
+
+        Another pass costs an adapter next to nothing, and what is worked on stays in the cache.
+        """
         # One sum for each client of the call, so that their number in it bounds the memory.
         self._wanted = {id(probe.trajectory) for probe in probes}
-        results = super().evaluate(probes)
+        pieces: list[Probe] = []
+        owners: list[int] = []
+        for _, run in groupby(range(len(probes)), key=lambda place: id(probes[place].batch)):
+            places = list(run)
+            for part in self._parts(probes[places[0]].batch, len(places)):
+                pieces += [replace(probes[place], batch=part) for place in places]
+                owners += places
+        results: list[list[Evaluation]] = [[] for _ in probes]
+        for owner, result in zip(owners, super().evaluate(pieces), strict=True):
+            results[owner].append(result)
         self._carried = [entry for entry in self._carried if id(entry[0]) in self._wanted]
-        return results
+        return [
+            Evaluation(
+                np.concatenate([part.sums for part in parts]),
+                np.concatenate([part.counts for part in parts]),
+            )
+            for parts in results
+        ]
+
+    def _parts(self, batch: TokenBatch, probes: int) -> list[TokenBatch]:
+        """A batch cut by rows, so that the probes that share it keep to the tokens of the plan."""
+        rows, length = batch.tokens.shape
+        most = self.plan.tokens_per_call or rows * length * probes
+        fitting = max(1, most // (length * min(probes, self.plan.probes_per_call)))
+        return [batch] if fitting >= rows else cut(batch, fitting)
 
     def commit(self, updates: Sequence[Update]) -> None:
         """See `CausalModel.commit`; the sums of finished trajectories are dropped."""
-        self._carried = []
+        self._carried, self._filled = [], []
         super().commit(updates)
 
     @contextmanager
@@ -148,6 +179,10 @@ class LoraModel(CausalModel):
 
     def _fill_bank(self, probes: Sequence[Probe]) -> None:
         """One adapter per probe; a trajectory that neighbours share is summed once."""
+        wanted = [steps for probe in probes for steps in (probe.trajectory, probe.perturbation)]
+        if len(wanted) == len(self._filled) and all(map(is_, wanted, self._filled)):
+            self._bank = self._last_bank
+            return
         if len(probes) == 1 and not len(probes[0].perturbation):
             bank = self._carry(probes[0].trajectory)[None]
         else:
@@ -169,6 +204,8 @@ class LoraModel(CausalModel):
                 begin = end
         views = _views(self.layout, bank)
         self._bank = {id(self.tensors[name]): view for name, view in views.items()}
+        # The parts of a batch come one after another with the same probes.
+        self._filled, self._last_bank = wanted, self._bank
 
     def _carry(self, trajectory: Steps) -> torch.Tensor:
         """The adapters at θ + trajectory: a sum made before, and the steps that it lacks.

@@ -16,6 +16,8 @@ from fedforward.units import format_bytes
 
 #: Held-out examples per forward pass; more saves nothing on two cores and costs memory.
 EVALUATION_ROWS = 8
+#: Tokens of a forward pass by device: activations that stay in a cache, or fill a GPU.
+TOKENS_PER_CALL = {"cpu": 1024, "cuda": 16384}
 
 
 def resolve(
@@ -23,6 +25,7 @@ def resolve(
     tune: str,
     threads: int,
     probes_per_call: int,
+    tokens_per_call: int,
     trajectory: str,
     device: str,
     directions: int,
@@ -39,6 +42,7 @@ def resolve(
         trajectory="copy" if trajectory == "auto" or not full else trajectory,
         evaluation_rows=EVALUATION_ROWS,
         device=device,
+        tokens_per_call=tokens_per_call or TOKENS_PER_CALL[device.split(":")[0]],
     )
 
 
