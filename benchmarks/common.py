@@ -32,6 +32,7 @@ from fedforward.models.causal_lm import CausalModel, ProbePlan, TokenBatch
 from fedforward.models.full import FullModel
 from fedforward.models.lora import LoraModel
 from fedforward.planning.memory import bytes_alive, peak_bytes
+from fedforward.planning.probes import TOKENS_PER_CALL
 from fedforward.seeds import direction_seed, dither_seed
 from fedforward.steps import NO_STEPS, Probe, Steps, Update
 
@@ -250,6 +251,7 @@ def make_plan(
         trajectory=trajectory or "copy",
         evaluation_rows=8,
         device=arguments.device,
+        tokens_per_call=TOKENS_PER_CALL[arguments.device],
     )
 
 

@@ -39,6 +39,7 @@ from step import HORIZON, TOKENS
 
 from fedforward.models.causal_lm import TokenBatch
 from fedforward.planning.memory import peak_bytes
+from fedforward.planning.probes import TOKENS_PER_CALL
 
 REACH = Reach("<=", 1.05)
 REACH_LARGE_VOCABULARY = Reach("<", 1.0)
@@ -205,14 +206,19 @@ def reach(shape: str, probes_per_call: int, trajectory: str | None) -> Reach | N
 
 def rows(arguments: argparse.Namespace, shape: str, tokens: int) -> Iterator[Row]:
     size = {"shape": shape, "tokens": tokens}
+    # Where the plan lets fewer probes together than it is asked for, so has the plain forward.
+    together = {
+        probes: min(probes, max(1, TOKENS_PER_CALL[arguments.device] // tokens))
+        for probes in arguments.probes_per_call
+    }
     plain = {
         probes: measure(arguments, contender="plain", **size, probes_per_call=probes)
-        for probes in arguments.probes_per_call
+        for probes in set(together.values())
     }
     for tune in arguments.tune:
         for setting in settings(arguments, tune):
             found = measure(arguments, contender=tune, **size, **setting)
-            beside = plain[setting["probes_per_call"]]
+            beside = plain[together[setting["probes_per_call"]]]
             limit = reach(shape, setting["probes_per_call"], setting["trajectory"])
             labels = [shape, tune, f"H = {setting['horizon']}", setting["trajectory"]]
             labels += [setting["distribution"], f"{tokens} tokens"]
@@ -223,6 +229,7 @@ def rows(arguments: argparse.Namespace, shape: str, tokens: int) -> Iterator[Row
                 "tune": tune,
                 "dtype": arguments.dtype,
                 **setting,
+                "plain_rows_of_probes": together[setting["probes_per_call"]],
                 **found,
                 **{f"plain_{name}": value for name, value in beside.items()},
                 "process_over_plain": found["process_bytes"] / beside["process_bytes"],
@@ -271,7 +278,8 @@ def main(argv: list[str] | None = None) -> None:
     remarks = [
         f"{arguments.dtype}; above the loaded model, each figure from a process of its own; "
         f"malloc {arguments.malloc}.",
-        "The plain forward pass has as many rows as the probes that run at once.",
+        "The plain forward pass has as many rows as the probes that run at once; with 2048 tokens "
+        "that is one probe, since a plan keeps to some number of tokens a pass.",
     ]
     common.finish(arguments, "memory", found, COLUMNS, remarks)
 

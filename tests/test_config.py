@@ -40,6 +40,17 @@ def refusal(whole: dict[str, Any]) -> str:
         ({"federation__clients": 2.5}, ["federation.clients = 2.5", "a whole number"]),
         ({"federation__clients": 0}, ["federation.clients = 0", "at least 1"]),
         ({"federation__clients": 70000}, ["70000", "at most 65535"]),
+        ({"model__blocks": "4-"}, ["blocks = '4-'", "'all', a range such as '8-15'"]),
+        ({"model__blocks": "7-4"}, ["blocks = '7-4'", "a list of whole numbers from 0"]),
+        ({"model__blocks": [-1]}, ["blocks = [-1]", "whole numbers from 0"]),
+        ({"model__blocks": []}, ["blocks = []", "whole numbers from 0"]),
+        ({"run__memory_budget": "6 gigs"}, ["'6 gigs' is no amount of memory", "'6 GiB'"]),
+        ({"run__memory_budget": "6"}, ["'6' is no amount of memory"]),
+        (
+            {"run__memory_budget": "6 GiB", "run__probes_per_call": 4},
+            ["memory_budget = '6 GiB' chooses probes_per_call", "set to 4"],
+        ),
+        ({"run__tokens_per_call": -1}, ["run.tokens_per_call = -1", "at least 0"]),
         ({"federation__participation": 1.5}, ["1.5", "above 0.0 and at most 1.0"]),
         ({"method__mu": float("nan")}, ["method.mu = nan", "a number, above 0.0"]),
         ({"method__mu": float("inf")}, ["method.mu = inf"]),
@@ -166,3 +177,14 @@ def test_the_example_is_whole() -> None:
             assert re.search(rf"^(# )?{key} =", example, re.MULTILINE)
             if kind.model_fields[key].default is not None:
                 assert key in everything[section]
+
+
+def test_blocks_and_budgets_are_read() -> None:
+    assert config.ModelSection(path="m").tuned_blocks is None
+    assert config.ModelSection(path="m", blocks="4-7").tuned_blocks == (4, 5, 6, 7)
+    assert config.ModelSection(path="m", blocks="3-3").tuned_blocks == (3,)
+    assert config.ModelSection(path="m", blocks=[5, 0, 5]).tuned_blocks == (0, 5)
+    sizes = {"6 GiB": 6 * 2**30, "4GB": 4 * 10**9, "1.5 mib": 3 * 2**19, "100 B": 100}
+    for text, size in sizes.items():
+        assert config.RunSection(memory_budget=text).budget == size
+    assert config.RunSection().budget is None

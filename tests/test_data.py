@@ -240,6 +240,23 @@ def test_epochs_are_shuffled_anew() -> None:
     assert first != second
 
 
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_examples_of_a_batch_have_similar_lengths(epoch: int) -> None:
+    """Most of the padding of a plain shuffle is gone, and the lengths of batches have no order."""
+    random = np.random.default_rng(0)
+    examples = [Example(np.full(length, 7), 1) for length in random.integers(20, 220, 203)]
+    batches = Batches(examples, batch_size=4, run_seed=1, client=0)
+    # Not a multiple of the batch size: later epochs begin within a batch.
+    places = [step for step in range(160) if 203 * epoch <= 4 * step < 203 * (epoch + 1) - 4]
+    drawn_batches = [batches[step] for step in places]
+    padding = sum(int((b.labels == IGNORED).sum()) - 4 for b in drawn_batches)
+    shuffled = [examples[n] for n in random.permutation(203)[:200]]
+    lengths = np.array([len(e.tokens) for e in shuffled]).reshape(-1, 4)
+    assert padding < 0.4 * (lengths.max(axis=1, keepdims=True) - lengths).sum()
+    order = [b.tokens.shape[1] for b in drawn_batches]
+    assert abs(np.corrcoef(order, range(len(order)))[0, 1]) < 0.4
+
+
 def test_evaluation_batches_hold_every_example_once() -> None:
     examples = [Example(np.full(length, length, np.int64), 1) for length in (5, 2, 9, 3, 2)]
     batches = by_length(examples, 2)

@@ -22,6 +22,7 @@ from fedforward.directions.specification import (
     half_normal_table,
     tile_words,
 )
+from fedforward.steps import NO_STEPS, Steps
 from tests.exact import FORMATS, converted
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +34,7 @@ SIZES = (1, 5, TILE - 1, TILE, TILE + 1, 3 * TILE + 100)
 COUNTS = (0, 1, 7, 8, 9, 130, 300)
 NONE = np.empty(0, np.uint64), np.empty(0, np.float32)
 
-Steps = tuple[NDArray[np.uint64], NDArray[np.float32]]
+Pair = tuple[NDArray[np.uint64], NDArray[np.float32]]
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 by_half = pytest.mark.parametrize("dtype", HALVES, ids=NAMES.get)
@@ -77,7 +78,7 @@ def weights_of_every_kind(size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(mixed.astype(np.float32)).to(dtype)
 
 
-def some_steps(count: int) -> Steps:
+def some_steps(count: int) -> Pair:
     random = np.random.default_rng(count)
     seeds = random.integers(0, 2**64, count, dtype=np.uint64)
     coefficients = random.standard_normal(count) * 10.0 ** random.uniform(-8, 0, count)
@@ -107,7 +108,7 @@ def _remembered(seed: int, count: int, *, device: Any, **where: Any) -> torch.Te
 def run(
     accumulate: Callable[..., None],
     weights: torch.Tensor,
-    steps: Steps,
+    steps: Pair,
     dtype: torch.dtype,
     **options: Any,
 ) -> torch.Tensor:
@@ -536,3 +537,46 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(error):
             cpu.commit(*arguments, first_tile=0, distribution=Distribution.GAUSSIAN, out=out)
+
+
+ONE, OTHER = Steps.of([2**63 + 7], [0.01]), Steps.of([2**63 + 7], [-0.01])
+THREE = Steps.of([5, 6, 7], [0.02, -0.03, 0.01])
+
+
+@by_distribution
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("own", [[ONE, OTHER], [ONE, OTHER, THREE, NO_STEPS, ONE], [OTHER, ONE]])
+@pytest.mark.parametrize("shared", [NO_STEPS, THREE])
+def test_displacements_are_those_of_the_reference(
+    dtype: torch.dtype, distribution: Distribution, own: list[Steps], shared: Steps
+) -> None:
+    """Whole tensors, tiles and rows that begin anywhere, both signs and mixed lists of steps."""
+    weights = (0.02 * torch.randn(7000, generator=torch.Generator().manual_seed(1))).to(dtype)
+    weights[[3, 2050]] = torch.tensor([float("inf"), 1e-42]).to(dtype)
+    for starts in (None, [2048], [1999], [0, 3, 4900, 3], []):
+        places = None if starts is None else np.array(starts, np.int64)
+        length = 7000 if starts is None else 2100 * len(starts)
+        results = []
+        for how in (kernels, reference):
+            out = torch.full((len(own), length), 77.0, dtype=dtype)
+            how.displace(
+                weights, shared, own, first_tile=2**33, distribution=distribution, out=out,
+                starts=places,
+            )  # fmt: skip
+            results.append(out.view(torch.uint8))
+        assert torch.equal(*results)
+
+
+def test_pieces_that_do_not_fit_are_refused() -> None:
+    weights, out = torch.zeros(100), torch.zeros(1, 30)
+    for starts in ([80], [-1], [0, 1, 2, 3]):
+        with pytest.raises(ValueError, match="do not lie within 100"):
+            kernels.displace(
+                weights, NO_STEPS, [ONE], first_tile=0, distribution=Distribution.GAUSSIAN,
+                out=out, starts=np.array(starts),
+            )  # fmt: skip
+    with pytest.raises(ValueError, match="2 rounds up to step 2 of 3"):
+        cpu.commit(
+            weights.numpy(), THREE.seeds, THREE.coefficients, first_tile=0, ends=(1, 2),
+            distribution=Distribution.GAUSSIAN, out=weights.numpy(), decays=(1.0, 1.0),
+        )  # fmt: skip

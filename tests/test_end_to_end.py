@@ -60,6 +60,26 @@ def test_twice_the_same(
     assert digests(one)[1] != digests(other)[1]
 
 
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_blocks_within_a_budget(
+    configure: Configure, carry_out: CarryOut, tmp_path: Path, tune: str
+) -> None:
+    """Only two upper blocks are tuned; the plan that fits is kept and resumed with."""
+    changes = {"model__tune": tune, "model__blocks": [1, 2], "run__memory_budget": "20 MiB"}
+    whole = carry_out(configure(**changes, method__directions=2), tmp_path / "whole")
+    plan = json.loads((tmp_path / "whole/plan.json").read_text())
+    assert plan["probes_per_call"] == (8 if tune == "lora" else 4)
+    out = tmp_path / "parts"
+    carry_out(configure(**changes, method__directions=2, federation__rounds=1), out)
+    resumed = configure(**changes, method__directions=2)
+    assert digests(carry_out(resumed, out, True)) == digests(whole)
+    assert artefacts.verify(out).differences == []
+    with pytest.raises(FedForwardError, match=r"run\.memory_budget = 1\.00 MiB is too small"):
+        carry_out(configure(run__memory_budget="1 MiB"), tmp_path / "small")
+    with pytest.raises(FedForwardError, match=r"model\.blocks names block 9, but this model has"):
+        carry_out(configure(model__blocks="2-9"), tmp_path / "none")
+
+
 def test_every_option_runs_and_verifies(
     configure: Configure, carry_out: CarryOut, tmp_path: Path
 ) -> None:

@@ -52,8 +52,11 @@ class ModelSection(_Section):
             return tuple(sorted(set(self.blocks)))
         if self.blocks == "all":
             return None
-        first, _, last = self.blocks.partition("-")
-        return tuple(range(int(first), int(last) + 1))
+        first, dash, last = self.blocks.partition("-")
+        end = int(last if dash else first)
+        if end > MOST_COUNTED:
+            raise ValueError
+        return tuple(range(int(first), end + 1))
 
     @model_validator(mode="after")
     def _blocks_are_numbers(self) -> "ModelSection":
@@ -64,7 +67,7 @@ class ModelSection(_Section):
         if blocks is not None and (not blocks or min(blocks) < 0):
             raise ValueError(
                 f"blocks = {self.blocks!r} is not allowed: it must be 'all', a range such as "
-                "'8-15', or a list of numbers from 0"
+                "'8-15', or a list of whole numbers from 0"
             )
         return self
 
@@ -217,7 +220,10 @@ class RunSection(_Section):
     @model_validator(mode="after")
     def _budget_is_an_amount(self) -> "RunSection":
         if self.memory_budget is not None:
-            parse_bytes(self.memory_budget)
+            try:
+                parse_bytes(self.memory_budget)
+            except ValueError as error:
+                raise ValueError(f"memory_budget: {error}") from error
             if self.probes_per_call:
                 raise ValueError(
                     f"memory_budget = {self.memory_budget!r} chooses probes_per_call, which is "
@@ -248,6 +254,15 @@ class Config(_Section):
                 f"model.device_map = 'auto' takes all CUDA devices, and run.device = "
                 f"{self.run.device!r} names one; use run.device = 'auto', or model.device_map = "
                 "'none'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _budget_is_for_probes(self) -> "Config":
+        if self.run.memory_budget is not None and self.method.name == "fedavg":
+            raise ValueError(
+                f"run.memory_budget = {self.run.memory_budget!r} says how many probes share a "
+                "forward pass, and method.name = 'fedavg' has none; leave it out"
             )
         return self
 
@@ -369,6 +384,8 @@ def _allowed(location: Sequence[str]) -> str:
     noun = "a whole number" if "int" in types and "float" not in types else "a number"
     if "str" in types:
         noun = "text or a list of texts" if "list" in types else "text in quotes"
+        noun = "text or a list of whole numbers" if "list[int]" in types else noun
+        noun = "text or a list of whole numbers" if "list[int]" in types else noun
     return f"it must be {noun}" + (f", {' and '.join(limits)}" if limits else "")
 
 

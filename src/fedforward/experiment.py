@@ -171,6 +171,8 @@ def build_model(config: Config, plan: ProbePlan) -> tuple[CausalModel, Any]:
 
     torch.set_num_threads(plan.threads)
     device = resolve_device(config.run.device)
+    if ":" in device:
+        torch.cuda.set_device(device)
     network, tokenizer = load(
         config.model.path,
         config.model.dtype,
@@ -209,7 +211,7 @@ def fit_plan(config: Config, model: CausalModel, corpus: Corpus) -> ProbePlan:
         return model.plan
     step = 2 * config.method.directions
     clients = config.federation.clients if config.model.tune == "lora" else 1
-    batches = sorted(longest_batches(config, corpus), key=lambda b: -b.tokens.shape[1])
+    batches = longest_batches(config, corpus)
     return probes.fit(model, batches, budget, step * clients, config.method.directions)
 
 
@@ -227,7 +229,8 @@ def ledger_header(config: Config, model: CausalModel) -> dict[str, Any]:
     """What the ledger of a run is bound to: enough to replay it, and to refuse another's."""
     lora = config.lora.model_dump() if config.model.tune == "lora" else None
     return {
-        "format": 1,
+        # 2: batches hold examples of similar length.
+        "format": 2,
         "direction_version": VERSION,
         "distribution": config.method.distribution,
         "directions": config.method.directions,
@@ -288,12 +291,13 @@ def client_batches(config: Config, corpus: Corpus) -> list[Batches]:
 
 
 def longest_batches(config: Config, corpus: Corpus) -> list[TokenBatch]:
-    """Per client, the batch of its longest examples: where memory peaks."""
+    """Per client, the batch of its longest examples, the longest first: where memory peaks."""
     size = config.method.batch_size
-    return [
+    batches = [
         collate(sorted(part, key=lambda example: len(example.tokens))[-size:])
         for part in corpus.clients
     ]
+    return sorted(batches, key=lambda batch: -batch.tokens.shape[1])
 
 
 def heldout_loss(model: CausalModel, batches: Sequence[TokenBatch]) -> float:

@@ -13,7 +13,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: it is not such text.
     """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*", text)
     units = {unit.lower(): size for unit, size in _UNITS.items()}
     if match is None or match[2].lower() not in units:
         raise ValueError(f"{text!r} is no amount of memory; write it as '6 GiB' or '512 MB'")

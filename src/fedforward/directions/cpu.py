@@ -421,6 +421,12 @@ def commit(
             f"{len(weights)} weights into {len(out)} places: the numbers must be equal"
         )
     ends = (len(seeds),) if ends is None else ends
+    rounds = {len(ends), len(decays), len(ends if dither_seeds is None else dither_seeds)}
+    if len(rounds) != 1 or not len(ends) or ends[-1] != len(seeds):
+        raise ValueError(
+            f"{len(ends)} rounds up to step {ends[-1] if len(ends) else 0} of {len(seeds)}, with "
+            f"{len(decays)} decays: the numbers must be equal"
+        )
     # float32 is never rounded, so its dither would be generated for nothing.
     dithered = dither_seeds is not None and codes[1] != FLOAT32
     settings = (
@@ -466,6 +472,15 @@ def displace(
     if len(out) != len(own):
         raise ValueError(f"{len(own)} displacements into {len(out)} rows: must be equal")
     _check(shared.seeds, shared.coefficients)
+    begins = np.zeros(1, np.int64) if starts is None else starts
+    length = out.shape[1] // max(1, len(begins))
+    if length * len(begins) != out.shape[1] or (
+        len(begins) and (begins.min() < 0 or begins.max() + length > len(weights))
+    ):
+        raise ValueError(
+            f"{len(begins)} pieces for rows of {out.shape[1]} do not lie within {len(weights)} "
+            "weights, or are not of equal length"
+        )
     seeds, bits, ends = _joined(own)
     if starts is None or len(starts) == 1:
         start = 0 if starts is None else int(starts[0])

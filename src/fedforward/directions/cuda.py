@@ -420,13 +420,18 @@ def commit(
         distribution: of the coordinates of z.
 
     Returns:
-        How many coordinates the last update changed; this waits for the device.
+        How many coordinates the last update changed, which waits for the device; 0 in float32.
 
     Raises:
         ValueError, TypeError: as `accumulate`.
     """
     _check(weights, weights, weights.numel())
     if not updates or weights.numel() == 0:
+        return 0
+    if weights.dtype is torch.float32:
+        _run_updates(
+            weights, weights, updates, first_tile, distribution, Stream.DIRECTION, True, None
+        )
         return 0
     shape = SHAPES[distribution, weights.dtype is not torch.float32]
     programs = -(-weights.numel() // (TILE * shape.tiles))

@@ -116,11 +116,10 @@ def commit(
             dither_seeds=[update.dither_seed for update in updates],
             threads=torch.get_num_threads(),
         )
-    return int(
-        _elsewhere(weights).commit(
-            weights, updates, first_tile=first_tile, distribution=distribution
-        )
+    changed = _elsewhere(weights).commit(
+        weights, updates, first_tile=first_tile, distribution=distribution
     )
+    return 0 if weights.dtype is torch.float32 else int(changed)
 
 
 def displace(

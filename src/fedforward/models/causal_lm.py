@@ -152,8 +152,8 @@ class CausalModel(ABC):
         return [
             Evaluation(part.numpy()[:height], count.numpy()[:height])
             for part, count, height in zip(
-                sums.cpu().split(rows),
-                counts.cpu().split(rows),
+                sums.split(rows),
+                counts.split(rows),
                 (len(probe.batch.tokens) for probe in probes),
                 strict=True,
             )
@@ -168,28 +168,31 @@ class CausalModel(ABC):
             tokens: int64 [rows below the first tuned block, length].
             labels: int64 [rows, length], equally many of each probe.
         """
-        tokens, targets = tokens.to(self.device), labels[:, 1:].to(self.device)
+        targets = labels[:, 1:]
         counted = targets != IGNORED
         positions = counted.any(dim=0).nonzero()[:, 0]
         every = len(positions) == targets.shape[1]
-        options: dict[str, Any] = {"input_ids": tokens[:, :-1]}
-        if self._selects_logits and not every:
-            options["logits_to_keep"] = positions
-        with self._displaced(probes, (len(labels), targets.shape[1])):
+        shape = (len(labels), targets.shape[1])
+        options: dict[str, Any] = {"input_ids": tokens[:, :-1].to(self.device)}
+        if not every:
+            targets, counted = targets[:, positions], counted[:, positions]
+            # A head that is taken apart is given everything, and what counts is chosen then.
+            if self._selects_logits and self.head.module is None:
+                options["logits_to_keep"] = positions.to(self.device)
+        with self._displaced(probes, shape):
             if self.head.module is None:
                 given = self.network(use_cache=False, **options).logits
             else:
                 given = self.head.inputs(**options)
-            if not every:
-                given = given if self._selects_logits else given[:, positions]
-                targets, counted = targets[:, positions], counted[:, positions]
+            if not every and "logits_to_keep" not in options:
+                given = given[:, positions.to(given.device)]
             if self.head.module is None:
-                losses = losses_of(given, targets)
+                losses = losses_of(given, targets.to(given.device))
             elif self.head.sliceable and (sliced := self._vocabulary_tiles()):
                 losses = self._losses_by_tiles(given, targets, counted, *sliced)
             else:
-                losses = self.head.losses_whole(given, targets)
-        per_token = losses.double().masked_fill(~counted, 0.0)
+                losses = self.head.losses_whole(given, targets.to(given.device))
+        per_token = losses.cpu().double().view(counted.shape).masked_fill(~counted, 0.0)
         return per_token.sum(dim=1), counted.sum(dim=1)
 
     def _losses_by_tiles(
@@ -200,24 +203,19 @@ class CausalModel(ABC):
         groups: int,
         tiles: Iterator[VocabularyTile],
     ) -> torch.Tensor:
-        """Float32 in the shape of `targets`; 0 where nothing is counted."""
+        """Float32 [rows * positions]; 0 where nothing is counted. The masks are in main memory."""
         assert isinstance(self.head.module, nn.Linear)
-        weight = self.head.module.weight
-        rows = len(given) // groups
-        parts = [slice(g * rows, (g + 1) * rows) for g in range(groups)]
-        if bool(counted.all()):
-            chosen = [given[part].flatten(0, 1) for part in parts]
-        else:
-            chosen = [given[part][counted[part]] for part in parts]
-        wanted = [targets[part][counted[part]] for part in parts]
-        result = torch.zeros(targets.shape, device=weight.device)
-        losses = self.head.losses(
-            [part.to(weight.device) for part in chosen],
-            [part.to(weight.device) for part in wanted],
-            tiles,
-        )
-        result[counted.to(weight.device)] = losses
-        return result.to(targets.device)
+        device = self.head.module.weight.device
+        flat, wanted = given.flatten(0, 1).to(device), targets.flatten()
+        sizes = counted.view(groups, -1).sum(dim=1).tolist()
+        places = counted.flatten().nonzero()[:, 0]
+        some = len(places) < len(wanted)
+        if some:
+            flat, wanted = flat.index_select(0, places.to(device)), wanted[places]
+        losses = self.head.losses(flat.split(sizes), wanted.to(device).split(sizes), tiles)
+        if some:
+            return losses.new_zeros(counted.numel()).index_copy_(0, places.to(device), losses)
+        return losses
 
     @abstractmethod
     def _displaced(
@@ -245,6 +243,7 @@ class CausalModel(ABC):
 
         Float32 is rounded to nearest, half precision stochastically, after each update.
         """
+        self.forget()
         changed = 0
         for name, first_tile in zip(self.layout.names, self.layout.first_tiles, strict=True):
             changed += commit(
@@ -255,6 +254,10 @@ class CausalModel(ABC):
             )
         if updates and any(t.dtype is not torch.float32 for t in self.tensors.values()):
             self.changed_share = changed / self.layout.parameters
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Drop what is kept between calls: sums of local steps, adapters of the last probes."""
 
     def tuned_parameters(self) -> list[torch.nn.Parameter]:
         """The network's parameters that hold the tuned tensors (for first-order methods)."""
@@ -280,6 +283,7 @@ class CausalModel(ABC):
         parts = torch.from_numpy(state).split(list(self.layout.sizes))
         for tensor, part in zip(self.tensors.values(), parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
+        self.forget()
 
     def loss(self, batch: TokenBatch) -> torch.Tensor:
         """Mean loss per counted token with gradients to the tuned tensors (first-order methods)."""

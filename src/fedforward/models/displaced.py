@@ -211,7 +211,14 @@ def _by_groups(
             "so that probes cannot share a forward pass. Set run.probes_per_call = 1."
         )
     if any(carried for _, carried in split):
-        return torch.cat(results)
+        joined = torch.cat(results)
+        if len(joined) not in displacement.rows:
+            raise FedForwardError(
+                f"This network does not keep the rows of a batch apart "
+                f"({getattr(function, '__name__', '')}), so that probes cannot share a forward "
+                "pass. Set run.probes_per_call = 1."
+            )
+        return joined
     return GroupedTensor.of(results, displacement)
 
 

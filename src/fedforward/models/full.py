@@ -19,7 +19,7 @@ from fedforward.models.blocks import names_in_blocks
 from fedforward.models.causal_lm import CausalModel, ProbePlan, fingerprint
 from fedforward.models.displaced import DisplacedTensor, Displacement
 from fedforward.models.head import VocabularyTile, tile_rows
-from fedforward.steps import NO_STEPS, Evaluation, Probe, Steps, Update
+from fedforward.steps import NO_STEPS, Evaluation, Probe, Steps
 
 
 class FullModel(CausalModel):
@@ -71,26 +71,24 @@ class FullModel(CausalModel):
             )
         return results
 
-    def commit(self, updates: Sequence[Update]) -> None:
-        """See `CausalModel.commit`; the copy of a finished trajectory is dropped."""
+    def forget(self) -> None:
+        """See `CausalModel.forget`."""
         self._copy, self._copied = {}, NO_STEPS
-        super().commit(updates)
 
     @contextmanager
     def _displaced(self, probes: Sequence[Probe], shape: tuple[int, int]) -> Iterator[None]:
         trajectory = probes[0].trajectory
-        if all(probe.trajectory is trajectory for probe in probes):
-            shared, own = trajectory, [probe.perturbation for probe in probes]
-            if len(trajectory) and self.plan.trajectory == "copy":
-                self._carry(trajectory)
-                shared = NO_STEPS
-        else:
+        shared, own = trajectory, [probe.perturbation for probe in probes]
+        sources: dict[str, torch.Tensor] = {}
+        if any(probe.trajectory is not trajectory for probe in probes):
             shared, own = NO_STEPS, [probe.trajectory + probe.perturbation for probe in probes]
-        if not len(shared) + sum(map(len, own)) and not len(trajectory):
+        elif len(trajectory) and self.plan.trajectory == "copy":
+            self._carry(trajectory)
+            shared, sources = NO_STEPS, self._copy
+        if not sources and not len(shared) and not any(map(len, own)):
             yield
             return
-        carried = self._copy if len(trajectory) and not len(shared) else {}
-        displacement = Displacement(shared, own, self.distribution, shape, carried, self._reached)
+        displacement = Displacement(shared, own, self.distribution, shape, sources, self._reached)
         try:
             for module, key, _, weight in self._places:
                 weight.displacement = displacement
@@ -133,7 +131,9 @@ class FullModel(CausalModel):
                 copy.copy_(self.tensors[name])
             self._copied = NO_STEPS
         missing = trajectory[len(self._copied) :]
-        for name, copy in self._copy.items() if len(missing) else ():
+        # Until it is whole again, the copy is nobody's: an interruption must not leave a mixture.
+        copies, self._copy = self._copy, {}
+        for name, copy in copies.items() if len(missing) else ():
             accumulate(
                 copy,
                 missing.seeds,
@@ -142,7 +142,7 @@ class FullModel(CausalModel):
                 distribution=self.distribution,
                 out=copy,
             )
-        self._copied = trajectory
+        self._copy, self._copied = copies, trajectory
 
     def save(self, folder: Path) -> None:
         """Write the whole model, and its tokenizer if there is one, in Hugging Face format."""

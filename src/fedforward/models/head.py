@@ -74,6 +74,10 @@ class Head:
         try:
             with self._replaced(answer):
                 logits = self.network(input_ids=token, use_cache=False).logits
+        except RuntimeError:
+            # Something after the head counts on the size of the vocabulary.
+            self.module = None
+            return
         finally:
             handle.remove()
         if len(probe) != 1 or logits.shape != probe[0].shape:
@@ -141,9 +145,9 @@ class Head:
         for tile in tiles:
             size = len(tile.weights[0])
             rows = max(1, at_once // size)
-            if len(buffer) < rows * size:
-                longest = max(len(x) for x in groups)
-                buffer = buffer.new_empty(min(rows, longest) * size)
+            needed = min(rows, max(len(x) for x in groups)) * size
+            if len(buffer) < needed:
+                buffer = buffer.new_empty(needed)
             for g, x in enumerate(groups):
                 weight = tile.weights[g % len(tile.weights)]
                 for begin in range(0, len(x), rows):
@@ -177,8 +181,9 @@ class Head:
             logits = self.module(given[:, begin : begin + step])
             if self._after is not None:
                 logits = self._after(logits)
-            parts.append(losses_of(logits, targets[:, begin : begin + step]))
-        return torch.cat(parts, dim=1)
+            wanted = targets[:, begin : begin + step].to(logits.device)
+            parts.append(losses_of(logits, wanted).to(targets.device))
+        return torch.cat(parts, dim=1) if parts else targets.new_zeros(targets.shape).float()
 
     def frozen_tiles(self) -> Iterator[VocabularyTile]:
         """The head's own weights, cut along the vocabulary."""

@@ -25,7 +25,7 @@ from fedforward.models.blocks import names_in_blocks
 from fedforward.models.causal_lm import CausalModel, ProbePlan, TokenBatch, cut, fingerprint
 from fedforward.models.loading import dequantize, input_device, is_quantized, weights
 from fedforward.seeds import derive
-from fedforward.steps import NO_STEPS, Evaluation, Probe, Steps, Update
+from fedforward.steps import NO_STEPS, Evaluation, Probe, Steps
 
 ADAPTER = "default"
 #: Activations that an adapter works on at once, by device: what fits a cache, or fills a GPU.
@@ -78,7 +78,7 @@ class LoraModel(CausalModel):
         settings = LoraConfig(
             r=rank,
             lora_alpha=alpha,
-            target_modules=_targets(network, targets, blocks),
+            target_modules=[],
             lora_dropout=0.0,
             bias="none",
             # GPT-2's Conv1D stores its weight transposed.
@@ -86,6 +86,7 @@ class LoraModel(CausalModel):
             task_type="CAUSAL_LM",
         )
         try:
+            settings.target_modules = _targets(network, targets, blocks)
             self.peft = get_peft_model(network, settings, autocast_adapter_dtype=True)
             if not all(ADAPTER in m.lora_A for m in self.peft.modules() if hasattr(m, "lora_A")):
                 raise ValueError("a target is not a linear module")
@@ -119,7 +120,7 @@ class LoraModel(CausalModel):
             tuned[name].data = view
         super().__init__(network, tuned, distribution, plan, base)
         self._bank: dict[int, torch.Tensor] = {}
-        self._buffer = torch.empty(0)
+        self._buffer = self.flat.new_empty((0, len(self.flat)))
         self._adapters = adapters
         self._rows: tuple[int, int] = (0, 0)
         self._carried: list[tuple[Steps, torch.Tensor]] = []
@@ -163,10 +164,10 @@ class LoraModel(CausalModel):
         fitting = max(1, most // (length * min(probes, self.plan.probes_per_call)))
         return [batch] if fitting >= rows else cut(batch, fitting)
 
-    def commit(self, updates: Sequence[Update]) -> None:
-        """See `CausalModel.commit`; the sums of finished trajectories are dropped."""
-        self._carried, self._filled = [], []
-        super().commit(updates)
+    def forget(self) -> None:
+        """See `CausalModel.forget`."""
+        self._carried, self._filled, self._last_bank = [], [], {}
+        self._buffer = self.flat.new_empty((0, len(self.flat)))
 
     @contextmanager
     def _displaced(self, probes: Sequence[Probe], shape: tuple[int, int]) -> Iterator[None]:
@@ -183,6 +184,7 @@ class LoraModel(CausalModel):
         if len(wanted) == len(self._filled) and all(map(is_, wanted, self._filled)):
             self._bank = self._last_bank
             return
+        self._filled = []
         if len(probes) == 1 and not len(probes[0].perturbation):
             bank = self._carry(probes[0].trajectory)[None]
         else:
@@ -223,6 +225,8 @@ class LoraModel(CausalModel):
         target = total
         if total is self.flat or id(steps) in self._wanted:
             others, target = self._carried, torch.empty_like(self.flat)
+        # Until it is whole again, a sum that is extended in place is nobody's.
+        self._carried = others
         accumulate(
             total,
             missing.seeds,
@@ -298,6 +302,19 @@ def _adapted(
         a: float32 [groups, r, inputs].
         b: float32 [groups, outputs, r].
     """
+    plain = type(base) is nn.Linear and base.bias is None and "forward" not in base.__dict__
+    plain = plain and not base._forward_hooks and not base._forward_pre_hooks
+    if (
+        plain
+        and isinstance(base.weight, torch.Tensor)
+        and x.dtype is torch.float32
+        and x.device == a.device
+    ):
+        # The small product first: the large one adds to it where it writes anyway.
+        flat = x.reshape(len(b), -1, x.shape[-1])
+        out = torch.bmm(torch.bmm(flat, a.transpose(1, 2)).mul_(scaling), b.transpose(1, 2))
+        out.view(-1, out.shape[-1]).addmm_(flat.reshape(-1, x.shape[-1]), base.weight.T)
+        return out.view(*x.shape[:-1], out.shape[-1])
     result: torch.Tensor = base(x)
     a, b = a.to(result.device), b.to(result.device)
     flat = x.to(result.device).reshape(len(b), -1, x.shape[-1])
@@ -353,12 +370,16 @@ def _targets(
     if blocks is None:
         return targets if isinstance(targets, str) else list(targets)
     inside = tuple(names_in_blocks(network, blocks))
+
+    def wanted(name: str) -> bool:
+        if isinstance(targets, str):
+            return targets == "all-linear" or re.fullmatch(targets, name) is not None
+        return any(name == target or name.endswith(f".{target}") for target in targets)
+
     return [
         name
         for name, module in network.named_modules()
-        if name.startswith(inside)
-        and _is_linear(module)
-        and (targets == "all-linear" or name.rsplit(".", 1)[-1] in targets)
+        if name.startswith(inside) and _is_linear(module) and wanted(name)
     ]
 
 

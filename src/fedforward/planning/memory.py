@@ -79,9 +79,11 @@ def peak_bytes(action: Callable[[], object]) -> int:
     """Bytes of tensors alive at the worst moment of `action`, those from before included."""
     before = bytes_alive()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
+        devices = range(torch.cuda.device_count())
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
         action()
-        return int(torch.cuda.max_memory_allocated())
+        return sum(int(torch.cuda.max_memory_allocated(device)) for device in devices)
     tracker = _Tracker()
     with tracker:
         action()

@@ -50,11 +50,12 @@ def step_probes(
     batches: Sequence[TokenBatch], count: int, directions: int, mu: float
 ) -> list[Probe]:
     """`count` probes as a step in the middle of a round has them, client after client."""
-    trajectory = Steps.of([1], [0.0])
+    # Every client carries a sum of its own.
+    trajectories = [Steps.of([1], [0.0]) for _ in range(-(-count // (2 * directions)))]
     return [
         Probe(
             batches[place // (2 * directions) % len(batches)],
-            trajectory,
+            trajectories[place // (2 * directions)],
             Steps.of([2 + place // 2], [mu if place % 2 == 0 else -mu]),
         )
         for place in range(count)
@@ -99,4 +100,5 @@ def fit(
             count = max(1, count * 3 // 4)
     finally:
         model.plan = plan
+        model.forget()
     return replace(plan, probes_per_call=count)
