@@ -53,6 +53,7 @@ COLUMNS = (
     Column("distribution", "directions"),
     Column("trajectory", "trajectory"),
     Column("probes_per_call", "probes at once"),
+    Column("plain_tokens", "tokens of the plain pass"),
     Column("process_bytes", "process, MB", ".1f", 1e-6),
     Column("plain_process_bytes", "plain, MB", ".1f", 1e-6),
     Column("process_over_plain", "ratio", ".3f"),
@@ -206,19 +207,27 @@ def reach(shape: str, probes_per_call: int, trajectory: str | None) -> Reach | N
 
 def rows(arguments: argparse.Namespace, shape: str, tokens: int) -> Iterator[Row]:
     size = {"shape": shape, "tokens": tokens}
-    # Where the plan lets fewer probes together than it is asked for, so has the plain forward.
-    together = {
-        probes: min(probes, max(1, TOKENS_PER_CALL[arguments.device] // tokens))
-        for probes in arguments.probes_per_call
-    }
+    limit_tokens = TOKENS_PER_CALL[arguments.device]
+
+    def beside_of(tune: str, probes: int) -> tuple[int, int]:
+        """Tokens of a batch and copies of it that the plain pass takes: as many as ours in one."""
+        if probes * tokens <= limit_tokens:
+            return tokens, probes
+        # Adapters let a batch be cut by rows; all weights take one probe at a time.
+        return (limit_tokens, 1) if tune == "lora" else (tokens, 1)
+
+    wanted = {beside_of(t, p) for t in arguments.tune for p in arguments.probes_per_call}
     plain = {
-        probes: measure(arguments, contender="plain", **size, probes_per_call=probes)
-        for probes in set(together.values())
+        (size_, copies): measure(
+            arguments, contender="plain", shape=shape, tokens=size_, probes_per_call=copies
+        )
+        for size_, copies in sorted(wanted)
     }
     for tune in arguments.tune:
         for setting in settings(arguments, tune):
             found = measure(arguments, contender=tune, **size, **setting)
-            beside = plain[together[setting["probes_per_call"]]]
+            beside_tokens, copies = beside_of(tune, setting["probes_per_call"])
+            beside = plain[beside_tokens, copies]
             limit = reach(shape, setting["probes_per_call"], setting["trajectory"])
             labels = [shape, tune, f"H = {setting['horizon']}", setting["trajectory"]]
             labels += [setting["distribution"], f"{tokens} tokens"]
@@ -229,7 +238,7 @@ def rows(arguments: argparse.Namespace, shape: str, tokens: int) -> Iterator[Row
                 "tune": tune,
                 "dtype": arguments.dtype,
                 **setting,
-                "plain_rows_of_probes": together[setting["probes_per_call"]],
+                "plain_tokens": beside_tokens * copies,
                 **found,
                 **{f"plain_{name}": value for name, value in beside.items()},
                 "process_over_plain": found["process_bytes"] / beside["process_bytes"],
@@ -278,8 +287,8 @@ def main(argv: list[str] | None = None) -> None:
     remarks = [
         f"{arguments.dtype}; above the loaded model, each figure from a process of its own; "
         f"malloc {arguments.malloc}.",
-        "The plain forward pass has as many rows as the probes that run at once; with 2048 tokens "
-        "that is one probe, since a plan keeps to some number of tokens a pass.",
+        "The plain forward pass has as many rows as ours in one pass: a plan keeps to some number "
+        "of tokens, beyond which adapters take fewer rows and all weights one probe.",
     ]
     common.finish(arguments, "memory", found, COLUMNS, remarks)
 

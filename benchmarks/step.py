@@ -12,7 +12,9 @@ The naive side is the library's `model(input_ids=…, labels=…)` under `infere
 of its own, without hooks and without a key-value cache: two of them one after another, one of
 twice the batch, and MeZO's perturb, forward, perturb, forward, restore and update (its line for z,
 added in place). For LoRA the two forward passes that are checked against are those of the base
-without adapters; those of the PEFT model stand beside them. All contenders take turns in one loop;
+without adapters; those of the PEFT model stand beside them. Ours keeps to the plan's tokens a pass
+(1,024 on the CPU), so that at 2,048 tokens it works row by row with adapters, which a plain forward
+pass does not unless its user cuts the batch. All contenders take turns in one loop;
 medians.
 """
 
