@@ -204,10 +204,6 @@ def network(shape: str, dtype: str, device: str, seed: int = 0) -> Any:
     return made.to(device).eval().requires_grad_(False)
 
 
-def parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def token_batch(shape: str, tokens: int, longest: int = 512, seed: int = 0) -> TokenBatch:
     """Random tokens in rows of at most `longest`; all are labelled."""
     rows = -(-tokens // longest)
