@@ -96,7 +96,7 @@ class Session:
         """How probes are grouped and trajectories carried, with the cost, in words."""
         parameters = self.model.layout.parameters
         grouped = self.plan.probes_per_call
-        shared = self.model.prefix.first
+        shared = min(self.model.prefix.depths)
         words = f"{grouped} probes a forward pass" if grouped > 1 else "one probe a forward pass"
         if shared:
             words += f", blocks 0 to {shared - 1} once for all"

@@ -5,7 +5,7 @@ A local trajectory, a client's upload, a round's update and a whole run are sums
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 class Steps:
     """A short ordered list of (seed, coefficient): the displacement Σ_k c_k · z(s_k).
 
+    Where blocks differ, each block b has coefficients of its own: its coordinates move by
+    Σ_k c_bk · z(s_k), and a step whose coefficient is 0 there is not added to them at all.
+
     Attributes:
         seeds: uint64 [K].
-        coefficients: float32 [K].
+        coefficients: float32 [K], or [B, K] with a row for each block of the layout.
     """
 
     seeds: NDArray[np.uint64]
@@ -35,22 +38,55 @@ class Steps:
         return len(self.seeds)
 
     def __add__(self, other: "Steps") -> "Steps":
+        first, second = self.coefficients, other.coefficients
+        if first.ndim != second.ndim:
+            rows = max(first, second, key=lambda part: part.ndim).shape[0]
+            first, second = (np.broadcast_to(c, (rows, c.shape[-1])) for c in (first, second))
         return Steps(
-            np.concatenate((self.seeds, other.seeds)),
-            np.concatenate((self.coefficients, other.coefficients)),
+            np.concatenate((self.seeds, other.seeds)), np.concatenate((first, second), axis=-1)
         )
 
     def __getitem__(self, part: slice) -> "Steps":
-        return Steps(self.seeds[part], self.coefficients[part])
+        return Steps(self.seeds[part], self.coefficients[..., part])
 
     def starts_with(self, prefix: "Steps") -> bool:
         """Whether the first steps are those of `prefix`, bit for bit."""
         k = len(prefix)
+        if not k:
+            return True
+        mine, theirs = self.coefficients[..., :k], prefix.coefficients
         return (
             k <= len(self)
+            and mine.shape == theirs.shape
             and self.seeds[:k].tobytes() == prefix.seeds.tobytes()
-            and self.coefficients[:k].tobytes() == prefix.coefficients.tobytes()
+            and mine.tobytes() == theirs.tobytes()
         )
+
+    @property
+    def by_block(self) -> bool:
+        """Whether blocks have coefficients of their own."""
+        return self.coefficients.ndim == 2
+
+    def within(self, active: NDArray[np.bool_]) -> "Steps":
+        """The same steps in the active blocks alone.
+
+        Args:
+            active: bool [B].
+        """
+        rows = np.where(active[:, None], self.coefficients, np.float32(0.0))
+        return Steps(self.seeds, rows.astype(np.float32))
+
+    def moves(self, block: int) -> bool:
+        """Whether any step moves a block."""
+        return bool(self.coefficients[block].any()) if self.by_block else bool(len(self))
+
+    def block(self, block: int) -> "Steps":
+        """The steps of one block, coefficients float32 [K' <= K]."""
+        if not self.by_block:
+            return self
+        row = self.coefficients[block]
+        there = row != 0
+        return Steps(self.seeds[there], row[there])
 
 
 NO_STEPS = Steps.of((), ())
@@ -64,11 +100,17 @@ class Update:
         steps: in the order in which they are added.
         dither_seed: of the stochastic rounding when the weights are in half precision.
         decay: multiplies the weights before the steps are added.
+        from_base: the steps are added to the base weights in place of the current ones.
     """
 
     steps: Steps
     dither_seed: int
     decay: float = 1.0
+    from_base: bool = False
+
+    def block(self, block: int) -> "Update":
+        """What the update does to one block."""
+        return replace(self, steps=self.steps.block(block)) if self.steps.by_block else self
 
 
 @dataclass(frozen=True)

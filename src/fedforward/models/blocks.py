@@ -4,7 +4,7 @@ Probes of one batch have the same activations up to the first block that holds a
 rows go through that part once, and are repeated for the probes where they enter that block.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from fedforward.errors import FedForwardError
+from fedforward.steps import Probe
 
 
 def transformer_blocks(network: nn.Module) -> Sequence[nn.Module]:
@@ -39,43 +40,85 @@ def names_in_blocks(network: nn.Module, wanted: Collection[int]) -> list[str]:
     return [f"{name}." for name, module in network.named_modules() if id(module) in places]
 
 
+def names_by_block(network: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
+    """The tuned tensors' names under the names of their blocks, in the order of the forward pass.
+
+    Transformer blocks are called by their numbers. What lies before them is "embeddings", what
+    comes after is "norm", and an output layer that is not tied to the embeddings is "head".
+    """
+    blocks = transformer_blocks(network)
+    inside = {p.data_ptr(): str(n) for n, b in enumerate(blocks) for p in b.parameters()}
+    head = network.get_output_embeddings()
+    last = set() if head is None else {p.data_ptr() for p in head.parameters()}
+    first = network.get_input_embeddings()
+    last -= {p.data_ptr() for p in first.parameters()}
+    before: set[int] = set()
+    for parameter in network.parameters():
+        if parameter.data_ptr() in inside:
+            break
+        before.add(parameter.data_ptr())
+    found: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        place = tensor.data_ptr()
+        outside = "head" if place in last else "embeddings" if place in before else "norm"
+        found.setdefault(inside.get(place, outside), []).append(name)
+    order = ["embeddings", *map(str, range(len(blocks))), "norm", "head"]
+    return {block: found[block] for block in order if block in found}
+
+
 class Prefix:
-    """What lies below the first block that holds a tuned tensor.
+    """What lies below the first block that probes move, which all probes of a batch share.
 
     Attributes:
-        first: the number of that block; 0, so that nothing is shared, also where something outside
-            the blocks is tuned or the network has no blocks that can be told.
+        depths: for each block of a layout, the number of the transformer block below which nothing
+            depends on it; 0 shares nothing.
     """
 
-    def __init__(self, network: nn.Module, tuned: Collection[torch.Tensor]) -> None:
-        blocks = transformer_blocks(network)
-        places = {tensor.data_ptr() for tensor in tuned}
-        held = [[p.data_ptr() in places for p in block.parameters()] for block in blocks]
-        inside = sum(map(sum, held))
-        first = next((number for number, block in enumerate(held) if any(block)), 0)
-        self.first = first if inside == len(places) else 0
+    def __init__(self, network: nn.Module, blocks: Sequence[str]) -> None:
+        """`blocks`: of the layout (see `names_by_block`)."""
+        self._blocks = transformer_blocks(network)
+        # The last block is where rows can still be told apart for what follows all of them.
+        after = max(0, len(self._blocks) - 1)
+        outside = {"embeddings": 0, "norm": after, "head": after}
+        self.depths = tuple(outside[b] if b in outside else int(b) for b in blocks)
+        self._hooked = False
+        self._first = 0
         self._rows = 0
         self._index: torch.Tensor | None = None
-        for number, block in enumerate(blocks):
-            if self.first and number >= self.first:
-                block.register_forward_pre_hook(self._hook(number == self.first), with_kwargs=True)
+
+    def first(self, probes: Sequence[Probe]) -> int:
+        """The first transformer block that some probe moves, in its own or its trajectory's steps.
+
+        What lies below it is the same for all probes of a batch.
+        """
+        steps = [s for p in probes for s in (p.trajectory, p.perturbation) if len(s)]
+        moved = (
+            min(d for b, d in enumerate(self.depths) if s.moves(b))
+            for s in {id(s): s for s in steps}.values()
+            if any(s.moves(b) for b in range(len(self.depths)))
+        )
+        return min(moved, default=0)
 
     @contextmanager
-    def spread(self, rows: int, index: torch.Tensor | None) -> Iterator[None]:
-        """While it is open, the `rows` that reach the first tuned block leave it as rows `index`.
+    def spread(self, rows: int, index: torch.Tensor | None, first: int) -> Iterator[None]:
+        """While it is open, the `rows` that reach block `first` leave it as rows `index`.
 
         None leaves them as they are.
         """
-        self._rows, self._index = rows, index
+        if index is not None and not self._hooked:
+            self._hooked = True
+            for number, block in enumerate(self._blocks):
+                block.register_forward_pre_hook(self._hook(number), with_kwargs=True)
+        self._rows, self._index, self._first = rows, index, first
         try:
             yield
         finally:
             self._index = None
 
-    def _hook(self, enters: bool) -> Any:
+    def _hook(self, number: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             index = self._index
-            if index is None:
+            if index is None or number < self._first:
                 return None
 
             def beside(value: Any) -> Any:
@@ -87,7 +130,7 @@ class Prefix:
 
             hidden, rest, named = args[:1], args[1:], dict(kwargs)
             state = hidden[0] if hidden else named.pop("hidden_states")
-            if enters:
+            if number == self._first:
                 state = state.index_select(0, index.to(state.device))
             named = tree_map(beside, named)
             rest = tree_map(beside, rest)

@@ -21,7 +21,7 @@ from torch import nn
 
 from fedforward.directions import Distribution, Layout
 from fedforward.directions.kernels import commit
-from fedforward.models.blocks import Prefix
+from fedforward.models.blocks import Prefix, names_by_block
 from fedforward.models.head import Head, VocabularyTile, losses_of
 from fedforward.models.loading import input_device
 from fedforward.steps import Evaluation, Probe, Update
@@ -99,7 +99,8 @@ class CausalModel(ABC):
         base_fingerprint: str,
     ) -> None:
         self.network = network
-        self.layout = Layout.of({name: tuple(t.shape) for name, t in tensors.items()})
+        blocks = names_by_block(network, tensors)
+        self.layout = Layout.of({name: tuple(t.shape) for name, t in tensors.items()}, blocks)
         self.tensors = {name: tensors[name] for name in self.layout.names}
         self.distribution = distribution
         self.plan = plan
@@ -109,7 +110,8 @@ class CausalModel(ABC):
         forward = inspect.signature(network.forward).parameters
         self._selects_logits = "logits_to_keep" in forward
         self.head = Head(network)
-        self.prefix = Prefix(network, tuple(tensors.values()))
+        self.prefix = Prefix(network, self.layout.blocks)
+        self._base: dict[str, torch.Tensor] = {}
 
     def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
         """Measure probes on their `TokenBatch`es, some of them in each forward pass.
@@ -135,7 +137,7 @@ class CausalModel(ABC):
     @torch.inference_mode()
     def _evaluate_together(self, probes: Sequence[Probe]) -> list[Evaluation]:
         """One forward pass. The probes' rows come one group after another; probes with a batch in
-        common share what lies below the first block that is tuned.
+        common share what lies below the first block that they move.
         """
         batches = list({id(probe.batch): probe.batch for probe in probes}.values())
         place = {id(batch): number for number, batch in enumerate(batches)}
@@ -145,9 +147,10 @@ class CausalModel(ABC):
         index = (owner[:, None] * rows + torch.arange(rows)).flatten()
         labels = labels[index]
         spread: torch.Tensor | None = index.to(self.device)
-        if not self.prefix.first or len(batches) == len(probes):
+        first = self.prefix.first(probes) if len(batches) < len(probes) else 0
+        if not first:
             tokens, spread = tokens[index], None
-        with self.prefix.spread(len(tokens), spread):
+        with self.prefix.spread(len(tokens), spread, first):
             sums, counts = self._losses(tokens, labels, probes)
         return [
             Evaluation(part.numpy()[:height], count.numpy()[:height])
@@ -165,7 +168,7 @@ class CausalModel(ABC):
         """Per row: the summed loss (float64 [rows]) and the number of counted tokens.
 
         Args:
-            tokens: int64 [rows below the first tuned block, length].
+            tokens: int64 [rows below the first block that moves, length].
             labels: int64 [rows, length], equally many of each probe.
         """
         targets = labels[:, 1:]
@@ -241,19 +244,32 @@ class CausalModel(ABC):
     def commit(self, updates: Sequence[Update]) -> None:
         """Apply updates in order, any number of them in one pass over the weights.
 
-        Float32 is rounded to nearest, half precision stochastically, after each update.
+        Float32 is rounded to nearest, half precision stochastically, after each update. What
+        comes before an update from the base is not applied: nothing of it would be left.
         """
         self.forget()
+        begin = max((n for n, update in enumerate(updates) if update.from_base), default=0)
+        updates = updates[begin:]
+        if updates and updates[0].from_base:
+            self.keep_base()
+            for name, base in self._base.items():
+                self.tensors[name].copy_(base)
         changed = 0
-        for name, first_tile in zip(self.layout.names, self.layout.first_tiles, strict=True):
+        places = zip(self.layout.names, self.layout.first_tiles, self.layout.owners, strict=True)
+        for name, first_tile, owner in places:
             changed += commit(
                 self.tensors[name],
-                updates,
+                [update.block(owner) for update in updates],
                 first_tile=first_tile,
                 distribution=self.distribution,
             )
         if updates and any(t.dtype is not torch.float32 for t in self.tensors.values()):
             self.changed_share = changed / self.layout.parameters
+
+    def keep_base(self) -> None:
+        """Keep the tuned tensors as they are now, for updates that start from the base."""
+        if not self._base:
+            self._base = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
 
     @abstractmethod
     def forget(self) -> None:

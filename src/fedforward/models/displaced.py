@@ -63,7 +63,13 @@ class Displacement:
         self.rows = {shape[0], shape[0] * shape[1]}
         self.sources = sources
         self.reached = reached
+        self._by_block: dict[int, tuple[Steps, list[Steps]]] = {}
         self._scratch: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+
+    def moves(self, weight: "DisplacedTensor") -> bool:
+        """Whether any group meets another value of a tensor than its own."""
+        moved = any(steps.moves(weight.block) for steps in (self.shared, *self.own))
+        return moved or weight.path in self.sources
 
     def values(self, weight: "DisplacedTensor") -> torch.Tensor:
         """The whole tensor of every group, [groups, *shape]."""
@@ -99,10 +105,12 @@ class Displacement:
 
     def _make(self, weight: "DisplacedTensor", out: torch.Tensor, starts: Any) -> None:
         self.reached.add(weight.path)
+        if weight.block not in self._by_block:
+            own = [steps.block(weight.block) for steps in self.own]
+            self._by_block[weight.block] = self.shared.block(weight.block), own
         displace(
             self.sources.get(weight.path, weight.plain),
-            self.shared,
-            self.own,
+            *self._by_block[weight.block],
             first_tile=weight.first_tile,
             distribution=self.distribution,
             out=out,
@@ -147,19 +155,22 @@ class DisplacedTensor(torch.Tensor):
         plain: the parameter's data; never changed.
         path: its canonical name in the network.
         first_tile: its place in the tunable space.
+        block: of the layout, that it belongs to.
         displacement: of the forward pass that runs.
     """
 
     plain: torch.Tensor
     path: str
     first_tile: int
+    block: int
     displacement: Displacement | None
 
     @classmethod
-    def of(cls, plain: torch.Tensor, name: str, first_tile: int) -> "DisplacedTensor":
+    def of(cls, plain: torch.Tensor, name: str, first_tile: int, block: int) -> "DisplacedTensor":
         """See the attributes."""
         result: DisplacedTensor = torch.Tensor._make_subclass(cls, plain)
         result.plain, result.path, result.first_tile = plain, name, first_tile
+        result.block = block
         result.displacement = None
         return result
 

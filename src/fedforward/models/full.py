@@ -41,8 +41,11 @@ class FullModel(CausalModel):
         tensors = {n: p.data for n, p in parameters.items() if n.startswith(inside)}
         super().__init__(network, tensors, distribution, plan, base)
         self.tokenizer = tokenizer
-        tiles = dict(zip(self.layout.names, self.layout.first_tiles, strict=True))
-        self._weights = {n: DisplacedTensor.of(t, n, tiles[n]) for n, t in self.tensors.items()}
+        places = zip(self.layout.names, self.layout.first_tiles, self.layout.owners, strict=True)
+        self._weights = {
+            name: DisplacedTensor.of(self.tensors[name], name, first_tile, owner)
+            for name, first_tile, owner in places
+        }
         names = {id(parameter): name for name, parameter in parameters.items()}
         self._places: list[tuple[nn.Module, str, nn.Parameter, DisplacedTensor]] = [
             (module, key, parameter, self._weights[names[id(parameter)]])
@@ -50,6 +53,7 @@ class FullModel(CausalModel):
             for key, parameter in module._parameters.items()
             if parameter is not None and names[id(parameter)] in self._weights
         ]
+        self._moved: set[str] = set()
         self._reached: set[str] = set()
         self._copy: dict[str, torch.Tensor] = {}
         self._copied = NO_STEPS
@@ -62,7 +66,7 @@ class FullModel(CausalModel):
                 would not see it move.
         """
         results = super().evaluate(probes)
-        unreached = self._weights.keys() - self._reached
+        unreached = self._moved - self._reached
         if unreached and self._reached:
             raise FedForwardError(
                 f"model.tune = 'full' does not reach {len(unreached)} tensors of this model, such "
@@ -85,18 +89,17 @@ class FullModel(CausalModel):
         elif len(trajectory) and self.plan.trajectory == "copy":
             self._carry(trajectory)
             shared, sources = NO_STEPS, self._copy
-        if not sources and not len(shared) and not any(map(len, own)):
-            yield
-            return
         displacement = Displacement(shared, own, self.distribution, shape, sources, self._reached)
+        moving = [place for place in self._places if displacement.moves(place[-1])]
+        self._moved |= {weight.path for *_, weight in moving}
         try:
-            for module, key, _, weight in self._places:
+            for module, key, _, weight in moving:
                 weight.displacement = displacement
                 # The registry takes a plain tensor where setattr would insist on a Parameter.
                 module._parameters[key] = weight  # type: ignore[assignment]
             yield
         finally:
-            for module, key, parameter, weight in self._places:
+            for module, key, parameter, weight in moving:
                 module._parameters[key] = parameter
                 weight.displacement = None
 
@@ -120,13 +123,17 @@ class FullModel(CausalModel):
         return displacement.groups, tiles()
 
     def _carry(self, trajectory: Steps) -> None:
-        """Bring the float32 copy to θ + trajectory by adding only the steps it lacks."""
-        if not self._copy or not trajectory.starts_with(self._copied):
-            if not self._copy:
-                self._copy = {
-                    name: torch.empty_like(tensor, dtype=torch.float32)
-                    for name, tensor in self.tensors.items()
-                }
+        """Bring the float32 copy to θ + trajectory by adding only the steps it lacks.
+
+        Blocks that the trajectory does not move are not copied.
+        """
+        weights = {n: w for n, w in self._weights.items() if trajectory.moves(w.block)}
+        if weights.keys() != self._copy.keys() or not trajectory.starts_with(self._copied):
+            # What is no longer needed is given back before its successor is made.
+            self._copy = {n: copy for n, copy in self._copy.items() if n in weights}
+            for name, weight in weights.items():
+                if name not in self._copy:
+                    self._copy[name] = torch.empty_like(weight.plain, dtype=torch.float32)
             for name, copy in self._copy.items():
                 copy.copy_(self.tensors[name])
             self._copied = NO_STEPS
@@ -134,11 +141,12 @@ class FullModel(CausalModel):
         # Until it is whole again, the copy is nobody's: an interruption must not leave a mixture.
         copies, self._copy = self._copy, {}
         for name, copy in copies.items() if len(missing) else ():
+            own = missing.block(weights[name].block)
             accumulate(
                 copy,
-                missing.seeds,
-                missing.coefficients,
-                first_tile=self._weights[name].first_tile,
+                own.seeds,
+                own.coefficients,
+                first_tile=weights[name].first_tile,
                 distribution=self.distribution,
                 out=copy,
             )

@@ -115,12 +115,12 @@ class LoraModel(CausalModel):
         layout = Layout.of({name: tuple(p.shape) for name, p in tuned.items()})
         self.flat = torch.zeros(layout.tiles * TILE, dtype=torch.float32, device=device)
         self.peft.requires_grad_(False)
-        for name, view in _views(layout, self.flat).items():
+        for name, view in _views(layout, [(0, layout.tiles, self.flat)]).items():
             view.copy_(tuned[name].data)
             tuned[name].data = view
         super().__init__(network, tuned, distribution, plan, base)
         self._bank: dict[int, torch.Tensor] = {}
-        self._buffer = self.flat.new_empty((0, len(self.flat)))
+        self._buffer = self.flat.new_empty(0)
         self._adapters = adapters
         self._rows: tuple[int, int] = (0, 0)
         self._carried: list[tuple[Steps, torch.Tensor]] = []
@@ -167,7 +167,7 @@ class LoraModel(CausalModel):
     def forget(self) -> None:
         """See `CausalModel.forget`."""
         self._carried, self._filled, self._last_bank = [], [], {}
-        self._buffer = self.flat.new_empty((0, len(self.flat)))
+        self._buffer = self.flat.new_empty(0)
 
     @contextmanager
     def _displaced(self, probes: Sequence[Probe], shape: tuple[int, int]) -> Iterator[None]:
@@ -185,29 +185,42 @@ class LoraModel(CausalModel):
             self._bank = self._last_bank
             return
         self._filled = []
-        if len(probes) == 1 and not len(probes[0].perturbation):
-            bank = self._carry(probes[0].trajectory)[None]
-        else:
-            if len(self._buffer) < len(probes):
-                self._buffer = self.flat.new_empty((len(probes), len(self.flat)))
-            bank = self._buffer[: len(probes)]
-            begin = 0
-            for end in range(1, len(probes) + 1):
-                if end < len(probes) and probes[end].trajectory is probes[begin].trajectory:
-                    continue
-                displace(
-                    self._carry(probes[begin].trajectory),
-                    NO_STEPS,
-                    [probe.perturbation for probe in probes[begin:end]],
-                    first_tile=0,
-                    distribution=self.distribution,
-                    out=bank[begin:end],
-                )
-                begin = end
-        views = _views(self.layout, bank)
+        groups = len(probes)
+        segments = self._segments(wanted)
+        moving = {b for b, _, _ in segments if any(steps.moves(b) for steps in wanted)}
+        size = groups * TILE * sum(end - begin for b, begin, end in segments if b in moving)
+        if len(self._buffer) < size:
+            self._buffer = self.flat.new_empty(size)
+        free = self._buffer
+        banks = []
+        for block, begin, end in segments:
+            # Where nothing moves, all groups meet the adapters as they are.
+            bank = self.flat[TILE * begin : TILE * end].expand(groups, -1)
+            if block in moving:
+                own, free = free[: bank.numel()], free[bank.numel() :]
+                bank = own.view(groups, -1)
+            banks.append((begin, end, bank))
+        for same in _runs(probes):
+            total = self._carry(probes[same.start].trajectory)
+            for (block, begin, end), (*_, bank) in zip(segments, banks, strict=True):
+                if block in moving:
+                    displace(
+                        total[TILE * begin : TILE * end],
+                        NO_STEPS,
+                        [probe.perturbation.block(block) for probe in probes[same]],
+                        first_tile=begin,
+                        distribution=self.distribution,
+                        out=bank[same],
+                    )
+        views = _views(self.layout, banks)
         self._bank = {id(self.tensors[name]): view for name, view in views.items()}
         # The parts of a batch come one after another with the same probes.
         self._filled, self._last_bank = wanted, self._bank
+
+    def _segments(self, steps: Sequence[Steps]) -> Sequence[tuple[int, int, int]]:
+        """The stretches of the flat storage in which all of these steps have equal coefficients."""
+        by_block = any(part.by_block for part in steps)
+        return self.layout.segments if by_block else ((0, 0, self.layout.tiles),)
 
     def _carry(self, trajectory: Steps) -> torch.Tensor:
         """The adapters at θ + trajectory: a sum made before, and the steps that it lacks.
@@ -227,14 +240,17 @@ class LoraModel(CausalModel):
             others, target = self._carried, torch.empty_like(self.flat)
         # Until it is whole again, a sum that is extended in place is nobody's.
         self._carried = others
-        accumulate(
-            total,
-            missing.seeds,
-            missing.coefficients,
-            first_tile=0,
-            distribution=self.distribution,
-            out=target,
-        )
+        for block, begin, end in self._segments([missing]):
+            part, own = slice(TILE * begin, TILE * end), missing.block(block)
+            if len(own) or target is not total:
+                accumulate(
+                    total[part],
+                    own.seeds,
+                    own.coefficients,
+                    first_tile=begin,
+                    distribution=self.distribution,
+                    out=target[part],
+                )
         self._carried = [*others, (trajectory, target)]
         return target
 
@@ -332,14 +348,34 @@ def _adapted(
     return result
 
 
-def _views(layout: Layout, storage: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tuned tensors inside a flat buffer [..., tiles * 2048], leading dimensions kept."""
-    return {
-        name: storage[..., TILE * tile : TILE * tile + size].unflatten(-1, shape)
-        for name, shape, size, tile in zip(
-            layout.names, layout.shapes, layout.sizes, layout.first_tiles, strict=True
-        )
-    }
+def _runs(probes: Sequence[Probe]) -> Iterator[slice]:
+    """Stretches of neighbours that share a trajectory."""
+    begin = 0
+    for end in range(1, len(probes) + 1):
+        if end == len(probes) or probes[end].trajectory is not probes[begin].trajectory:
+            yield slice(begin, end)
+            begin = end
+
+
+def _views(
+    layout: Layout, parts: Sequence[tuple[int, int, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """The tuned tensors inside flat buffers, leading dimensions kept.
+
+    Args:
+        parts: (first tile, end, [..., tiles * 2048]), in order, together the whole space.
+    """
+    views = {}
+    places = iter(parts)
+    begin, end, storage = next(places, (0, 0, torch.empty(0)))
+    for name, shape, size, tile in zip(
+        layout.names, layout.shapes, layout.sizes, layout.first_tiles, strict=True
+    ):
+        if tile >= end:
+            begin, end, storage = next(places)
+        place = TILE * (tile - begin)
+        views[name] = storage[..., place : place + size].unflatten(-1, shape)
+    return views
 
 
 def initialise(adapters: dict[str, torch.nn.Parameter], run_seed: int) -> None:

@@ -34,6 +34,7 @@ class Quadratic:
         *,
         seed: int = 0,
         distribution: Distribution = Distribution.GAUSSIAN,
+        blocks: int = 1,
     ) -> None:
         """θ starts at 0 and θ* at distance one, in the span of Q, the same in its coordinates.
 
@@ -42,15 +43,18 @@ class Quadratic:
             dimension: d.
             seed: of the rotation.
             distribution: of the directions.
+            blocks: into so many equal parts θ is divided.
         """
         self.eigenvalues = np.array(spectrum, dtype=np.float64)
         r = len(self.eigenvalues)
         generator = np.random.Generator(np.random.Philox(seed))
         self.basis, _ = np.linalg.qr(generator.standard_normal((dimension, r)))
         self.optimum = self.basis @ np.full(r, r**-0.5)
-        self.layout = Layout.of({_NAME: (dimension,)})
+        sizes = {f"{_NAME}.{b:04}": (dimension // blocks,) for b in range(blocks)}
+        self.layout = Layout.of(sizes, {str(b): [n] for b, n in enumerate(sizes)})
         self.distribution = distribution
         self.theta = torch.zeros(dimension, dtype=torch.float32)
+        self._base = self.theta.clone()
 
     def loss(self, theta: NDArray[np.float64], shift: NDArray[np.float64] | None = None) -> float:
         """f at θ; `shift` moves the optimum (a heterogeneous client)."""
@@ -63,15 +67,7 @@ class Quadratic:
         results = []
         point = torch.empty_like(self.theta)
         for probe in probes:
-            steps = probe.trajectory + probe.perturbation
-            accumulate(
-                self.theta,
-                steps.seeds,
-                steps.coefficients,
-                first_tile=0,
-                distribution=self.distribution,
-                out=point,
-            )
+            self._accumulate(self.theta, Update(probe.trajectory + probe.perturbation, 0), point)
             loss = self.loss(point.numpy().astype(np.float64), probe.batch)
             results.append(Evaluation(np.array([loss], np.float64), np.array([1], np.int64)))
         return results
@@ -79,15 +75,21 @@ class Quadratic:
     def commit(self, updates: Sequence[Update]) -> None:
         """θ ← round(decay · θ + Σ c z) for each update in turn."""
         for update in updates:
+            source = self._base if update.from_base else self.theta
+            self._accumulate(source, update, self.theta)
+
+    def _accumulate(self, source: torch.Tensor, update: Update, out: torch.Tensor) -> None:
+        size = self.layout.sizes[0]
+        for block, first_tile in enumerate(self.layout.first_tiles):
+            part, steps = slice(block * size, (block + 1) * size), update.steps.block(block)
             accumulate(
-                self.theta,
-                update.steps.seeds,
-                update.steps.coefficients,
-                first_tile=0,
+                source[part],
+                steps.seeds,
+                steps.coefficients,
+                first_tile=first_tile,
                 distribution=self.distribution,
-                out=self.theta,
+                out=out[part],
                 decay=update.decay,
-                dither_seed=update.dither_seed,
             )
 
     def digest(self) -> bytes:
