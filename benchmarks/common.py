@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedforward.directions import Distribution
-from fedforward.estimators import two_point_gradients, two_point_probes
+from fedforward.estimators import TwoPoint
 from fedforward.models.causal_lm import CausalModel, ProbePlan, TokenBatch
 from fedforward.models.full import FullModel
 from fedforward.models.lora import LoraModel
@@ -287,8 +287,9 @@ class Trajectory:
     def step(self, batch: TokenBatch) -> None:
         """One two-point step; both probes are asked for in one call."""
         seed = direction_seed(RUN_SEED, self.round, 0, len(self.steps), 0)
-        probes = two_point_probes(batch, self.steps, [seed], MU)
-        gradients, _ = two_point_gradients(self.model.evaluate(probes), MU)
+        estimator = TwoPoint(1, MU)
+        probes = estimator.probes(batch, self.steps, [Steps.of([seed], [1.0])])
+        gradients, _ = estimator.gradients(self.model.evaluate(probes))
         self.steps = self.steps + Steps.of([seed], -RATE * gradients.astype(np.float64))
         if self.horizon == 1:
             self.finish()

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from fedforward import cli, config, experiment
-from fedforward.messages import Contribution
+from fedforward.estimators import TwoPoint
+from fedforward.messages import Entry
 from fedforward.methods import Returned
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.session import Session
@@ -45,13 +47,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 class Permuted(FedMeZO):
     """FedMeZO whose server deals every client's projected gradients to the wrong steps."""
 
-    def aggregate(self, returned: Sequence[Returned]) -> tuple[Contribution, ...]:
+    def aggregate(
+        self, round_number: int, returned: Sequence[Returned], odds: NDArray[np.uint16]
+    ) -> Entry:
         mixed = []
         for part in returned:
             random = np.random.default_rng((part.report.round, part.report.client))
             gradients = random.permutation(part.report.gradients)
             mixed.append(replace(part, report=replace(part.report, gradients=gradients)))
-        return super().aggregate(mixed)
+        return super().aggregate(round_number, mixed, odds)
 
 
 class Plain:
@@ -129,7 +133,8 @@ def main() -> None:
         settings = configure(name, arguments.model, data, arguments.set)
         if name == "control":
             method = settings.method
-            permuted = Permuted(method.local_steps, method.directions, method.mu)
+            estimator = TwoPoint(method.directions, method.mu)
+            permuted = Permuted(settings.run.seed, method.local_steps, estimator)
             experiment.build_method = lambda _, permuted=permuted: permuted  # type: ignore[assignment]
         session = Session(settings, arguments.out / name, False, Plain(name, console))
         summaries[name] = session.run()

@@ -28,6 +28,7 @@ import common
 import numpy as np
 from common import Column, Reach, Row
 
+from fedforward.estimators import TwoPoint
 from fedforward.federation.client import Client, Replica
 from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.ledger import Ledger
@@ -73,7 +74,7 @@ def runtime(
     model: Any, clients: int, together: int, steps: int, batches: Sequence[Any], folder: Path
 ) -> LocalRuntime:
     """A federation on the model as it is, with a new ledger."""
-    method = FedMeZO(steps, 1, common.MU)
+    method = FedMeZO(common.RUN_SEED, steps, TwoPoint(1, common.MU))
     rates = RateSettings(common.RATE, 0.0, "fixed", "constant", 0, 1000, 1.0)
     settings = ServerSettings(
         run_seed=common.RUN_SEED,

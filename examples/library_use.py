@@ -14,7 +14,7 @@ from fedforward import Probe, Steps, Update
 from fedforward.data.batches import Batches
 from fedforward.data.templates import tokenise
 from fedforward.demo.text import ANSWER, PROMPT, site_examples
-from fedforward.estimators import two_point_gradients, two_point_probes
+from fedforward.estimators import TwoPoint
 from fedforward.models.causal_lm import ProbePlan
 from fedforward.models.loading import load
 from fedforward.models.lora import LoraModel
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(files("fedforward.demo").joinpath("model")))
     parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
-    mu, rate = 1e-2, 4e-3
+    estimator, rate = TwoPoint(directions=1, mu=1e-2), 4e-3
 
     network, tokenizer = load(arguments.model, "float32", "cpu")
     plan = ProbePlan(probes_per_call=2, threads=2, trajectory="generate", evaluation_rows=8)
@@ -38,8 +38,9 @@ def main() -> None:
 
     for step in range(arguments.steps):
         seed = direction_seed(0, step, 0, 0, 0)
-        evaluations = model.evaluate(two_point_probes(batches[step], NO_STEPS, [seed], mu))
-        (gradient,), loss = two_point_gradients(evaluations, mu)
+        direction = Steps.of([seed], [1.0])
+        evaluations = model.evaluate(estimator.probes(batches[step], NO_STEPS, [direction]))
+        (gradient,), loss = estimator.gradients(evaluations)
         model.commit([Update(Steps.of([seed], [-rate * gradient]), dither_seed(0, step))])
         if step % 50 == 0 or step == arguments.steps - 1:
             print(json.dumps({"step": step, "training_loss": round(loss, 3)}))

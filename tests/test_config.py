@@ -54,7 +54,7 @@ def refusal(whole: dict[str, Any]) -> str:
         ({"federation__participation": 1.5}, ["1.5", "above 0.0 and at most 1.0"]),
         ({"method__mu": float("nan")}, ["method.mu = nan", "a number, above 0.0"]),
         ({"method__mu": float("inf")}, ["method.mu = inf"]),
-        ({"method__name": "fedmezzo"}, ["'fedmezzo'", "'fedmezo', 'fedavg'"]),
+        ({"method__name": "fedmezzo"}, ["'fedmezzo'", "'fedmezo', 'decomfl'"]),
         # The key itself begins with the name of a type.
         ({"method__strategy": "zzz"}, ["method.strategy = 'zzz'", "'update-difference'"]),
         ({"method__spread": 1.0}, ["spread = 1.0", "learning_rate = 0.001", "0 to learning_rate"]),

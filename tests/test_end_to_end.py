@@ -216,7 +216,7 @@ def test_the_fall_is_real(configure: Configure, carry_out: CarryOut, tmp_path: P
     tuned = carry_out(configure(**settings), tmp_path / "tuned")["heldout_loss"]
     aggregate = FedMeZO.aggregate
 
-    def permuted(self: FedMeZO, returned: Any) -> Any:
+    def permuted(self: FedMeZO, number: int, returned: Any, odds: Any) -> Any:
         from dataclasses import replace
 
         random = np.random.default_rng(len(returned))
@@ -224,7 +224,7 @@ def test_the_fall_is_real(configure: Configure, carry_out: CarryOut, tmp_path: P
             replace(p, report=replace(p.report, gradients=random.permutation(p.report.gradients)))
             for p in returned
         ]
-        return aggregate(self, mixed)
+        return aggregate(self, number, mixed, odds)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FedMeZO, "aggregate", permuted)

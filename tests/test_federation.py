@@ -15,12 +15,23 @@ from hypothesis import strategies as st
 
 from fedforward.directions import TILE, Distribution, Layout, reference
 from fedforward.errors import FedForwardError
+from fedforward.estimators import TwoPoint
 from fedforward.federation import learning_rates
 from fedforward.federation.client import Replica
 from fedforward.federation.learning_rates import RateSettings, phi, rates, update_differences
 from fedforward.federation.ledger import Ledger, Origin, Round
 from fedforward.federation.server import Server, ServerSettings
-from fedforward.messages import Contribution, Entry, MessageError, Report, Task
+from fedforward.messages import (
+    NO_ODDS,
+    Contribution,
+    Entry,
+    Increments,
+    MessageError,
+    Report,
+    Snapshot,
+    Task,
+)
+from fedforward.methods import Returned
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.models.quadratic import Quadratic
 from fedforward.seeds import direction_seed
@@ -34,12 +45,10 @@ def report(client: int, gradients: Any, loss: float = 1.0, number: int = 0, **mo
 
 def record(number: int, losses: dict[int, float], rate: float = 0.1) -> Round:
     reports = [report(c, [float(c + 1), -0.5], loss, number) for c, loss in losses.items()]
-    method = FedMeZO(2, 1, 1e-3)
-    from fedforward.methods import Returned
-
+    method = FedMeZO(1, 2, TwoPoint(1, 1e-3))
     returned = [Returned(1 / len(reports), rate, r) for r in reports]
     origins = tuple(Origin(rate, 1 / len(reports), r) for r in reports)
-    return Round(Entry(number, method.aggregate(returned)), origins)
+    return Round(method.aggregate(number, returned, NO_ODDS), origins)
 
 
 def rate_settings(**changes: Any) -> RateSettings:
@@ -65,7 +74,7 @@ def server(ledger: Ledger, **changes: Any) -> Server:
         "layout": LAYOUT,
         "distribution": Distribution.GAUSSIAN,
     }
-    return Server(ServerSettings(**(values | changes)), FedMeZO(2, 1, 1e-3), ledger)
+    return Server(ServerSettings(**(values | changes)), FedMeZO(3, 2, TwoPoint(1, 1e-3)), ledger)
 
 
 @pytest.fixture
@@ -80,9 +89,19 @@ arrays = st.lists(floats, max_size=40).map(lambda values: np.array(values, np.fl
 entries = st.builds(
     Entry,
     st.integers(0, 2**32 - 1),
-    st.lists(st.builds(Contribution, st.integers(0, 2**32 - 1), arrays), max_size=4).map(tuple),
+    st.lists(
+        st.builds(Contribution, st.integers(0, 2**32 - 1), arrays, st.binary(max_size=5)),
+        max_size=4,
+    ).map(tuple),
     floats,
     st.sampled_from([b"", bytes(range(32))]),
+    st.none()
+    | st.dictionaries(st.integers(0, 9999), st.integers(-(2**62), 2**62), max_size=9).map(
+        lambda amounts: Increments(
+            np.array(sorted(amounts), np.uint32),
+            np.array([amounts[place] for place in sorted(amounts)], np.int64),
+        )
+    ),
 )
 
 
@@ -120,8 +139,8 @@ def test_reports_survive_and_damage_is_refused(gradients: Any, digest: bytes, ta
 @settings(max_examples=300)
 @given(st.binary(max_size=120))
 def test_noise_is_never_more_than_refused(data: bytes) -> None:
-    for kind in (Report, Task, Entry):
-        for message in (data, struct.pack("<2sBB", b"FF", 1, 1) + data):
+    for kind in (Report, Task, Entry, Snapshot):
+        for message in (data, struct.pack("<2sBB", b"FF", 2, 1) + data):
             with contextlib.suppress(MessageError):
                 kind.decode(message)  # type: ignore[attr-defined]
 
@@ -219,6 +238,15 @@ def test_phi_stays_within_one(scores: dict[int, float], participants: set[int]) 
     assert all(-1.0 <= value <= 1.0 for value in result.values())
 
 
+def differences(row: Round, layout: Layout, kind: Distribution, seed: int) -> dict[int, float]:
+    method = FedMeZO(seed, 2, TwoPoint(1, 1e-3))
+    returned = [Returned(o.weight, o.learning_rate, o.report) for o in row.origins]
+    updates = {
+        part.report.client: method.own_update(row.entry.round, part, NO_ODDS) for part in returned
+    }
+    return update_differences(updates, [part.weight for part in returned], layout, kind)
+
+
 def all_rates(strategy: str, history: list[Round], **changes: Any) -> dict[int, float]:
     return rates(
         rate_settings(strategy=strategy, **changes),
@@ -226,7 +254,7 @@ def all_rates(strategy: str, history: list[Round], **changes: Any) -> dict[int, 
         [0, 1, 2],
         history,
         run_seed=1,
-        differences=lambda r: update_differences(r, LAYOUT, Distribution.GAUSSIAN, 1, 1),
+        differences=lambda: differences(history[-1], LAYOUT, Distribution.GAUSSIAN, 1),
     )
 
 
@@ -288,7 +316,7 @@ def test_update_differences_need_no_weights(monkeypatch: pytest.MonkeyPatch) -> 
         client: sum(np.linalg.norm((vector - mean)[part]) for part in parts)
         for client, vector in vectors.items()
     }
-    found = update_differences(row, layout, Distribution.RADEMACHER, 9, 1)
+    found = differences(row, layout, Distribution.RADEMACHER, 9)
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -305,7 +333,7 @@ def test_a_round_weighs_by_examples_or_equally(ledger: Ledger, tmp_path: Path) -
     for weights, expected in (("equal", [1 / 3] * 3), ("examples", [1 / 6, 2 / 6, 3 / 6])):
         book = Ledger.create(tmp_path / f"{weights}.sqlite", {})
         side = server(book, weights=weights)
-        for task in side.open_round():
+        for task in side.open_round().values():
             side.receive(answer(task))
         row = side.close_round()
         found = [-part.coefficients[1] / 2.0 for part in row.entry.contributions]
@@ -332,9 +360,9 @@ def test_wrong_reports_are_refused(ledger: Ledger) -> None:
 
 def test_clients_that_disagree_are_named(ledger: Ledger) -> None:
     side = server(ledger)
-    for client, task in enumerate(side.open_round()):
-        side.receive(answer(task, digest=bytes([client // 2]) * 16))
-    with pytest.raises(MessageError, match="Clients 0 and 2 hold different"):
+    for client, task in side.open_round().items():
+        side.receive(answer(task, digest=bytes([client]) * 16))
+    with pytest.raises(MessageError, match="Clients 0 and 1 hold different"):
         side.close_round()
     assert ledger.length == 0
 
@@ -344,26 +372,27 @@ def test_an_absent_client_is_sent_just_what_it_lacks(ledger: Ledger) -> None:
     seen = {0: 0, 1: 0, 2: 0}
     for number in range(12):
         assert side.participants() == side.participants()
-        for data in side.open_round():
+        for data in side.open_round().values():
             task = Task.decode(data)
             assert [e.round for e in task.entries] == list(range(seen[task.client], number))
+            assert task.digest_wanted == (number % 10 == 0 or len(task.entries) > 1)
             seen[task.client] = number
             side.receive(answer(data))
         side.close_round()
     assert len(set(seen.values())) > 1
     reopened = server(ledger, participation=0.34, examples=(10,) * 3)
-    assert reopened._sent == side._sent
+    assert reopened.held == side.held
 
 
 def test_a_reopened_server_gives_the_same_rates(ledger: Ledger) -> None:
     side = server(ledger, rates=rate_settings(strategy="loss-window"))
     for number in range(7):
-        for client, task in enumerate(side.open_round()):
+        for client, task in side.open_round().items():
             side.receive(answer(task, loss=float(client * number)))
         side.close_round()
     again = server(ledger, rates=rate_settings(strategy="loss-window"))
-    rates_of = [Task.decode(t).learning_rate for t in side.open_round()]
-    assert [Task.decode(t).learning_rate for t in again.open_round()] == rates_of
+    rates_of = [Task.decode(t).learning_rate for t in side.open_round().values()]
+    assert [Task.decode(t).learning_rate for t in again.open_round().values()] == rates_of
     assert len(set(rates_of)) > 1
 
 

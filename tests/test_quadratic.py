@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fedforward.directions import Distribution, reference
-from fedforward.messages import Entry, Report, Task
+from fedforward.estimators import TwoPoint
+from fedforward.messages import NO_ODDS, Report, Task
 from fedforward.methods import Returned
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.models.quadratic import Quadratic
@@ -33,7 +34,8 @@ class Constant:
 def local_round(
     method: FedMeZO, model: Quadratic, task: Task, batches: Constant, run_seed: int = 0
 ) -> Report:
-    generator = method.local_round(task, batches, run_seed)
+    assert method.run_seed == run_seed
+    generator = method.local_round(task, batches)
     probes = next(generator)
     while True:
         try:
@@ -57,8 +59,8 @@ def federate(
             task = Task(number, client, rate, False, (), NO_STATE)
             report = local_round(method, model, task, Constant(shift), run_seed)
             returned.append(Returned(1.0 / len(shifts), rate, report))
-        entry = Entry(number, method.aggregate(returned))
-        model.commit([entry.update(run_seed, method.directions)])
+        entry = method.aggregate(number, returned, NO_ODDS)
+        model.commit([entry.update(run_seed, method.directions, 1)])
 
 
 def z(seed: int, d: int, distribution: Distribution = Distribution.GAUSSIAN) -> np.ndarray:
@@ -72,7 +74,7 @@ def test_a_round_follows_the_equations(directions: int, distribution: Distributi
     shifts = [np.zeros(d), np.linspace(-0.1, 0.1, d), np.full(d, 0.05)]
     weights = [0.5, 0.3, 0.2]
     model = Quadratic([3.0, 1.0, 0.5], d, distribution=distribution)
-    method = FedMeZO(steps, directions, mu)
+    method = FedMeZO(7, steps, TwoPoint(directions, mu))
     theta = model.theta.numpy().astype(np.float64)
     averaged = np.zeros(d)
     returned = []
@@ -93,7 +95,7 @@ def test_a_round_follows_the_equations(directions: int, distribution: Distributi
         report = local_round(method, model, task, Constant(shift), 7)
         np.testing.assert_allclose(report.gradients, expected, rtol=2e-4, atol=2e-5)
         returned.append(Returned(weight, rate, report))
-    model.commit([Entry(0, method.aggregate(returned)).update(7, directions)])
+    model.commit([method.aggregate(0, returned, NO_ODDS).update(7, directions, 1)])
     np.testing.assert_allclose(model.theta.numpy(), averaged, rtol=1e-4, atol=1e-6)
 
 
@@ -101,7 +103,7 @@ def test_averaging_tensors_is_averaging_steps() -> None:
     """The paper averages θ_i; we add up steps. Both in float32, to 1e-5 of the distance moved."""
     d, rate = 5000, 0.01
     model = Quadratic([5.0, 2.0, 1.0, 0.5], d)
-    method = FedMeZO(local_steps=30, directions=1, mu=1e-3)
+    method = FedMeZO(0, 30, TwoPoint(1, 1e-3))
     rates, weights = [0.5 * rate, rate, 1.5 * rate], [0.2, 0.3, 0.5]
     tensors, returned = [], []
     for client in range(3):
@@ -117,7 +119,7 @@ def test_averaging_tensors_is_averaging_steps() -> None:
         returned.append(Returned(weights[client], rates[client], report))
     average = sum(w * t for w, t in zip(weights, tensors, strict=True))
     before = model.theta.clone()
-    model.commit([Entry(0, method.aggregate(returned)).update(0, 1)])
+    model.commit([method.aggregate(0, returned, NO_ODDS).update(0, 1, 1)])
     moved = torch.linalg.vector_norm(average - before)
     assert moved > 0.01
     assert torch.linalg.vector_norm(model.theta - average) <= 1e-5 * moved
@@ -126,7 +128,7 @@ def test_averaging_tensors_is_averaging_steps() -> None:
 def test_one_client_is_centralised_mezo() -> None:
     d, rate, mu, steps = 300, 0.01, 1e-3, 25
     federated, central = Quadratic([4.0, 1.0], d), Quadratic([4.0, 1.0], d)
-    federate(FedMeZO(5, 1, mu), federated, steps // 5, rate)
+    federate(FedMeZO(0, 5, TwoPoint(1, mu)), federated, steps // 5, rate)
     for step in range(steps):
         seed = direction_seed(0, step // 5, 0, step % 5, 0)
         plus, minus = (
@@ -142,15 +144,15 @@ def test_a_probe_leaves_the_weights() -> None:
     model = Quadratic([1.0], 3000)
     model.commit([Update(Steps.of([3], [0.1]), 0)])
     before = model.digest()
-    federate_once = FedMeZO(3, 2, 1e-3)
+    federate_once = FedMeZO(0, 3, TwoPoint(2, 1e-3))
     local_round(federate_once, model, Task(0, 0, 0.1, False, (), NO_STATE), Constant())
     assert model.digest() == before
 
 
 def test_a_loss_that_is_not_finite_skips_the_step() -> None:
     model = Quadratic([1.0], 50)
-    method = FedMeZO(4, 1, 1e-2)
-    generator = method.local_round(Task(0, 0, 0.1, False, (), NO_STATE), Constant(), 0)
+    method = FedMeZO(0, 4, TwoPoint(1, 1e-2))
+    generator = method.local_round(Task(0, 0, 0.1, False, (), NO_STATE), Constant())
     probes = next(generator)
     for step in range(4):
         results = model.evaluate(probes)
@@ -179,12 +181,12 @@ def rounds_to_halve(dimension: int, seed: int, distribution: Distribution) -> in
 
 
 def federate_one_step(model: Quadratic, number: int, rate: float, run_seed: int) -> None:
-    method = FedMeZO(1, 1, 1e-3)
+    method = FedMeZO(run_seed, 1, TwoPoint(1, 1e-3))
     report = local_round(
         method, model, Task(number, 0, rate, False, (), NO_STATE), Constant(), run_seed
     )
-    entry = Entry(number, method.aggregate([Returned(1.0, rate, report)]))
-    model.commit([entry.update(run_seed, 1)])
+    entry = method.aggregate(number, [Returned(1.0, rate, report)], NO_ODDS)
+    model.commit([entry.update(run_seed, 1, 1)])
 
 
 @pytest.mark.parametrize("distribution", list(Distribution))
@@ -222,7 +224,8 @@ def test_more_clients_average_the_noise_away() -> None:
         for seed in range(5):
             model = Quadratic([1.0] * 32, d, seed=seed)
             gradient = -(model.basis @ (model.basis.T @ model.optimum))
-            federate(FedMeZO(1, 1, 1e-3), model, 1, rate, [None] * clients, run_seed=seed)
+            method = FedMeZO(seed, 1, TwoPoint(1, 1e-3))
+            federate(method, model, 1, rate, [None] * clients, run_seed=seed)
             move = model.theta.numpy() / -rate
             errors[clients].append(np.linalg.norm(move - gradient))
     assert np.mean(errors[16]) < 0.4 * np.mean(errors[1])

@@ -72,7 +72,7 @@ def rebuild(directory: RunDirectory) -> Rebuilt:
             server = TensorServer(settings, method, ledger, directory.path)
             model.assign_state(server.state)
         return Rebuilt(model, tokenizer, ledger, 0, [])
-    replica = Replica(model, config.run.seed, config.method.directions)
+    replica = Replica(model, config.run.seed, config.method.directions, config.method.pool)
     for record in ledger.rounds():
         claimed = {o.report.digest for o in record.origins if o.report.digest}
         if claimed:

@@ -17,6 +17,7 @@ from fedforward.errors import FedForwardError
 from fedforward.units import parse_bytes
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Chance = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 #: What a report or a ledger entry counts in 16 bits: clients, and the steps of a round.
@@ -128,12 +129,28 @@ class FederationSection(_Section):
     )
     field: str | None = Field(None, description="field of the data to divide by")
     alpha: Positive = Field(0.5, description="of the Dirichlet partition: small is uneven")
+    quorum: Count = Field(1, description="reports without which a round is not closed")
+    deadline: Positive | None = Field(
+        None, description="seconds after which a round is closed with the reports that are there"
+    )
+
+    @model_validator(mode="after")
+    def _quorum_can_be_reached(self) -> "FederationSection":
+        most = max(1, round(self.participation * self.clients))
+        if self.quorum > most:
+            raise ValueError(
+                f"quorum = {self.quorum} cannot be reached: clients = {self.clients} and "
+                f"participation = {self.participation:g} make {most} clients a round"
+            )
+        return self
 
 
 class MethodSection(_Section):
     """[method]"""
 
-    name: Literal["fedmezo", "fedavg"] = Field("fedmezo", description="the algorithm")
+    name: Literal["fedmezo", "decomfl", "zorba", "fedkseed", "fedkseed-pro", "fedavg"] = Field(
+        "fedmezo", description="the algorithm"
+    )
     learning_rate: Positive = Field(1e-3, description="eta_0")
     strategy: Literal["fixed", "random", "loss", "loss-window", "update-difference"] = Field(
         "fixed", description="how clients' own rates differ from eta_0"
@@ -151,6 +168,14 @@ class MethodSection(_Section):
     mu: Positive = Field(1e-3, description="perturbation scale")
     local_steps: Count = Field(30, description="H")
     directions: Count = Field(1, description="directions averaged in each step")
+    estimator: Literal["two-point", "fzoo"] = Field(
+        "two-point",
+        description="of the projected gradients; fzoo takes directions + 1 probes a step, "
+        "normalised by the spread of their losses",
+    )
+    candidates: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
+        4096, description="K, seeds that all directions of a fedkseed run come from"
+    )
     distribution: Literal["gaussian", "rademacher"] = Field(
         "gaussian", description="of the directions"
     )
@@ -161,6 +186,26 @@ class MethodSection(_Section):
     def alpha(self) -> float:
         """The spread that is in force."""
         return self.learning_rate / 2 if self.spread is None else self.spread
+
+    @property
+    def probes_per_step(self) -> int:
+        """Forward passes of one local step."""
+        return self.directions + 1 if self.estimator == "fzoo" else 2 * self.directions
+
+    @property
+    def pool(self) -> int:
+        """`candidates`, or 0 for a method that has none."""
+        return self.candidates if self.name in ("fedkseed", "fedkseed-pro") else 0
+
+    @model_validator(mode="after")
+    def _a_spread_needs_two(self) -> "MethodSection":
+        if self.estimator == "fzoo" and self.directions < 2:
+            raise ValueError(
+                f"estimator = 'fzoo' is normalised by the spread of its directions' losses, and "
+                f"directions = {self.directions} has none; use directions = 2 or more (the paper "
+                "has 8)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rates_stay_positive(self) -> "MethodSection":
@@ -189,6 +234,89 @@ class MethodSection(_Section):
                 "in a report"
             )
         return self
+
+
+class ServerSection(_Section):
+    """[server]"""
+
+    learning_rate: Positive = Field(1.0, description="multiplies the clients' average update")
+    decay: Share = Field(1.0, description="multiplies the tuned state in every round")
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="beta: older rounds' steps are repeated, times beta per round of age"
+    )
+    window: Annotated[int, Field(ge=1, le=1000)] = Field(
+        5, description="rounds that momentum and normalise look back, the current one included"
+    )
+    normalise: bool = Field(
+        False,
+        description="divide learning rates by the size of recent projected gradients, "
+        "relative to round 1",
+    )
+
+    @property
+    def plain(self) -> bool:
+        """Whether the clients' average is written as it is."""
+        return self.learning_rate == 1 and self.decay == 1 and not self.momentum
+
+
+class PlanningSection(_Section):
+    """[planning], of the blocks that zorba allots to clients"""
+
+    budgets: str | list[str] | None = Field(
+        None, description='memory of each client: "6 GiB" for all, or a list with one for each'
+    )
+    active: list[int] | None = Field(
+        None, description="in place of budgets: how many blocks each client can perturb"
+    )
+    epsilon: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="how far above its least the convergence surrogate may be, to save memory"
+    )
+    objective: Literal["total", "worst"] = Field(
+        "total", description="which memory is then least: of all clients, or of the worst"
+    )
+    dimension_penalty: Annotated[float, Field(ge=0.0)] = Field(
+        0.1, description="weight of the clients' active dimensions in the surrogate"
+    )
+    weights: Literal["parameters", "sensitivity"] = Field(
+        "parameters",
+        description="of blocks in the surrogate: their share of the tuned parameters, or how much "
+        "the loss feels them, measured before the run",
+    )
+
+    @model_validator(mode="after")
+    def _amounts_are_amounts(self) -> "PlanningSection":
+        if self.budgets is not None and self.active is not None:
+            raise ValueError("budgets and active say the same thing twice; leave one of them out")
+        for text in self.texts:
+            try:
+                parse_bytes(text)
+            except ValueError as error:
+                raise ValueError(f"budgets: {error}") from error
+        if self.active is not None and min(self.active, default=0) < 1:
+            raise ValueError(
+                f"active = {self.active} is not allowed: every client perturbs at least one block"
+            )
+        return self
+
+    @property
+    def texts(self) -> list[str]:
+        """`budgets` as a list."""
+        return [self.budgets] if isinstance(self.budgets, str) else self.budgets or []
+
+
+class SimulationSection(_Section):
+    """[simulation], of what goes wrong with clients; every choice follows from run.seed"""
+
+    failing: Chance = Field(0.0, description="chance that a client is gone for a round")
+    slow: Chance = Field(0.0, description="chance that a report comes after the deadline")
+    lying: Chance = Field(
+        0.0,
+        description="share of the clients that report wrong numbers, wrong states or nonsense",
+    )
+    late: Annotated[int, Field(ge=0)] = Field(
+        0, description="so many clients (the last ones) join only in round late_round"
+    )
+    late_round: Count = Field(1, description="see late")
 
 
 class RunSection(_Section):
@@ -245,6 +373,9 @@ class Config(_Section):
     data: DataSection
     federation: FederationSection = FederationSection()
     method: MethodSection = MethodSection()
+    server: ServerSection = ServerSection()
+    planning: PlanningSection = PlanningSection()
+    simulation: SimulationSection = SimulationSection()
     run: RunSection = RunSection()
 
     @model_validator(mode="after")
@@ -267,6 +398,63 @@ class Config(_Section):
         return self
 
     @model_validator(mode="after")
+    def _server_can_do_it(self) -> "Config":
+        name, server = self.method.name, self.server
+        if name == "fedavg" and not (server.plain and not server.normalise):
+            raise ValueError(
+                "the [server] section works on steps, and method.name = 'fedavg' has tensors; "
+                "leave it out"
+            )
+        if self.method.pool and not server.plain:
+            raise ValueError(
+                f"server.learning_rate, server.decay and server.momentum change what method.name = "
+                f"{name!r} keeps as exact sums over candidate seeds; leave them at 1, 1 and 0"
+            )
+        window = server.window if server.momentum else 1
+        if self.federation.clients * window > MOST_COUNTED:
+            raise ValueError(
+                f"federation.clients = {self.federation.clients} times server.window = {window} is "
+                f"above the {MOST_COUNTED} contributions that a ledger round holds"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _planning_is_for_blocks(self) -> "Config":
+        planning, clients = self.planning, self.federation.clients
+        given = planning.budgets is not None or planning.active is not None
+        if given and self.method.name != "zorba":
+            raise ValueError(
+                f"planning.{'active' if planning.budgets is None else 'budgets'} says which blocks "
+                f"zorba allots to a client, and method.name is {self.method.name!r}; leave it out"
+            )
+        for key, found in (("budgets", planning.budgets), ("active", planning.active)):
+            if isinstance(found, list) and len(found) != clients:
+                raise ValueError(
+                    f"planning.{key} has {len(found)} entries for federation.clients = {clients}; "
+                    "give one for each client"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _simulated_clients_exist(self) -> "Config":
+        if self.simulation.slow and self.federation.deadline is None:
+            raise ValueError(
+                f"simulation.slow = {self.simulation.slow} is the chance of a report after "
+                "federation.deadline, which is not set"
+            )
+        if self.simulation.late >= self.federation.clients:
+            raise ValueError(
+                f"simulation.late = {self.simulation.late} leaves none of federation.clients = "
+                f"{self.federation.clients} to begin with"
+            )
+        if self.method.name == "fedavg" and self.simulation != SimulationSection():
+            raise ValueError(
+                "the [simulation] section is for methods whose clients send scalars; with "
+                "method.name = 'fedavg' leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _partition_has_a_field(self) -> "Config":
         if self.federation.partition != "iid" and not self.federation.field:
             raise ValueError(
@@ -282,6 +470,9 @@ SECTIONS: dict[str, type[_Section]] = {
     "data": DataSection,
     "federation": FederationSection,
     "method": MethodSection,
+    "server": ServerSection,
+    "planning": PlanningSection,
+    "simulation": SimulationSection,
     "run": RunSection,
 }
 
@@ -385,7 +576,10 @@ def _allowed(location: Sequence[str]) -> str:
     if "str" in types:
         noun = "text or a list of texts" if "list" in types else "text in quotes"
         noun = "text or a list of whole numbers" if "list[int]" in types else noun
-        noun = "text or a list of whole numbers" if "list[int]" in types else noun
+    elif "list[int]" in types:
+        noun = "a list of whole numbers"
+    elif "bool" in types:
+        noun = "true or false"
     return f"it must be {noun}" + (f", {' and '.join(limits)}" if limits else "")
 
 

@@ -7,3 +7,7 @@ allowed, and what to do. The command line prints it and exits with code 2, witho
 
 class FedForwardError(Exception):
     """Bad input, or a run that cannot go on. The message is written for the user."""
+
+
+class UpdateNotFiniteError(FedForwardError):
+    """The reports of a round add up to more than can be written; nothing was."""

@@ -5,27 +5,34 @@ verifies a run builds them here.
 """
 
 import hashlib
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedforward.config import Config
+from fedforward.config import Config, SimulationSection
 from fedforward.data import sources, templates
 from fedforward.data.batches import Batches, by_length, collate
 from fedforward.data.partition import partition
 from fedforward.data.templates import Example
 from fedforward.directions import VERSION, Distribution
 from fedforward.errors import FedForwardError
+from fedforward.estimators import FZOO, TwoPoint
 from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.server import ServerSettings
+from fedforward.federation.server_optimizer import ServerOptimizer
 from fedforward.methods import FirstOrderMethod, Method
+from fedforward.methods.decomfl import DeComFL
+from fedforward.methods.fedkseed import FedKSeed
 from fedforward.methods.fedmezo import FedMeZO
+from fedforward.methods.zorba import ZorBA
 from fedforward.models.causal_lm import CausalModel, ProbePlan, TokenBatch
 from fedforward.models.full import FullModel
 from fedforward.models.loading import load, longest_sequence
 from fedforward.models.lora import LoraModel
 from fedforward.planning import probes
+from fedforward.runtimes.faults import Faults
 from fedforward.seeds import derive, generator
 from fedforward.steps import Probe
 
@@ -133,7 +140,7 @@ def resolve_plan(config: Config) -> ProbePlan:
         probes_per_call=config.run.probes_per_call,
         tokens_per_call=config.run.tokens_per_call,
         trajectory=config.run.trajectory,
-        directions=config.method.directions,
+        probes_per_step=config.method.probes_per_step,
         device=resolve_device(config.run.device),
     )
 
@@ -165,6 +172,17 @@ def resolve_device(wish: str) -> str:
     return wish
 
 
+def _load(config: Config, device: str) -> tuple[Any, Any]:
+    """The network at its base weights, and its tokenizer."""
+    return load(
+        config.model.path,
+        config.model.dtype,
+        device,
+        quantization=config.model.quantization,
+        device_map=config.model.device_map,
+    )
+
+
 def build_model(config: Config, plan: ProbePlan) -> tuple[CausalModel, Any]:
     """The model at its base weights, ready to probe, and its tokenizer."""
     import torch
@@ -173,13 +191,7 @@ def build_model(config: Config, plan: ProbePlan) -> tuple[CausalModel, Any]:
     device = resolve_device(config.run.device)
     if ":" in device:
         torch.cuda.set_device(device)
-    network, tokenizer = load(
-        config.model.path,
-        config.model.dtype,
-        device,
-        quantization=config.model.quantization,
-        device_map=config.model.device_map,
-    )
+    network, tokenizer = _load(config, device)
     distribution = Distribution(config.method.distribution)
     if config.model.tune == "full":
         full = FullModel(
@@ -188,6 +200,7 @@ def build_model(config: Config, plan: ProbePlan) -> tuple[CausalModel, Any]:
             plan=plan,
             blocks=config.model.tuned_blocks,
             tokenizer=tokenizer,
+            reload=lambda: _load(config, device)[0],
         )
         return full, tokenizer
     model = LoraModel(
@@ -209,10 +222,10 @@ def fit_plan(config: Config, model: CausalModel, corpus: Corpus) -> ProbePlan:
     budget = config.run.budget
     if budget is None or config.method.name == "fedavg":
         return model.plan
-    step = 2 * config.method.directions
+    step = config.method.probes_per_step
     clients = config.federation.clients if config.model.tune == "lora" else 1
     batches = longest_batches(config, corpus)
-    return probes.fit(model, batches, budget, step * clients, config.method.directions)
+    return probes.fit(model, batches, budget, step * clients, step)
 
 
 def build_method(config: Config) -> Method | FirstOrderMethod:
@@ -222,20 +235,42 @@ def build_method(config: Config) -> Method | FirstOrderMethod:
         from fedforward.methods.fedavg import FedAvg
 
         return FedAvg(method.local_steps, method.optimizer)
-    return FedMeZO(method.local_steps, method.directions, method.mu)
+    kind = TwoPoint if method.estimator == "two-point" else FZOO
+    parts = (config.run.seed, method.local_steps, kind(method.directions, method.mu))
+    if method.name in ("fedkseed", "fedkseed-pro"):
+        return FedKSeed(*parts, method.candidates, importance=method.name == "fedkseed-pro")
+    kinds: dict[str, Callable[..., Method]]
+    kinds = {"fedmezo": FedMeZO, "decomfl": DeComFL, "zorba": ZorBA}
+    return kinds[method.name](*parts)
+
+
+def faults(config: Config) -> Faults:
+    """What goes wrong in the simulation."""
+    given = config.simulation
+    if given == SimulationSection():
+        return Faults()
+    return Faults(
+        run_seed=config.run.seed,
+        failing=given.failing,
+        slow=given.slow,
+        lying=given.lying,
+        late=given.late,
+        late_round=given.late_round,
+    )
 
 
 def ledger_header(config: Config, model: CausalModel) -> dict[str, Any]:
     """What the ledger of a run is bound to: enough to replay it, and to refuse another's."""
     lora = config.lora.model_dump() if config.model.tune == "lora" else None
     return {
-        # 2: batches hold examples of similar length.
-        "format": 2,
+        # 3: contributions may be of some blocks; entries may hold increments of candidate seeds.
+        "format": 3,
         "direction_version": VERSION,
         "distribution": config.method.distribution,
         "directions": config.method.directions,
         "run_seed": config.run.seed,
         "method": config.method.name,
+        "candidates": config.method.pool,
         "layout": model.layout.fingerprint,
         "base": model.base_fingerprint,
         "lora": lora,
@@ -274,6 +309,16 @@ def server_settings(
         ),
         layout=model.layout,
         distribution=Distribution(method.distribution),
+        quorum=config.federation.quorum,
+        deadline=config.federation.deadline or math.inf,
+        optimizer=ServerOptimizer(
+            learning_rate=config.server.learning_rate,
+            decay=config.server.decay,
+            momentum=config.server.momentum,
+            window=config.server.window,
+            normalise=config.server.normalise,
+        ),
+        state_bytes=model.state_bytes,
     )
 
 

@@ -1,4 +1,4 @@
-"""What travels, and its binary form: `Task` down, `Report` up, and the `Entry` that both build on.
+"""What travels, and its binary form: `Task`, `Report`, `Snapshot`, and the ledger's `Entry`.
 
 Every message is versioned and size-checked, and its numbers are finite; a message that is not is
 refused with a sentence. All integers are little-endian; floats travel as their bits.
@@ -6,7 +6,8 @@ refused with a sentence. All integers are little-endian; floats travel as their 
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,18 +16,22 @@ from fedforward.errors import FedForwardError
 from fedforward.seeds import direction_seed, dither_seed
 from fedforward.steps import Steps, Update
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 MAGIC = b"FF"
-TASK, REPORT = 1, 2
+TASK, REPORT, SNAPSHOT = 1, 2, 3
 _HEADER = struct.Struct("<2sBB")
-_ENTRY = struct.Struct("<IfHB")
-_CONTRIBUTION = struct.Struct("<IH")
-_TASK = struct.Struct("<IIdBII")
+_ENTRY = struct.Struct("<IfHBI")
+_CONTRIBUTION = struct.Struct("<IHHB")
+_TASK = struct.Struct("<IIdBIIBIQ")
+_SNAPSHOT = struct.Struct("<IBQ")
 _REPORT = struct.Struct("<IIIfHHBI")
 #: A training loss above this does not fit float32; it is reported as NaN.
 LARGEST = 3.4e38
 #: Bytes of a state digest on the wire (its first half).
 DIGEST_BYTES = 16
+#: Stands for an entry without increments, which is not the same as one with none.
+NO_INCREMENTS = 0xFFFFFFFF
+NO_ODDS = np.empty(0, np.uint16)
 
 
 class MessageError(FedForwardError):
@@ -35,15 +40,36 @@ class MessageError(FedForwardError):
 
 @dataclass(frozen=True, eq=False)
 class Contribution:
-    """One client's share of a round: the coefficients of its steps, weights and rates included.
+    """Steps of a round that share a client and a set of blocks, weights and rates included.
 
     Attributes:
-        client: its number.
+        client: whose directions they are; SHARED where all clients have the same.
         coefficients: float32 [local steps * directions]; the seeds follow from the position.
+        blocks: the blocks that they move, packed by `pack_blocks`; empty is all.
+        age: how many rounds ago the directions were probed (momentum repeats old ones).
     """
 
     client: int
     coefficients: NDArray[np.float32]
+    blocks: bytes = b""
+    age: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Increments:
+    """What a round adds to the accumulators of candidate seeds, in units of `ACCUMULATOR_UNIT`.
+
+    Attributes:
+        places: uint32 [M], which candidates, ascending.
+        amounts: int64 [M].
+    """
+
+    places: NDArray[np.uint32]
+    amounts: NDArray[np.int64]
+
+
+#: 2^-40: what a FedKSeed accumulator counts.
+ACCUMULATOR_UNIT = 2.0**-40
 
 
 @dataclass(frozen=True)
@@ -56,17 +82,24 @@ class Entry:
         decay: multiplies the state before.
         state: for a method whose update is a tensor, the SHA-256 of the state after the round;
             empty otherwise.
+        increments: for a method whose state is a sum over candidate seeds; None otherwise.
     """
 
     round: int
     contributions: tuple[Contribution, ...]
     decay: float = 1.0
     state: bytes = b""
+    increments: Increments | None = None
 
-    def update(self, run_seed: int, directions: int) -> Update:
-        """The steps with their seeds, which are derived and never stored."""
+    def update(self, run_seed: int, directions: int, blocks: int) -> Update:
+        """The steps with their seeds, which are derived and never stored.
+
+        Args:
+            directions: of each local step.
+            blocks: of the layout.
+        """
         seeds = [
-            direction_seed(run_seed, self.round, part.client, *divmod(place, directions))
+            direction_seed(run_seed, self.round - part.age, part.client, *divmod(place, directions))
             for part in self.contributions
             for place in range(len(part.coefficients))
         ]
@@ -74,16 +107,34 @@ class Entry:
             [part.coefficients for part in self.contributions] or [np.empty(0, np.float32)]
         )
         steps = Steps(np.array(seeds, dtype=np.uint64), coefficients)
+        if any(part.blocks for part in self.contributions):
+            moved = [
+                np.repeat(unpack_blocks(part.blocks, blocks)[:, None], len(part.coefficients), 1)
+                for part in self.contributions
+            ]
+            rows = np.where(np.concatenate(moved, axis=1), coefficients, np.float32(0.0))
+            steps = Steps(steps.seeds, rows)
         return Update(steps, dither_seed(run_seed, self.round), self.decay)
 
     def encode(self) -> bytes:
         """The wire and ledger form."""
+        count = NO_INCREMENTS if self.increments is None else len(self.increments.places)
         parts = [
-            _ENTRY.pack(self.round, self.decay, len(self.contributions), len(self.state)),
+            _ENTRY.pack(self.round, self.decay, len(self.contributions), len(self.state), count),
             self.state,
         ]
+        if self.increments is not None:
+            parts += [
+                self.increments.places.astype("<u4").tobytes(),
+                self.increments.amounts.astype("<i8").tobytes(),
+            ]
         for part in self.contributions:
-            parts += [_CONTRIBUTION.pack(part.client, len(part.coefficients)), _floats(part)]
+            size = len(part.coefficients)
+            parts += [
+                _CONTRIBUTION.pack(part.client, size, part.age, len(part.blocks)),
+                part.blocks,
+                part.coefficients.astype("<f4").tobytes(),
+            ]
         return b"".join(parts)
 
     @classmethod
@@ -96,19 +147,81 @@ class Entry:
 
     @classmethod
     def _read(cls, reader: "_Reader") -> "Entry":
-        number, decay, count, state_size = reader.unpack(_ENTRY)
+        number, decay, count, state_size, moved = reader.unpack(_ENTRY)
         if not math.isfinite(decay):
             raise MessageError("A ledger entry whose decay is not a number was refused.")
         state = reader.take(state_size)
+        increments = None
+        if moved != NO_INCREMENTS:
+            places = reader.numbers("<u4", moved).astype(np.uint32)
+            increments = Increments(places, reader.numbers("<i8", moved).astype(np.int64))
+            if (np.diff(places.astype(np.int64)) <= 0).any():
+                raise MessageError("A ledger entry with unordered candidate seeds was refused.")
         contributions = []
         for _ in range(count):
-            client, size = reader.unpack(_CONTRIBUTION)
-            contributions.append(Contribution(client, reader.floats(size)))
-        return cls(number, tuple(contributions), decay, state)
+            client, size, age, width = reader.unpack(_CONTRIBUTION)
+            if age > number:
+                raise MessageError(
+                    f"A ledger entry of round {number} with steps from {age} rounds before was "
+                    "refused."
+                )
+            blocks = reader.take(width)
+            contributions.append(Contribution(client, reader.floats(size), blocks, age))
+        return cls(number, tuple(contributions), decay, state, increments)
 
 
-def _floats(part: Contribution) -> bytes:
-    return part.coefficients.astype("<f4").tobytes()
+def pack_blocks(active: NDArray[np.bool_]) -> bytes:
+    """A set of blocks (bool [B]) as bits, the first block lowest; all blocks are no bytes."""
+    return b"" if active.all() else np.packbits(active, bitorder="little").tobytes()
+
+
+def unpack_blocks(data: bytes, blocks: int) -> NDArray[np.bool_]:
+    """The set that `pack_blocks` packed, bool [blocks].
+
+    Raises:
+        MessageError: it is of another number of blocks.
+    """
+    if not data:
+        return np.ones(blocks, np.bool_)
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little").astype(np.bool_)
+    if len(data) != -(-blocks // 8) or bits[blocks:].any():
+        raise MessageError(
+            f"A set of blocks in {len(data)} bytes was refused: this model has {blocks} blocks."
+        )
+    return bits[:blocks]
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A tuned state in place of the ledger entries that led to it.
+
+    Attributes:
+        rounds: ledger rounds that it contains.
+        digest: SHA-256 of the tuned state (32 bytes); empty for accumulators, which the ledger
+            itself determines.
+        data: the tuned tensors' bytes in the layout's order, or the accumulators as int64.
+    """
+
+    rounds: int
+    digest: bytes
+    data: bytes
+
+    def encode(self) -> bytes:
+        """The wire form."""
+        head = _SNAPSHOT.pack(self.rounds, len(self.digest), len(self.data))
+        return b"".join((_HEADER.pack(MAGIC, WIRE_VERSION, SNAPSHOT), head, self.digest, self.data))
+
+    @classmethod
+    def decode(cls, data: bytes) -> "Snapshot":
+        """Raises `MessageError` for anything but a whole snapshot."""
+        reader = _Reader(data)
+        reader.header(SNAPSHOT)
+        rounds, digest, size = reader.unpack(_SNAPSHOT)
+        if digest not in (0, 32):
+            raise MessageError(f"A snapshot with a digest of {digest} bytes was refused.")
+        proof, content = reader.take(digest), reader.take(size)
+        reader.finish()
+        return cls(rounds, proof, content)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +235,11 @@ class Task:
         digest_wanted: whether the report must prove the tuned state.
         entries: the ledger entries that the client lacks, oldest first.
         state: float32, the tuned state, for a method whose update is a tensor; else empty.
+        blocks: the blocks that the client perturbs, packed by `pack_blocks`; empty is all.
+        odds: uint16 [K], how likely each candidate seed is to be drawn, for a method that has
+            candidates and prefers some; else empty.
+        reset: whether the client must first go back to the base model.
+        snapshot: an encoded `Snapshot` to start from before the entries; or empty.
     """
 
     round: int
@@ -130,6 +248,10 @@ class Task:
     digest_wanted: bool
     entries: tuple[Entry, ...]
     state: NDArray[np.float32]
+    blocks: bytes = b""
+    odds: NDArray[np.uint16] = field(default_factory=lambda: NO_ODDS)
+    reset: bool = False
+    snapshot: bytes = b""
 
     def encode(self) -> bytes:
         """The wire form."""
@@ -137,15 +259,21 @@ class Task:
             self.round,
             self.client,
             self.learning_rate,
-            self.digest_wanted,
+            self.digest_wanted + 2 * self.reset,
             len(self.entries),
             len(self.state),
+            len(self.blocks),
+            len(self.odds),
+            len(self.snapshot),
         )
         return b"".join(
             (
                 _HEADER.pack(MAGIC, WIRE_VERSION, TASK),
                 head,
                 self.state.astype("<f4").tobytes(),
+                self.blocks,
+                self.odds.astype("<u2").tobytes(),
+                self.snapshot,
                 *(entry.encode() for entry in self.entries),
             )
         )
@@ -155,13 +283,18 @@ class Task:
         """Raises `MessageError` for anything but a whole, finite task."""
         reader = _Reader(data)
         reader.header(TASK)
-        number, client, rate, wanted, count, size = reader.unpack(_TASK)
-        state = reader.floats(size)
+        number, client, rate, flags, count, size, width, odds, stored = reader.unpack(_TASK)
+        state, blocks = reader.floats(size), reader.take(width)
+        likely = reader.numbers("<u2", odds).astype(np.uint16)
+        snapshot = reader.take(stored)
         entries = tuple(Entry._read(reader) for _ in range(count))
         reader.finish()
         if not math.isfinite(rate):
             raise MessageError("A task with a learning rate that is not a number was refused.")
-        return cls(number, client, rate, bool(wanted), entries, state)
+        if flags > 3 or (len(likely) and not likely.any()):
+            raise MessageError("A task with flags or odds that have no meaning was refused.")
+        wanted, reset = bool(flags & 1), bool(flags & 2)
+        return cls(number, client, rate, wanted, entries, state, blocks, likely, reset, snapshot)
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,6 +400,9 @@ class _Reader:
         if not np.isfinite(values).all():
             raise MessageError("A message with numbers that are not finite was refused.")
         return values
+
+    def numbers(self, kind: str, count: int) -> NDArray[Any]:
+        return np.frombuffer(self.take(np.dtype(kind).itemsize * count), dtype=kind)
 
     def finish(self) -> None:
         if self.place != len(self.data):

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 from fedforward import experiment, run_directory
 from fedforward.config import Config
-from fedforward.errors import FedForwardError
+from fedforward.errors import FedForwardError, UpdateNotFiniteError
 from fedforward.federation.client import Client, Replica
-from fedforward.federation.ledger import Ledger, Round, UpdateNotFiniteError
+from fedforward.federation.ledger import Ledger, Round
 from fedforward.federation.server import Server
 from fedforward.federation.tensor_server import TensorServer
 from fedforward.methods import FirstOrderMethod
@@ -25,7 +25,7 @@ from fedforward.models.loading import longest_sequence
 from fedforward.planning.memory import peak_bytes, peak_resident_bytes
 from fedforward.planning.probes import step_probes
 from fedforward.run_directory import RunDirectory
-from fedforward.runtimes.local import LocalRuntime, Traffic
+from fedforward.runtimes.local import Attendance, LocalRuntime, Traffic
 
 #: A held-out loss above this multiple of the loss at the start counts as divergence.
 DIVERGED = 1.5
@@ -76,18 +76,22 @@ class Session:
             # the keys that may change are brought up to date.
             self.directory.start(config, self.plan)
             self.ledger = self._open_ledger()
-        self.replica = Replica(self.model, config.run.seed, config.method.directions)
+        self.replica = Replica(
+            self.model, config.run.seed, config.method.directions, config.method.pool
+        )
         self.server = self._build_server()
         batches = experiment.client_batches(config, self.corpus)
         clients = [
             Client(number, stream, self.replica, self.method)
             for number, stream in enumerate(batches)
         ]
-        step = 2 * config.method.directions
+        step = config.method.probes_per_step
         # A float32 copy of all weights carries one client's local steps at a time.
         alone = config.model.tune == "full" and self.plan.trajectory == "copy"
         together = 1 if alone else max(1, self.plan.probes_per_call // step)
-        self.runtime = LocalRuntime(self.server, clients, self.model, together)
+        self.runtime = LocalRuntime(
+            self.server, clients, self.model, together, experiment.faults(config)
+        )
         self.lines: list[dict[str, Any]] = []
         self.inference_memory = self.peak_memory = 0
         self.commit_measured = False
@@ -101,7 +105,7 @@ class Session:
         if shared:
             words += f", blocks 0 to {shared - 1} once for all"
         if self.config.model.tune == "lora":
-            step = 2 * self.config.method.directions
+            step = self.config.method.probes_per_step
             sums = max(1, grouped // step)
             return f"{words}; adapters for them: {4 * parameters * (grouped + sums) / 1e6:.1f} MB"
         if self.plan.trajectory == "copy":
@@ -159,13 +163,13 @@ class Session:
             while self.server.round < self.config.federation.rounds and not reason:
                 began = time.monotonic()
                 try:
-                    record, traffic = self.runtime.run_round()
+                    record, traffic, attendance = self.runtime.run_round()
                 except UpdateNotFiniteError:
                     reason = "diverged: the update of the next round was not finite"
                     break
                 self.peak_memory = max(self.peak_memory, self._first_peak(record))
                 self._catch_up()
-                self._write_line(record, traffic, time.monotonic() - began)
+                self._write_line(record, time.monotonic() - began, traffic, attendance)
                 reason = self._reason_to_stop()
             return self._finish(reason)
 
@@ -188,8 +192,8 @@ class Session:
                 _backward(model, widest)
                 return
             method = self.config.method
-            count = 2 * method.directions * self.runtime.together
-            model.evaluate(step_probes(longest, count, method.directions, method.mu))
+            count = method.probes_per_step * self.runtime.together
+            model.evaluate(step_probes(longest, count, method.probes_per_step, method.mu))
 
         # Inference first: the buffers that a step leaves behind are not inference's.
         inference()
@@ -240,9 +244,15 @@ class Session:
         # again must be what was lost: it decides when the run stops.
         for record in self.ledger.rounds(self.lines[-1]["round"]):
             self._catch_up(record.entry.round + 1)
-            self._write_line(record, None, 0.0)
+            self._write_line(record, 0.0)
 
-    def _write_line(self, record: Round, traffic: Traffic | None, seconds: float) -> None:
+    def _write_line(
+        self,
+        record: Round,
+        seconds: float,
+        traffic: Traffic | None = None,
+        attendance: Attendance | None = None,
+    ) -> None:
         done = record.entry.round + 1
         reports = [origin.report for origin in record.origins]
         losses = [report.loss for report in reports if math.isfinite(report.loss)]
@@ -255,6 +265,8 @@ class Session:
         }
         if traffic is not None:
             line["bytes"] = asdict(traffic)
+        if attendance is not None and attendance.reported < attendance.asked:
+            line["clients"] = asdict(attendance)
         if self.model.changed_share is not None:
             line["changed_share"] = self.model.changed_share
         due = done % self.config.run.evaluate_every == 0 or done == self.config.federation.rounds
@@ -350,6 +362,15 @@ class Session:
             "bytes_per_client_round": {
                 way: sum(t[way] for t in traffic) / len(traffic) if traffic else None
                 for way in ("up", "down")
+            },
+            "catch_up": {
+                "entry_bytes": self.server.entry_bytes,
+                "snapshot_bytes": self.server.snapshot_bytes,
+                "break_even_rounds": self.server.break_even(),
+            },
+            "absences": {
+                what: sum(line["clients"][what] for line in lines if "clients" in line)
+                for what in ("failed", "late", "refused")
             },
             "seconds": lines[-1]["seconds"],
             "peak_memory_bytes": self.peak_memory,

@@ -67,6 +67,11 @@ class Steps:
         """Whether blocks have coefficients of their own."""
         return self.coefficients.ndim == 2
 
+    def scaled(self, factor: float) -> "Steps":
+        """Every coefficient times a number, rounded to float32 once."""
+        with np.errstate(over="ignore"):
+            return Steps(self.seeds, (self.coefficients * np.float64(factor)).astype(np.float32))
+
     def within(self, active: NDArray[np.bool_]) -> "Steps":
         """The same steps in the active blocks alone.
 

@@ -7,8 +7,19 @@ has its own; in a simulation all clients share one, and only the first to catch 
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 
-from fedforward.messages import DIGEST_BYTES, Entry, MessageError, Report, Task
+import numpy as np
+
+from fedforward.messages import (
+    DIGEST_BYTES,
+    Entry,
+    MessageError,
+    Report,
+    Snapshot,
+    Task,
+    unpack_blocks,
+)
 from fedforward.methods import BatchStream, FirstOrderMethod, Method
+from fedforward.methods.fedkseed import Accumulators
 from fedforward.models.causal_lm import CausalModel
 from fedforward.steps import Evaluation, Probe, Update
 
@@ -21,11 +32,20 @@ class Replica:
         rounds: ledger rounds that the weights contain.
     """
 
-    def __init__(self, model: CausalModel, run_seed: int, directions: int) -> None:
+    def __init__(
+        self, model: CausalModel, run_seed: int, directions: int, candidates: int = 0
+    ) -> None:
+        """`candidates`: K, for a method whose directions come from K seeds of the whole run."""
         self.model = model
         self.run_seed = run_seed
         self.directions = directions
+        self.candidates = candidates
         self.rounds = 0
+        self._accumulators = Accumulators(run_seed, candidates)
+        self._digest: tuple[int, bytes] = (-1, b"")
+        if candidates:
+            # Before anything moves: every state is a sum on top of the base.
+            model.keep_base()
 
     def catch_up(self, entries: Sequence[Entry]) -> None:
         """Commit the entries that are not yet in the weights.
@@ -42,9 +62,62 @@ class Replica:
                     f"Ledger round {entry.round} was refused: this client has "
                     f"{self.rounds + len(updates)} rounds, so the ones in between are missing."
                 )
-            updates.append(entry.update(self.run_seed, self.directions))
+            updates.append(self._update(entry))
         self.model.commit(updates)
         self.rounds += len(updates)
+
+    def _update(self, entry: Entry) -> Update:
+        if not self.candidates:
+            return entry.update(self.run_seed, self.directions, len(self.model.layout.blocks))
+        if entry.increments is None:
+            raise MessageError(
+                f"Ledger round {entry.round} was refused: it has no increments of candidate seeds."
+            )
+        self._accumulators.add(entry.increments)
+        return self._accumulators.update(entry.round)
+
+    def digest(self) -> bytes:
+        """The first bytes of the tuned state's SHA-256, as reports carry them."""
+        if self._digest[0] != self.rounds:
+            self._digest = (self.rounds, self.model.digest()[:DIGEST_BYTES])
+        return self._digest[1]
+
+    def reset(self) -> None:
+        """Back to the base model, with no round committed."""
+        self.model.reset()
+        self.rounds = 0
+        self._accumulators = Accumulators(self.run_seed, self.candidates)
+        self._digest = (-1, b"")
+
+    def snapshot(self) -> Snapshot:
+        """The tuned state as another client can take it over."""
+        return Snapshot(self.rounds, self.model.digest(), self.model.export_bytes())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Take over a state in place of the entries that led to it.
+
+        Raises:
+            MessageError: its size or its digest is not that of this run's tuned state.
+        """
+        if snapshot.rounds <= self.rounds:
+            return
+        if self.candidates:
+            if len(snapshot.data) != 8 * self.candidates:
+                raise MessageError(
+                    f"A snapshot of {len(snapshot.data)} bytes was refused: the accumulators of "
+                    f"{self.candidates} candidate seeds are {8 * self.candidates}."
+                )
+            self._accumulators.values = np.frombuffer(snapshot.data, "<i8").astype(np.int64)
+            self.model.commit([self._accumulators.update(snapshot.rounds - 1)])
+        else:
+            self.model.assign_bytes(snapshot.data)
+        self.rounds = snapshot.rounds
+        if snapshot.digest and self.model.digest() != snapshot.digest:
+            self.reset()
+            raise MessageError(
+                f"A snapshot after {snapshot.rounds} rounds was refused: its bytes are not what "
+                "its digest says. This client starts again from the base."
+            )
 
 
 class Client:
@@ -69,22 +142,34 @@ class Client:
             raise MessageError(
                 f"A task for client {task.client} was refused by client {self.number}."
             )
+        self._prepare(task)
+        report: Report
+        if isinstance(self.method, FirstOrderMethod):
+            model = self.replica.model
+            digest = model.digest()[:DIGEST_BYTES] if task.digest_wanted else b""
+            report = self.method.train(task, self.batches, model)
+        else:
+            digest = self.replica.digest() if task.digest_wanted else b""
+            blocks = len(self.replica.model.layout.blocks)
+            active = unpack_blocks(task.blocks, blocks) if task.blocks else None
+            report = yield from self.method.local_round(task, self.batches, active)
+        return replace(report, digest=digest).encode()
+
+    def _prepare(self, task: Task) -> None:
+        """Bring the replica to the state that the task starts from."""
         model = self.replica.model
         first_order = isinstance(self.method, FirstOrderMethod)
         if len(task.state) not in ((0, model.layout.parameters) if first_order else (0,)):
             raise MessageError(f"A task with a state of {len(task.state)} numbers was refused.")
         if len(task.state):
             model.assign_state(task.state)
+        if task.reset:
+            self.replica.reset()
+        if task.snapshot:
+            self.replica.restore(Snapshot.decode(task.snapshot))
         self.replica.catch_up(task.entries)
         if not first_order and task.round != self.replica.rounds:
             raise MessageError(
                 f"A task for round {task.round} was refused: this client has "
                 f"{self.replica.rounds} rounds and was not sent what it lacks."
             )
-        digest = model.digest()[:DIGEST_BYTES] if task.digest_wanted else b""
-        report: Report
-        if isinstance(self.method, FirstOrderMethod):
-            report = self.method.train(task, self.batches, model)
-        else:
-            report = yield from self.method.local_round(task, self.batches, self.replica.run_seed)
-        return replace(report, digest=digest).encode()

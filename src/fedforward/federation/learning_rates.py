@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from fedforward.directions import TILE, Distribution, Layout
 from fedforward.directions.cpu import commit
 from fedforward.federation.ledger import Round
-from fedforward.seeds import direction_seed, generator
+from fedforward.seeds import generator
+from fedforward.steps import Steps
 
 #: Rounds that `loss-window` looks back.
 WINDOW = 5
@@ -60,13 +61,13 @@ def rates(
     participants: Sequence[int],
     history: Sequence[Round],
     run_seed: int,
-    differences: Callable[[Round], Mapping[int, float]],
+    differences: Callable[[], Mapping[int, float]],
 ) -> dict[int, float]:
     """η_i for each participant of a round.
 
     Args:
         history: the last rounds, at most `WINDOW`, oldest first.
-        differences: s_i of a round for "update-difference".
+        differences: s_i of the last round, for "update-difference".
     """
     factor = settings.factor(round_number)
     if settings.strategy == "random":
@@ -77,7 +78,7 @@ def rates(
     elif settings.strategy == "fixed" or not history:
         draw = {}
     elif settings.strategy == "update-difference":
-        draw = phi(differences(history[-1]), participants)
+        draw = phi(differences(), participants)
     else:
         window = history[-1:] if settings.strategy == "loss" else history[-WINDOW:]
         draw = phi(mean_losses(window), participants)
@@ -115,58 +116,42 @@ def mean_losses(history: Sequence[Round]) -> dict[int, float]:
 
 
 def update_differences(
-    record: Round,
+    updates: Mapping[int, Steps],
+    weights: Sequence[float],
     layout: Layout,
     distribution: Distribution,
-    run_seed: int,
-    directions: int,
     threads: int = 1,
 ) -> dict[int, float]:
-    """s_i = Σ_tensors ‖Δ_i - Δ̄‖₂ from seeds and layout alone, without any weights.
+    """s_i = Σ_tensors ‖Δ_i - Δ̄‖₂ from seeds and layout alone, without any weights of the model.
 
-    Δ_i = -(η_i / n) Σ_h g_ih z(s_ih) is client i's own update and Δ̄ = Σ_i p_i Δ_i their average.
+    Args:
+        updates: Δ_i, what client i's round alone would do.
+        weights: p_i in the same order; Δ̄ = Σ_i p_i Δ_i.
     """
-    origins = record.origins
-    weights = np.array([origin.weight for origin in origins])
-    seeds, coefficients = [], []
-    for origin in origins:
-        report = origin.report
-        places = range(len(report.gradients))
-        seeds.append(
-            np.array(
-                [
-                    direction_seed(
-                        run_seed, record.entry.round, report.client, *divmod(k, directions)
-                    )
-                    for k in places
-                ],
-                dtype=np.uint64,
-            )
-        )
-        own = -origin.learning_rate / directions * report.gradients.astype(np.float64)
-        coefficients.append(own.astype(np.float32))
-    totals = np.zeros(len(origins))
+    shares = np.array(weights)
+    totals = np.zeros(len(updates))
     zeros = np.zeros(TILES_AT_ONCE * TILE, np.float32)
-    updates = np.empty((len(origins), len(zeros)), np.float32)
-    for size, first_tile in zip(layout.sizes, layout.first_tiles, strict=True):
-        squares = np.zeros(len(origins))
+    moved = np.empty((len(updates), len(zeros)), np.float32)
+    for size, first_tile, owner in zip(
+        layout.sizes, layout.first_tiles, layout.owners, strict=True
+    ):
+        own = [steps.block(owner) for steps in updates.values()]
+        squares = np.zeros(len(updates))
         for begin in range(0, size, len(zeros)):
             count = min(len(zeros), size - begin)
-            for row, (seed, coefficient) in enumerate(zip(seeds, coefficients, strict=True)):
+            for row, steps in enumerate(own):
                 commit(
                     zeros[:count],
-                    seed,
-                    coefficient,
+                    steps.seeds,
+                    steps.coefficients,
                     first_tile=first_tile + begin // TILE,
                     distribution=distribution,
-                    out=updates[row, :count],
+                    out=moved[row, :count],
                     threads=threads,
                 )
-            squares += _squared_distances(updates[:, :count], weights)
+            squares += _squared_distances(moved[:, :count], shares)
         totals += np.sqrt(squares)
-    return {
-        origin.report.client: float(total) for origin, total in zip(origins, totals, strict=True)
-    }
+    return dict(zip(updates, totals.tolist(), strict=True))
 
 
 def _squared_distances(

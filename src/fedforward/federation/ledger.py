@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fedforward.errors import FedForwardError
+from fedforward.errors import FedForwardError, UpdateNotFiniteError
 from fedforward.messages import Entry, Report
 
 _SCHEMA = """
@@ -32,7 +32,7 @@ CREATE TRIGGER rounds_new BEFORE INSERT ON rounds
 CREATE TRIGGER header_stays BEFORE DELETE ON header BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER rounds_stay BEFORE DELETE ON rounds BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 """
-_ORIGIN = struct.Struct("<ddI")
+_ORIGIN = struct.Struct("<ddBI")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,16 +43,19 @@ class Origin:
         learning_rate: η_i that the server had given the client.
         weight: p_i, the client's share of the average.
         report: as the client sent it (tensors of first-order methods left out).
+        blocks: the blocks that it was given, packed by `pack_blocks`; empty is all.
     """
 
     learning_rate: float
     weight: float
     report: Report
+    blocks: bytes = b""
 
     def encode(self) -> bytes:
         """The ledger form."""
         report = self.report.encode()
-        return _ORIGIN.pack(self.learning_rate, self.weight, len(report)) + report
+        head = _ORIGIN.pack(self.learning_rate, self.weight, len(self.blocks), len(report))
+        return head + self.blocks + report
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,6 @@ class Round:
 
     entry: Entry
     origins: tuple[Origin, ...]
-
-
-class UpdateNotFiniteError(FedForwardError):
-    """The reports of a round add up to more than float32 holds; nothing was written."""
 
 
 class Ledger:
@@ -208,7 +207,8 @@ def _link(before: bytes, entry: bytes, origin: bytes) -> bytes:
 def _decode_origins(data: bytes) -> Iterator[Origin]:
     place = 0
     while place < len(data):
-        rate, weight, size = _ORIGIN.unpack_from(data, place)
-        place += _ORIGIN.size
-        yield Origin(rate, weight, Report.decode(data[place : place + size]))
+        rate, weight, width, size = _ORIGIN.unpack_from(data, place)
+        place += _ORIGIN.size + width
+        report = Report.decode(data[place : place + size])
+        yield Origin(rate, weight, report, data[place - width : place])
         place += size

@@ -5,7 +5,8 @@ server that was killed goes on from the file. It imports no PyTorch.
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +15,26 @@ from numpy.typing import NDArray
 from fedforward.directions import Distribution, Layout
 from fedforward.federation.learning_rates import WINDOW, RateSettings, rates, update_differences
 from fedforward.federation.ledger import Ledger, Origin, Round
-from fedforward.messages import Entry, MessageError, Report, Task
-from fedforward.methods import FirstOrderMethod, Method, Returned
+from fedforward.federation.server_optimizer import PLAIN, ServerOptimizer
+from fedforward.messages import (
+    NO_ODDS,
+    Entry,
+    MessageError,
+    Report,
+    Snapshot,
+    Task,
+    pack_blocks,
+    unpack_blocks,
+)
+from fedforward.methods import FirstOrderMethod, Method, NoTracker, Returned, Tracker
+from fedforward.methods.fedkseed import Accumulators
 from fedforward.seeds import generator
 
 #: Clients prove their tuned state in every round whose number this divides.
 DIGEST_EVERY = 10
+
+#: From the participants of a round to the blocks that each perturbs, bool [participants, B].
+Allocate = Callable[[Sequence[int]], NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,11 @@ class ServerSettings:
         rates: how learning rates are chosen.
         layout: of the tunable space.
         distribution: of the directions.
+        quorum: reports without which a round cannot be closed.
+        deadline: seconds after which a round is closed with the reports that are there.
+        optimizer: what is done to a round's steps before they are written.
+        allocate: which blocks each participant perturbs; None is all.
+        state_bytes: of the tuned tensors, which a snapshot carries.
     """
 
     run_seed: int
@@ -43,10 +63,25 @@ class ServerSettings:
     rates: RateSettings
     layout: Layout
     distribution: Distribution
+    quorum: int = 1
+    deadline: float = math.inf
+    optimizer: ServerOptimizer = PLAIN
+    allocate: Allocate | None = None
+    state_bytes: int = 0
+
+
+class QuorumError(MessageError):
+    """Too few clients reported for a round to be closed."""
 
 
 class Server:
-    """Opens rounds with tasks, checks reports, and closes rounds into the ledger."""
+    """Opens rounds with tasks, checks reports, and closes rounds into the ledger.
+
+    Attributes:
+        held: for each client, how many ledger rounds it has shown to hold.
+        refused: reports that were refused since the server was built, late ones included.
+        reset: clients whose state was refused, and that start again from the base next time.
+    """
 
     def __init__(
         self, settings: ServerSettings, method: Method | FirstOrderMethod, ledger: Ledger
@@ -54,72 +89,188 @@ class Server:
         self.settings = settings
         self.method = method
         self.ledger = ledger
-        self._history = list(ledger.rounds(ledger.length - WINDOW))
-        self._sent = dict.fromkeys(range(len(settings.examples)), 0)
-        for entry in ledger.entries():
-            for part in entry.contributions:
-                self._sent[part.client] = entry.round
+        self.held = dict.fromkeys(range(len(settings.examples)), 0)
+        self.refused = 0
+        self.reset: set[int] = set()
+        self._accumulators: Accumulators | None = None
+        self._tracker: Tracker = NoTracker()
+        if isinstance(method, Method):
+            self._tracker = method.tracker()
+            if method.candidates:
+                self._accumulators = Accumulators(settings.run_seed, method.candidates)
+        self._window = max(WINDOW, settings.optimizer.window)
+        self._first: Round | None = None
+        self._history: list[Round] = []
+        self._odds_before = NO_ODDS
         self._rates: dict[int, float] = {}
+        self._active: dict[int, NDArray[np.bool_]] = {}
         self._reports: dict[int, Report] = {}
+        self._digest_wanted = False
+        self._snapshot: Snapshot | None = None
+        for record in ledger.rounds():
+            self._remember(record)
 
     @property
     def round(self) -> int:
         """The number of the round that is open or comes next."""
         return self.ledger.length
 
-    @property
-    def _digest_wanted(self) -> bool:
-        return self.round % DIGEST_EVERY == 0
+    def _remember(self, record: Round) -> None:
+        """Take in a round that is in the ledger."""
+        reports = [origin.report for origin in record.origins]
+        for report in reports:
+            self.held[report.client] = record.entry.round
+        self._odds_before = self._tracker.odds()
+        self._tracker.observe(record.entry.round, reports)
+        if self._accumulators is not None and record.entry.increments is not None:
+            self._accumulators.add(record.entry.increments)
+        self._first = self._first or record
+        self._history = [*self._history, record][-self._window :]
 
-    def participants(self) -> list[int]:
-        """The clients of the coming round, ascending: a function of run seed and round."""
-        clients = len(self.settings.examples)
-        count = max(1, round(self.settings.participation * clients))
-        if count == clients:
-            return list(range(clients))
+    def participants(self, available: Sequence[int] | None = None) -> list[int]:
+        """The coming round's clients, ascending: a function of run seed, round, and who is there.
+
+        Args:
+            available: clients that can be reached; None is all.
+        """
+        there = sorted(range(len(self.settings.examples)) if available is None else available)
+        count = max(1, round(self.settings.participation * len(there)))
+        if count >= len(there):
+            return there
         random = generator(self.settings.run_seed, "participation", self.round)
-        return sorted(random.choice(clients, size=count, replace=False).tolist())
+        return sorted(there[n] for n in random.choice(len(there), size=count, replace=False))
 
-    def open_round(self) -> list[bytes]:
-        """Encoded tasks, one per participant, each with the ledger entries that client lacks."""
-        participants = self.participants()
+    def open_round(self, available: Sequence[int] | None = None) -> dict[int, bytes]:
+        """Encoded tasks for the participants, each with what that client lacks.
+
+        Args:
+            available: clients that can be reached; None is all.
+        """
+        participants = self.participants(available)
+        allocate = self.settings.allocate
+        self._active = {}
+        if allocate is not None:
+            matrix = allocate(participants)
+            self._active = dict(zip(participants, matrix, strict=True))
+            participants = [client for client in participants if self._active[client].any()]
         self._reports = {}
-        self._rates = rates(
-            self.settings.rates,
-            self.round,
-            participants,
-            self._history,
-            self.settings.run_seed,
-            self._differences,
-        )
-        tasks = []
-        for client in participants:
+        self._rates = self._learning_rates(participants)
+        lacking = {client: self._lacking(client) for client in participants}
+        # Whoever catches up proves that it has arrived where the others are.
+        behind = any(len(entries) > 1 or start for start, entries in lacking.values())
+        self._digest_wanted = self.round % DIGEST_EVERY == 0 or behind or bool(self.reset)
+        tasks = {}
+        for client, (snapshot, entries) in lacking.items():
             task = Task(
                 round=self.round,
                 client=client,
                 learning_rate=self._rates[client],
                 digest_wanted=self._digest_wanted,
-                entries=self._lacking(client),
+                entries=entries,
                 state=self._state(),
+                blocks=pack_blocks(self._active[client]) if self._active else b"",
+                odds=self._tracker.odds(),
+                reset=client in self.reset,
+                snapshot=snapshot,
             )
-            tasks.append(task.encode())
-            self._sent[client] = self.round
+            tasks[client] = task.encode()
         return tasks
 
-    def _lacking(self, client: int) -> tuple[Entry, ...]:
-        return tuple(self.ledger.entries(self._sent[client]))
+    def _learning_rates(self, participants: Sequence[int]) -> dict[int, float]:
+        factor = self.settings.optimizer.rate_factor(self._first, self._history)
+        chosen = rates(
+            self.settings.rates,
+            self.round,
+            participants,
+            self._history[-WINDOW:],
+            self.settings.run_seed,
+            self._differences,
+        )
+        return {client: factor * rate for client, rate in chosen.items()}
+
+    def _lacking(self, client: int) -> tuple[bytes, tuple[Entry, ...]]:
+        """What brings a client to the coming round: a snapshot or nothing, and ledger entries."""
+        begin = 0 if client in self.reset else self.held[client]
+        entries = tuple(self.ledger.entries(begin))
+        size = sum(len(entry.encode()) for entry in entries) if len(entries) > 1 else 0
+        if self._accumulators is not None:
+            values = self._accumulators.values.astype("<i8").tobytes()
+            if size > len(values):
+                return Snapshot(self.round, b"", values).encode(), ()
+        elif self._snapshot is not None and size > self.settings.state_bytes:
+            start = max(begin, self._snapshot.rounds)
+            return self._snapshot.encode(), tuple(self.ledger.entries(start))
+        return b"", entries
+
+    def snapshot_wanted(self, available: Sequence[int] | None = None) -> int | None:
+        """The client that is to make a snapshot before the round is opened, if one pays.
+
+        It pays where the ledger entries that some participant lacks are more bytes than the tuned
+        tensors.
+        """
+        if self._accumulators is not None or not self.settings.state_bytes:
+            return None
+        there = self.participants(available)
+        newest = max(self.held[client] for client in there)
+        oldest = min(0 if client in self.reset else self.held[client] for client in there)
+        if newest - oldest < 2:
+            return None
+        size = sum(len(entry.encode()) for entry in self.ledger.entries(oldest))
+        if size <= self.settings.state_bytes:
+            return None
+        return next(c for c in there if self.held[c] == newest and c not in self.reset)
+
+    def receive_snapshot(self, data: bytes) -> None:
+        """Keep a snapshot for the clients that are far behind.
+
+        Raises:
+            MessageError: it is damaged, or of another size than the tuned tensors.
+        """
+        snapshot = Snapshot.decode(data)
+        if len(snapshot.data) != self.settings.state_bytes or snapshot.rounds > self.round:
+            raise MessageError(
+                f"A snapshot of {len(snapshot.data)} bytes after {snapshot.rounds} rounds was "
+                f"refused: the tuned tensors are {self.settings.state_bytes} bytes, and the ledger "
+                f"has {self.round} rounds."
+            )
+        self._snapshot = snapshot
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """What a client takes over in place of ledger entries: accumulators or tuned tensors."""
+        if self._accumulators is not None:
+            return self._accumulators.values.nbytes
+        return self.settings.state_bytes
+
+    @property
+    def entry_bytes(self) -> int:
+        """The last round's ledger entry; 0 before there is one."""
+        return len(self._history[-1].entry.encode()) if self._history else 0
+
+    def break_even(self) -> int | None:
+        """Missed rounds beyond which a snapshot is fewer bytes; None before the first round."""
+        return -(-self.snapshot_bytes // self.entry_bytes) if self.entry_bytes else None
 
     def _state(self) -> NDArray[np.float32]:
         return np.empty(0, np.float32)
 
-    def _differences(self, record: Round) -> dict[int, float]:
+    def _differences(self) -> dict[int, float]:
+        assert isinstance(self.method, Method)
+        record = self._history[-1]
+        returned = [self._returned(origin) for origin in record.origins]
+        updates = {
+            part.report.client: self.method.own_update(record.entry.round, part, self._odds_before)
+            for part in returned
+        }
+        weights = [part.weight for part in returned]
         return update_differences(
-            record,
-            self.settings.layout,
-            self.settings.distribution,
-            self.settings.run_seed,
-            self.method.directions,
+            updates, weights, self.settings.layout, self.settings.distribution
         )
+
+    def _returned(self, origin: Origin) -> Returned:
+        blocks = len(self.settings.layout.blocks)
+        active = unpack_blocks(origin.blocks, blocks) if origin.blocks else None
+        return Returned(origin.weight, origin.learning_rate, origin.report, active)
 
     def receive(self, data: bytes) -> None:
         """Take one encoded report.
@@ -127,7 +278,13 @@ class Server:
         Raises:
             MessageError: it is damaged, of another round, or from a client without a task.
         """
-        report = Report.decode(data)
+        try:
+            self._take(Report.decode(data))
+        except MessageError:
+            self.refused += 1
+            raise
+
+    def _take(self, report: Report) -> None:
         if report.round != self.round:
             raise MessageError(
                 f"A report for round {report.round} was refused: round {self.round} is open."
@@ -160,30 +317,67 @@ class Server:
                 f"{len(report.gradients)} projected gradients, not {expected}."
             )
 
+    def ready(self, seconds: float) -> bool:
+        """Whether the round is to be closed: everyone has reported, or the deadline is over.
+
+        Args:
+            seconds: since the round was opened.
+        """
+        if len(self._reports) == len(self._rates):
+            return True
+        return seconds >= self.settings.deadline and len(self._reports) >= self.settings.quorum
+
     def close_round(self) -> Round:
         """Join the reports, append the round to the ledger, and return it.
 
+        Clients whose state is not that of the majority are left out and told to start again.
+
         Raises:
-            MessageError: clients disagree on the tuned state.
+            QuorumError: too few clients have reported.
+            MessageError: clients disagree on the tuned state, and no majority tells who is right.
         """
-        if not self._reports:
-            raise MessageError(f"Round {self.round} cannot be closed: nobody has reported.")
-        reports = [self._reports[client] for client in sorted(self._reports)]
-        _agree(reports)
+        reports = self._agreeing([self._reports[client] for client in sorted(self._reports)])
+        if len(reports) < max(1, min(self.settings.quorum, len(self._rates))):
+            raise QuorumError(
+                f"Round {self.round} cannot be closed: {len(reports)} of {len(self._rates)} "
+                f"clients have reported, and federation.quorum is {self.settings.quorum}."
+            )
         returned = [
-            Returned(weight, self._rates[report.client], report)
+            Returned(weight, self._rates[report.client], report, self._active.get(report.client))
             for weight, report in zip(self._weights(reports), reports, strict=True)
         ]
         record = self._join(returned)
         self.ledger.append(record)
-        self._history = [*self._history, record][-WINDOW:]
+        self._remember(record)
+        self.reset -= {report.client for report in reports}
         self._reports, self._rates = {}, {}
         return record
 
+    def _agreeing(self, reports: Sequence[Report]) -> list[Report]:
+        """The reports from the state that most clients hold; the others' clients are to reset."""
+        digests = Counter(report.digest for report in reports)
+        if len(digests) < 2:
+            return list(reports)
+        right, count = digests.most_common(1)[0]
+        if 2 * count <= len(reports):
+            first = reports[0]
+            other = next(report for report in reports if report.digest != first.digest)
+            raise MessageError(
+                f"Clients {first.client} and {other.client} hold different tuned states "
+                f"({first.digest.hex()} and {other.digest.hex()}) in round {first.round}, and no "
+                "majority tells which is right. One of them has another base model or a damaged "
+                "state; it must start again from the base."
+            )
+        wrong = {report.client for report in reports if report.digest != right}
+        self.reset |= wrong
+        self.refused += len(wrong)
+        self.held.update(dict.fromkeys(wrong, 0))
+        return [report for report in reports if report.digest == right]
+
     def _join(self, returned: Sequence[Returned]) -> Round:
-        if isinstance(self.method, FirstOrderMethod):
-            raise TypeError("first-order methods need a TensorServer")
-        entry = Entry(self.round, self.method.aggregate(returned))
+        assert isinstance(self.method, Method)
+        entry = self.method.aggregate(self.round, returned, self._tracker.odds())
+        entry = self.settings.optimizer.apply(entry, self._history)
         return Round(entry, origins(returned))
 
     def _weights(self, reports: Sequence[Report]) -> list[float]:
@@ -195,16 +389,12 @@ class Server:
 
 def origins(returned: Sequence[Returned]) -> tuple[Origin, ...]:
     """What the ledger keeps of the reports of a round."""
-    return tuple(Origin(part.learning_rate, part.weight, part.report) for part in returned)
-
-
-def _agree(reports: Sequence[Report]) -> None:
-    digests = {report.digest for report in reports if report.digest}
-    if len(digests) > 1:
-        first = next(r for r in reports if r.digest)
-        other = next(r for r in reports if r.digest and r.digest != first.digest)
-        raise MessageError(
-            f"Clients {first.client} and {other.client} hold different tuned states "
-            f"({first.digest.hex()} and {other.digest.hex()}) in round {first.round}. One of them "
-            "has another base model or a damaged state; it must start again from the base."
+    return tuple(
+        Origin(
+            part.learning_rate,
+            part.weight,
+            part.report,
+            b"" if part.active is None else pack_blocks(part.active),
         )
+        for part in returned
+    )

@@ -65,8 +65,8 @@ class TensorServer(Server):
             "cannot be rebuilt from its ledger; start it again in a new directory."
         )
 
-    def _lacking(self, client: int) -> tuple[Entry, ...]:
-        return ()
+    def _lacking(self, client: int) -> tuple[bytes, tuple[Entry, ...]]:
+        return b"", ()
 
     def _state(self) -> NDArray[np.float32]:
         return self.state

@@ -10,70 +10,32 @@ and averaging parameters is averaging steps:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fedforward.estimators import two_point_gradients, two_point_probes
-from fedforward.messages import Contribution, Report, Task
-from fedforward.methods import BatchStream, LocalRound, Returned
-from fedforward.seeds import direction_seed
-from fedforward.steps import NO_STEPS, Steps
+from fedforward.messages import Contribution, Entry
+from fedforward.methods import Method, Returned, coefficients, round_seeds
 
 
 @dataclass(frozen=True)
-class FedMeZO:
-    """The algorithm with its settings.
+class FedMeZO(Method):
+    """Every client has directions of its own."""
 
-    Attributes:
-        local_steps: H.
-        directions: n, directions averaged in each step (the paper has 1).
-        mu: μ, the perturbation scale.
-    """
+    name: ClassVar[str] = "fedmezo"
 
-    local_steps: int
-    directions: int
-    mu: float
-    name: str = "fedmezo"
+    def seeds(self, round_number: int, client: int, odds: NDArray[np.uint16]) -> NDArray[np.uint64]:
+        """s_ih, new for each client and step."""
+        return round_seeds(self.run_seed, round_number, client, self.local_steps, self.directions)
 
-    def local_round(self, task: Task, batches: BatchStream, run_seed: int) -> LocalRound:
-        """θ_{h+1} = θ_h - (η_i / n) Σ_d g_hd z_hd for h < H; the report carries g."""
-        trajectory = NO_STEPS
-        gradients: list[float] = []
-        losses: list[float] = []
-        skipped = 0
-        for step in range(self.local_steps):
-            batch = batches[task.round * self.local_steps + step]
-            seeds = [
-                direction_seed(run_seed, task.round, task.client, step, direction)
-                for direction in range(self.directions)
-            ]
-            evaluations = yield two_point_probes(batch, trajectory, seeds, self.mu)
-            projected, loss = two_point_gradients(evaluations, self.mu)
-            if np.isfinite(projected).all():
-                losses.append(loss)
-            else:
-                projected = np.zeros_like(projected)
-                skipped += 1
-            coefficients = -task.learning_rate / self.directions * projected.astype(np.float64)
-            trajectory = trajectory + Steps.of(seeds, coefficients)
-            gradients.extend(projected.tolist())
-        return Report(
-            round=task.round,
-            client=task.client,
-            examples=len(batches),
-            loss=float(np.mean(losses)) if losses else float("nan"),
-            skipped=skipped,
-            gradients=np.array(gradients, np.float32),
-        )
-
-    def aggregate(self, returned: Sequence[Returned]) -> tuple[Contribution, ...]:
+    def aggregate(
+        self, round_number: int, returned: Sequence[Returned], odds: NDArray[np.uint16]
+    ) -> Entry:
         """-p_i (η_i / n) g_ih, computed in float64 and rounded to float32 once."""
-        contributions = []
+        parts = []
         for part in returned:
             rate = -part.weight * (part.learning_rate / self.directions)
-            # What float32 cannot hold becomes infinite here, and the ledger refuses it.
-            with np.errstate(over="ignore"):
-                coefficients = rate * part.report.gradients.astype(np.float64)
-                rounded = coefficients.astype(np.float32)
-            contributions.append(Contribution(part.report.client, rounded))
-        return tuple(contributions)
+            values = rate * part.report.gradients.astype(np.float64)
+            parts.append(Contribution(part.report.client, coefficients(values)))
+        return Entry(round_number, tuple(parts))

@@ -21,6 +21,7 @@ from torch import nn
 
 from fedforward.directions import Distribution, Layout
 from fedforward.directions.kernels import commit
+from fedforward.messages import MessageError
 from fedforward.models.blocks import Prefix, names_by_block
 from fedforward.models.head import Head, VocabularyTile, losses_of
 from fedforward.models.loading import input_device
@@ -266,6 +267,19 @@ class CausalModel(ABC):
         if updates and any(t.dtype is not torch.float32 for t in self.tensors.values()):
             self.changed_share = changed / self.layout.parameters
 
+    def reset(self) -> None:
+        """Back to the base: the tuned tensors as they were when the model was built."""
+        if self._base:
+            for name, base in self._base.items():
+                self.tensors[name].copy_(base)
+        else:
+            self._start_again()
+        self.forget()
+
+    @abstractmethod
+    def _start_again(self) -> None:
+        """Make the tuned tensors' first values again."""
+
     def keep_base(self) -> None:
         """Keep the tuned tensors as they are now, for updates that start from the base."""
         if not self._base:
@@ -287,6 +301,36 @@ class CausalModel(ABC):
     def digest(self) -> bytes:
         """SHA-256 of the tuned tensors: names, dtypes, shapes and bytes in canonical order."""
         return bytes.fromhex(fingerprint(self.tensors.items()))
+
+    def export_bytes(self) -> bytes:
+        """The tuned tensors' bytes in the layout's order, dtypes as they are."""
+        return b"".join(
+            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            for tensor in self.tensors.values()
+        )
+
+    @torch.no_grad()
+    def assign_bytes(self, data: bytes) -> None:
+        """Set the tuned tensors from what `export_bytes` gave.
+
+        Raises:
+            MessageError: it is of another size.
+        """
+        if len(data) != self.state_bytes:
+            raise MessageError(
+                f"A tuned state of {len(data)} bytes was refused: this model's is "
+                f"{self.state_bytes}."
+            )
+        flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        sizes = [tensor.numel() * tensor.element_size() for tensor in self.tensors.values()]
+        for tensor, part in zip(self.tensors.values(), flat.split(sizes), strict=True):
+            tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
+        self.forget()
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the tuned tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     def export_state(self) -> NDArray[np.float32]:
         """The tuned tensors in the layout's order as one float32 array [d]."""

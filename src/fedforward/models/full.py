@@ -4,7 +4,7 @@ While probes run, the parameters are replaced by displaced ones (see `displaced`
 θ + displacement beside the weights, a tile at a time.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,20 @@ class FullModel(CausalModel):
         plan: ProbePlan,
         blocks: Collection[int] | None = None,
         tokenizer: Any = None,
+        reload: Callable[[], Any] | None = None,
     ) -> None:
-        """Tune all parameters, or only those of some transformer blocks, numbered from 0."""
+        """Tune all parameters, or only those of some transformer blocks, numbered from 0.
+
+        Args:
+            reload: loads the network again, for `reset`.
+        """
         parameters = dict(network.named_parameters())
         base = fingerprint(sorted(parameters.items()))
         inside = ("",) if blocks is None else tuple(names_in_blocks(network, blocks))
         tensors = {n: p.data for n, p in parameters.items() if n.startswith(inside)}
         super().__init__(network, tensors, distribution, plan, base)
         self.tokenizer = tokenizer
+        self._reload = reload
         places = zip(self.layout.names, self.layout.first_tiles, self.layout.owners, strict=True)
         self._weights = {
             name: DisplacedTensor.of(self.tensors[name], name, first_tile, owner)
@@ -78,6 +84,13 @@ class FullModel(CausalModel):
     def forget(self) -> None:
         """See `CausalModel.forget`."""
         self._copy, self._copied = {}, NO_STEPS
+
+    def _start_again(self) -> None:
+        if self._reload is None:
+            raise FedForwardError("This model cannot go back to its base: load it again.")
+        base = dict(self._reload().named_parameters())
+        for name, tensor in self.tensors.items():
+            tensor.copy_(base[name].data)
 
     @contextmanager
     def _displaced(self, probes: Sequence[Probe], shape: tuple[int, int]) -> Iterator[None]:

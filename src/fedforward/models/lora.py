@@ -122,6 +122,7 @@ class LoraModel(CausalModel):
         self._bank: dict[int, torch.Tensor] = {}
         self._buffer = self.flat.new_empty(0)
         self._adapters = adapters
+        self._run_seed = run_seed
         self._rows: tuple[int, int] = (0, 0)
         self._carried: list[tuple[Steps, torch.Tensor]] = []
         self._wanted: set[int] = set()
@@ -168,6 +169,9 @@ class LoraModel(CausalModel):
         """See `CausalModel.forget`."""
         self._carried, self._filled, self._last_bank = [], [], {}
         self._buffer = self.flat.new_empty(0)
+
+    def _start_again(self) -> None:
+        initialise(self._adapters, self._run_seed)
 
     @contextmanager
     def _displaced(self, probes: Sequence[Probe], shape: tuple[int, int]) -> Iterator[None]:

@@ -92,6 +92,26 @@ class Quadratic:
                 decay=update.decay,
             )
 
+    def keep_base(self) -> None:
+        """The base is always kept."""
+
+    def reset(self) -> None:
+        """Back to where θ was at the start."""
+        self.theta.copy_(self._base)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of θ."""
+        return 4 * len(self.theta)
+
+    def export_bytes(self) -> bytes:
+        """The bytes of θ."""
+        return self.theta.numpy().tobytes()
+
+    def assign_bytes(self, data: bytes) -> None:
+        """Set θ from what `export_bytes` gave."""
+        self.theta.copy_(torch.frombuffer(bytearray(data), dtype=torch.float32))
+
     def digest(self) -> bytes:
         """SHA-256 of θ."""
         return hashlib.sha256(self.theta.numpy().tobytes()).digest()

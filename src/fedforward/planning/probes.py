@@ -8,6 +8,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedforward.errors import FedForwardError
 from fedforward.models.causal_lm import CausalModel, ProbePlan, TokenBatch
 from fedforward.planning.memory import peak_bytes
@@ -28,7 +31,7 @@ def resolve(
     tokens_per_call: int,
     trajectory: str,
     device: str,
-    directions: int,
+    probes_per_step: int,
 ) -> ProbePlan:
     """The plan from the configuration's wishes, where 0 and "auto" leave the choice to us.
 
@@ -37,7 +40,7 @@ def resolve(
     """
     full = tune == "full"
     return ProbePlan(
-        probes_per_call=probes_per_call or (2 if full else 2 * directions),
+        probes_per_call=probes_per_call or (2 if full else probes_per_step),
         threads=threads or len(os.sched_getaffinity(0)),
         trajectory="copy" if trajectory == "auto" or not full else trajectory,
         evaluation_rows=EVALUATION_ROWS,
@@ -47,23 +50,40 @@ def resolve(
 
 
 def step_probes(
-    batches: Sequence[TokenBatch], count: int, directions: int, mu: float
+    batches: Sequence[TokenBatch],
+    count: int,
+    probes_per_step: int,
+    mu: float,
+    active: NDArray[np.bool_] | None = None,
 ) -> list[Probe]:
-    """`count` probes as a step in the middle of a round has them, client after client."""
-    # Every client carries a sum of its own.
-    trajectories = [Steps.of([1], [0.0]) for _ in range(-(-count // (2 * directions)))]
+    """`count` probes as a step in the middle of a round has them, client after client.
+
+    Args:
+        active: bool [B], blocks that are perturbed; None is all.
+    """
+
+    def moved(seed: int, coefficient: float) -> Steps:
+        steps = Steps.of([seed], [coefficient])
+        return steps if active is None else steps.within(active)
+
+    # Every client carries a sum of its own; it is there, but too small to change anything.
+    trajectories = [moved(1, 1e-30) for _ in range(-(-count // probes_per_step))]
     return [
         Probe(
-            batches[place // (2 * directions) % len(batches)],
-            trajectories[place // (2 * directions)],
-            Steps.of([2 + place // 2], [mu if place % 2 == 0 else -mu]),
+            batches[place // probes_per_step % len(batches)],
+            trajectories[place // probes_per_step],
+            moved(2 + place // 2, mu if place % 2 == 0 else -mu),
         )
         for place in range(count)
     ]
 
 
 def fit(
-    model: CausalModel, batches: Sequence[TokenBatch], budget: int, most: int, directions: int
+    model: CausalModel,
+    batches: Sequence[TokenBatch],
+    budget: int,
+    most: int,
+    probes_per_step: int,
 ) -> ProbePlan:
     """The model's plan with as many probes in a forward pass as a memory budget allows.
 
@@ -74,7 +94,7 @@ def fit(
         batches: the longest of each client.
         budget: bytes of tensors alive, the model's own included.
         most: probes that can ever be ready at once.
-        directions: of a step.
+        probes_per_step: of a client.
 
     Raises:
         FedForwardError: not even one probe fits.
@@ -83,7 +103,7 @@ def fit(
 
     def measured(count: int) -> int:
         model.plan = replace(plan, probes_per_call=count)
-        probes = step_probes(batches, count, directions, 1e-3)
+        probes = step_probes(batches, count, probes_per_step, 1e-3)
         return peak_bytes(lambda: model.evaluate(probes))
 
     try:

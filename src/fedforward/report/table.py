@@ -54,6 +54,19 @@ def summary_table(summary: dict[str, Any]) -> Table:
     ]
     if example["expected"]:
         rows.insert(4, ("expected", example["expected"].strip()))
+    catch_up = summary["catch_up"]
+    if catch_up["break_even_rounds"]:
+        rows.append(
+            (
+                "a client that was away",
+                f"{quantity(catch_up['entry_bytes'])} for each round it missed; beyond "
+                f"{catch_up['break_even_rounds']:,} rounds a snapshot "
+                f"({quantity(catch_up['snapshot_bytes'])}) is less",
+            )
+        )
+    if any(summary["absences"].values()):
+        absences = ", ".join(f"{n} {what}" for what, n in summary["absences"].items())
+        rows.append(("reports that did not count", absences))
     if summary["skipped_steps"]:
         rows.append(("skipped steps", f"{summary['skipped_steps']} (loss not finite)"))
     if summary["changed_share"] is not None:

@@ -5,58 +5,135 @@ in its own round, so memory does not grow with their number. Messages are encode
 a wire, and their bytes are counted.
 """
 
-from collections.abc import Generator, Sequence
+import math
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedforward.federation.client import Client
 from fedforward.federation.ledger import Round
-from fedforward.federation.server import Server
+from fedforward.federation.server import QuorumError, Server
+from fedforward.messages import MessageError
 from fedforward.models.causal_lm import CausalModel
+from fedforward.runtimes.faults import Faults
 from fedforward.steps import Evaluation, Probe
+
+NO_FAULTS = Faults()
+#: Attempts at a round before its quorum counts as out of reach.
+ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Encoded bytes of one round, per participating client (the mean)."""
+    """Encoded bytes of one round, per client that was asked (the mean).
+
+    `snapshots` are bytes of snapshots that a client sent up, whole.
+    """
 
     up: float
     down: float
+    snapshots: int = 0
+
+
+@dataclass(frozen=True)
+class Attendance:
+    """What became of the clients that were asked in a round."""
+
+    asked: int
+    reported: int
+    failed: int
+    late: int
+    refused: int
 
 
 class LocalRuntime:
     """Carries the messages of a simulated federation."""
 
     def __init__(
-        self, server: Server, clients: Sequence[Client], model: CausalModel, together: int
+        self,
+        server: Server,
+        clients: Sequence[Client],
+        model: CausalModel,
+        together: int,
+        faults: Faults = NO_FAULTS,
     ) -> None:
         """`together`: clients that run in lockstep, each with its own probes."""
         self.server = server
         self.clients = clients
         self.model = model
         self.together = together
+        self.faults = faults
 
-    def run_round(self) -> tuple[Round, Traffic]:
-        """One whole round, from tasks to the ledger."""
-        tasks = self.server.open_round()
-        participants = self.server.participants()
-        reports: list[bytes] = []
-        for begin in range(0, len(tasks), self.together):
-            group = [
-                self.clients[number].answer(task)
-                for number, task in zip(
-                    participants[begin : begin + self.together],
-                    tasks[begin : begin + self.together],
-                    strict=True,
-                )
-            ]
-            reports += _in_lockstep(group, self.model)
-        for report in reports:
-            self.server.receive(report)
-        record = self.server.close_round()
+    def run_round(self) -> tuple[Round, Traffic, Attendance]:
+        """One whole round, from tasks to the ledger.
+
+        Raises:
+            QuorumError: in no attempt enough clients reported.
+        """
+        number, server = self.server.round, self.server
+        there = self.faults.available(number, len(self.clients))
+        snapshots = self._snapshot(there)
+        for attempt in range(ATTEMPTS):
+            refused = server.refused
+            tasks = server.open_round(there)
+            failed = {c for c in tasks if self.faults.fails(number, attempt, c)}
+            reports = self._answers({c: tasks[c] for c in tasks if c not in failed})
+            late = [c for c in reports if self.faults.late_report(number, attempt, c)]
+            for client in [c for c in reports if c not in late]:
+                self._deliver(reports[client])
+            # Beyond the deadline a server only waits for its quorum.
+            waiting = list(late)
+            while waiting and not server.ready(math.inf):
+                self._deliver(reports[waiting.pop(0)])
+            try:
+                record = server.close_round()
+            except QuorumError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+                continue
+            for client in waiting:
+                self._deliver(reports[client])
+            break
         traffic = Traffic(
-            up=sum(map(len, reports)) / len(reports), down=sum(map(len, tasks)) / len(tasks)
+            up=sum(map(len, reports.values())) / len(tasks),
+            down=sum(map(len, tasks.values())) / len(tasks),
+            snapshots=snapshots,
         )
-        return record, traffic
+        attendance = Attendance(
+            asked=len(tasks),
+            reported=len(record.origins),
+            failed=len(failed),
+            late=len(waiting),
+            refused=server.refused - refused - len(waiting),
+        )
+        return record, traffic, attendance
+
+    def _snapshot(self, there: Sequence[int]) -> int:
+        """Fetch a snapshot if one pays; returns its bytes."""
+        giver = self.server.snapshot_wanted(there)
+        if giver is None:
+            return 0
+        data = self.clients[giver].replica.snapshot().encode()
+        self.server.receive_snapshot(data)
+        return len(data)
+
+    def _answers(self, tasks: Mapping[int, bytes]) -> dict[int, bytes]:
+        """Every client's report as it is sent, some clients in lockstep."""
+        asked = list(tasks)
+        reports: dict[int, bytes] = {}
+        for begin in range(0, len(asked), self.together):
+            part = asked[begin : begin + self.together]
+            group = [self.clients[client].answer(tasks[client]) for client in part]
+            for client, data in zip(part, _in_lockstep(group, self.model), strict=True):
+                reports[client] = self.faults.sent(client, data)
+        return reports
+
+    def _deliver(self, data: bytes) -> None:
+        """Hand a report to the server, which may refuse it; without faults it must not."""
+        try:
+            self.server.receive(data)
+        except MessageError:
+            if self.faults == NO_FAULTS:
+                raise
 
 
 def _in_lockstep(

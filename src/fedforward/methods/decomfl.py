@@ -1,0 +1,40 @@
+"""DeComFL (arXiv 2405.15861): the same directions for all clients, one averaged scalar each.
+
+Faithful to the paper: in local step h every client probes along the same P directions, moves along
+them by its own scalars, and goes back to the server's state after reporting; the server averages
+the scalars and everyone applies
+
+    θ ← θ - (1/P) Σ_h Σ_p ḡ_hp z(s_hp),        ḡ_hp = Σ_i p_i η_i g_i,hp.
+
+It departs in the estimator (two-point as FedMeZO has it; the paper's is one-sided) and in weights
+and rates per client, which the paper has equal.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedforward.messages import Entry
+from fedforward.methods import Method, Returned, round_seeds, shared_contribution
+from fedforward.seeds import SHARED
+
+
+@dataclass(frozen=True)
+class DeComFL(Method):
+    """All clients share directions; `directions` of the estimator is the paper's P."""
+
+    name: ClassVar[str] = "decomfl"
+    shared_seeds: ClassVar[bool] = True
+
+    def seeds(self, round_number: int, client: int, odds: NDArray[np.uint16]) -> NDArray[np.uint64]:
+        """s_hp, the same for every client."""
+        return round_seeds(self.run_seed, round_number, SHARED, self.local_steps, self.directions)
+
+    def aggregate(
+        self, round_number: int, returned: Sequence[Returned], odds: NDArray[np.uint16]
+    ) -> Entry:
+        """One averaged coefficient for each direction."""
+        return Entry(round_number, (shared_contribution(returned, self.directions, SHARED),))
