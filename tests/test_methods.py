@@ -313,9 +313,9 @@ def test_the_normalised_step_follows_the_size_of_gradients() -> None:
 
 # Steps by block.
 
-coefficients = st.lists(
-    st.floats(-1, 1, width=32), min_size=BLOCKS * 3, max_size=BLOCKS * 3
-).map(lambda values: np.array(values, np.float32).reshape(BLOCKS, 3))
+coefficients = st.lists(st.floats(-1, 1, width=32), min_size=BLOCKS * 3, max_size=BLOCKS * 3).map(
+    lambda values: np.array(values, np.float32).reshape(BLOCKS, 3)
+)
 
 
 @given(coefficients, coefficients)

@@ -115,7 +115,7 @@ class LoraModel(CausalModel):
         layout = Layout.of({name: tuple(p.shape) for name, p in tuned.items()})
         self.flat = torch.zeros(layout.tiles * TILE, dtype=torch.float32, device=device)
         self.peft.requires_grad_(False)
-        for name, view in _views(layout, [(0, layout.tiles, self.flat)]).items():
+        for name, view in _views(layout, [(0, self.flat)]).items():
             view.copy_(tuned[name].data)
             tuned[name].data = view
         super().__init__(network, tuned, distribution, plan, base)
@@ -124,6 +124,7 @@ class LoraModel(CausalModel):
         self._adapters = adapters
         self._run_seed = run_seed
         self._rows: tuple[int, int] = (0, 0)
+        self._probing = False
         self._carried: list[tuple[Steps, torch.Tensor]] = []
         self._wanted: set[int] = set()
         self._filled: list[Steps] = []
@@ -177,10 +178,11 @@ class LoraModel(CausalModel):
     def _displaced(self, probes: Sequence[Probe], shape: tuple[int, int]) -> Iterator[None]:
         self._rows = (shape[0], shape[0] * shape[1])
         self._fill_bank(probes)
+        self._probing = True
         try:
             yield
         finally:
-            self._bank = {}
+            self._bank, self._probing = {}, False
 
     def _fill_bank(self, probes: Sequence[Probe]) -> None:
         """One adapter per probe; a trajectory that neighbours share is summed once."""
@@ -196,27 +198,25 @@ class LoraModel(CausalModel):
         if len(self._buffer) < size:
             self._buffer = self.flat.new_empty(size)
         free = self._buffer
-        banks = []
+        banks = {}
         for block, begin, end in segments:
-            # Where nothing moves, all groups meet the adapters as they are.
-            bank = self.flat[TILE * begin : TILE * end].expand(groups, -1)
+            # Where nothing moves, all rows meet the adapters as they are.
             if block in moving:
-                own, free = free[: bank.numel()], free[bank.numel() :]
-                bank = own.view(groups, -1)
-            banks.append((begin, end, bank))
+                own = free[: groups * TILE * (end - begin)]
+                free = free[len(own) :]
+                banks[block, begin, end] = own.view(groups, -1)
         for same in _runs(probes):
             total = self._carry(probes[same.start].trajectory)
-            for (block, begin, end), (*_, bank) in zip(segments, banks, strict=True):
-                if block in moving:
-                    displace(
-                        total[TILE * begin : TILE * end],
-                        NO_STEPS,
-                        [probe.perturbation.block(block) for probe in probes[same]],
-                        first_tile=begin,
-                        distribution=self.distribution,
-                        out=bank[same],
-                    )
-        views = _views(self.layout, banks)
+            for (block, begin, end), bank in banks.items():
+                displace(
+                    total[TILE * begin : TILE * end],
+                    NO_STEPS,
+                    [probe.perturbation.block(block) for probe in probes[same]],
+                    first_tile=begin,
+                    distribution=self.distribution,
+                    out=bank[same],
+                )
+        views = _views(self.layout, [(begin, bank) for (_, begin, _), bank in banks.items()])
         self._bank = {id(self.tensors[name]): view for name, view in views.items()}
         # The parts of a batch come one after another with the same probes.
         self._filled, self._last_bank = wanted, self._bank
@@ -272,12 +272,12 @@ class LoraModel(CausalModel):
         scaling = layer.scaling[ADAPTER]
 
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if not self._bank and x.device == factor_b.device:
+            if not self._probing and x.device == factor_b.device:
                 result: torch.Tensor = plain(x, *args, **kwargs)
                 return result
-            if not self._bank:
+            b = self._bank.get(id(factor_b))
+            if b is None:
                 return _adapted(layer.base_layer, x, factor_a[None], factor_b[None], scaling)
-            b = self._bank[id(factor_b)]
             groups = len(b)
             if groups > 1 and len(x) != self._rows[x.dim() == 2]:
                 raise FedForwardError(
@@ -361,25 +361,20 @@ def _runs(probes: Sequence[Probe]) -> Iterator[slice]:
             begin = end
 
 
-def _views(
-    layout: Layout, parts: Sequence[tuple[int, int, torch.Tensor]]
-) -> dict[str, torch.Tensor]:
-    """The tuned tensors inside flat buffers, leading dimensions kept.
+def _views(layout: Layout, parts: Sequence[tuple[int, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The tuned tensors that lie inside flat buffers, leading dimensions kept.
 
     Args:
-        parts: (first tile, end, [..., tiles * 2048]), in order, together the whole space.
+        parts: (first tile, [..., tiles * 2048]), each for whole tensors.
     """
-    views = {}
-    places = iter(parts)
-    begin, end, storage = next(places, (0, 0, torch.empty(0)))
-    for name, shape, size, tile in zip(
-        layout.names, layout.shapes, layout.sizes, layout.first_tiles, strict=True
-    ):
-        if tile >= end:
-            begin, end, storage = next(places)
-        place = TILE * (tile - begin)
-        views[name] = storage[..., place : place + size].unflatten(-1, shape)
-    return views
+    return {
+        name: storage[..., TILE * (tile - first) :][..., :size].unflatten(-1, shape)
+        for name, shape, size, tile in zip(
+            layout.names, layout.shapes, layout.sizes, layout.first_tiles, strict=True
+        )
+        for first, storage in parts
+        if first <= tile < first + storage.shape[-1] // TILE
+    }
 
 
 def initialise(adapters: dict[str, torch.nn.Parameter], run_seed: int) -> None:

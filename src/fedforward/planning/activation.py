@@ -897,8 +897,8 @@ class _Search:
         self.costs = np.hstack([instance.costs, np.zeros((clients, 1), np.int64)])
         self.prices = byte_price * self.costs
         self.penalty = 1e6 * float((instance.weights / instance.shares.min()).sum())
-        # f₁ is at least 1; what gains less than this is rounding.
-        self.least = 1e-12
+        # f₁ is at least 1: a gain below this is rounding, or with many cells not worth the time.
+        self.least = 1e-12 if matrix.size <= _SMALL else 1e-10
         self.recount()
 
     def recount(self) -> None:
@@ -1086,13 +1086,18 @@ def _searched(instance: _Instance, starts: Sequence[Bools], bound: float, deadli
     best: Bools | None = None
     for start in starts:
         search = _Search(instance, start)
-        search.polish(_rounds(instance), deadline, bound * (1 + 1e-8))
+        search.polish(_rounds(instance), deadline, bound * (1 + _enough(start)))
         if best is None or search.value < instance.value(best):
             best = search.matrix
         if math.isfinite(search.value) and best.size > _SMALL:
             break
     assert best is not None
     return best
+
+
+def _enough(matrix: Bools) -> float:
+    """The gap at which exchanges end; a small instance goes on for an exact answer."""
+    return SAME if matrix.size <= _SMALL else 1e-7
 
 
 def _rounds(instance: _Instance) -> int:
@@ -1200,7 +1205,9 @@ def _near(
     change, last = 0.04, 0
     for _ in range(8 if matrix.shape[0] <= 200 else 4):
         search = _Search(instance, matrix, price)
-        search.polish(_rounds(instance), deadline)
+        # The objective of the search is f₁ and all bytes for blocks, which the prices bound.
+        bound = _dual(instance, relaxed.prices, price)
+        search.polish(_rounds(instance), deadline, bound * (1 + _enough(matrix)))
         matrix = search.matrix
         met = _Search(instance, matrix)
         met.extend(target)
