@@ -193,6 +193,43 @@ def demo(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="TOML file", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value …", show_default=False)
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--png", help="also draw the plan", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a run will need, before it runs: memory, blocks of each client, bytes."""
+    from fedforward import config as configuration
+
+    with _friendly():
+        settings = configuration.load(config, overrides or [])
+        if picture is not None and not picture.absolute().parent.is_dir():
+            raise FedForwardError(f"--png {picture}: there is no folder {picture.parent}.")
+        with _display() as display:
+            display.phase("loading libraries")
+            quiet_libraries()
+            from fedforward.preview import preview
+
+            result = preview(settings, display)
+        from fedforward.report import plan as show
+
+        if as_json:
+            print(json.dumps(result.as_json(), indent=2))
+        else:
+            for part in show.render(result):
+                out_console.print(part)
+        if picture is not None:
+            show.draw(picture, result)
+            if not as_json:
+                _say(out_console, f"\nwrote {picture}")
+
+
+@app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="file to write")] = Path("fedforward.toml"),
 ) -> None:

@@ -263,7 +263,9 @@ class PlanningSection(_Section):
     """[planning], of the blocks that zorba allots to clients"""
 
     budgets: str | list[str] | None = Field(
-        None, description='memory of each client: "6 GiB" for all, or a list with one for each'
+        None,
+        description='memory of each client, the model included: "6 GiB" for all, a list with one '
+        'for each, or "measured" for what is free on this device',
     )
     active: list[int] | None = Field(
         None, description="in place of budgets: how many blocks each client can perturb"
@@ -287,7 +289,7 @@ class PlanningSection(_Section):
     def _amounts_are_amounts(self) -> "PlanningSection":
         if self.budgets is not None and self.active is not None:
             raise ValueError("budgets and active say the same thing twice; leave one of them out")
-        for text in self.texts:
+        for text in [] if self.budgets == "measured" else self.texts:
             try:
                 parse_bytes(text)
             except ValueError as error:

@@ -20,7 +20,7 @@ from fedforward.directions import VERSION, Distribution
 from fedforward.errors import FedForwardError
 from fedforward.estimators import FZOO, TwoPoint
 from fedforward.federation.learning_rates import RateSettings
-from fedforward.federation.server import ServerSettings
+from fedforward.federation.server import Allocate, ServerSettings
 from fedforward.federation.server_optimizer import ServerOptimizer
 from fedforward.methods import FirstOrderMethod, Method
 from fedforward.methods.decomfl import DeComFL
@@ -289,7 +289,10 @@ def corpus_fingerprint(corpus: Corpus) -> str:
 
 
 def server_settings(
-    config: Config, model: CausalModel, examples: Sequence[Sequence[Example]]
+    config: Config,
+    model: CausalModel,
+    examples: Sequence[Sequence[Example]],
+    allocate: Allocate | None = None,
 ) -> ServerSettings:
     """The server's view of the run."""
     method = config.method
@@ -318,6 +321,7 @@ def server_settings(
             window=config.server.window,
             normalise=config.server.normalise,
         ),
+        allocate=allocate,
         state_bytes=model.state_bytes,
     )
 
@@ -337,12 +341,16 @@ def client_batches(config: Config, corpus: Corpus) -> list[Batches]:
 
 def longest_batches(config: Config, corpus: Corpus) -> list[TokenBatch]:
     """Per client, the batch of its longest examples, the longest first: where memory peaks."""
+    return sorted(widest_steps(config, corpus), key=lambda batch: -batch.tokens.shape[1])
+
+
+def widest_steps(config: Config, corpus: Corpus) -> list[TokenBatch]:
+    """Per client, in their order, the batch of its longest examples."""
     size = config.method.batch_size
-    batches = [
+    return [
         collate(sorted(part, key=lambda example: len(example.tokens))[-size:])
         for part in corpus.clients
     ]
-    return sorted(batches, key=lambda batch: -batch.tokens.shape[1])
 
 
 def heldout_loss(model: CausalModel, batches: Sequence[TokenBatch]) -> float:

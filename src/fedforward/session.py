@@ -22,6 +22,7 @@ from fedforward.federation.tensor_server import TensorServer
 from fedforward.methods import FirstOrderMethod
 from fedforward.models.causal_lm import ProbePlan
 from fedforward.models.loading import longest_sequence
+from fedforward.planning.allocation import Allocator
 from fedforward.planning.memory import peak_bytes, peak_resident_bytes
 from fedforward.planning.probes import step_probes
 from fedforward.run_directory import RunDirectory
@@ -144,10 +145,30 @@ class Session:
         return ledger
 
     def _build_server(self) -> Server:
-        settings = experiment.server_settings(self.config, self.model, self.corpus.clients)
+        settings = experiment.server_settings(
+            self.config, self.model, self.corpus.clients, self._allocator()
+        )
         if isinstance(self.method, FirstOrderMethod):
             return TensorServer(settings, self.method, self.ledger, self.directory.path)
         return Server(settings, self.method, self.ledger)
+
+    def _allocator(self) -> Allocator | None:
+        """Who plans the blocks that clients perturb; None where all perturb all."""
+        planning = self.config.planning
+        if planning.budgets is None and planning.active is None:
+            return None
+        self.listener.phase("planning blocks")
+        from fedforward.planning.resources import allocator, survey
+
+        resources = None
+        if planning.active is None:
+            steps = experiment.widest_steps(self.config, self.corpus)
+            resources = survey(self.config, self.model, steps)
+        examples = [len(part) for part in self.corpus.clients]
+        planner = allocator(self.config, self.model, examples, resources)
+        # What cannot be kept is refused now, not in some round.
+        planner.plan(range(len(examples)))
+        return planner
 
     def run(self) -> dict[str, Any]:
         """Carry the run to its end and write the results; returns the summary.

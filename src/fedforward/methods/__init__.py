@@ -78,6 +78,7 @@ class Method(ABC):
         by_block: whether clients may be given different blocks.
         shared_seeds: whether all clients of a round probe along the same directions.
         candidates: K, for a method whose directions come from K seeds of the whole run; else 0.
+        sends_odds: whether tasks carry how likely each candidate is to be drawn.
         run_seed: from which directions are derived.
         local_steps: H.
         estimator: how a step measures its projected gradients.
@@ -99,6 +100,11 @@ class Method(ABC):
     def candidates(self) -> int:
         """See the class."""
         return 0
+
+    @property
+    def sends_odds(self) -> bool:
+        """See the class."""
+        return False
 
     @abstractmethod
     def seeds(self, round_number: int, client: int, odds: NDArray[np.uint16]) -> NDArray[np.uint64]:

@@ -56,6 +56,11 @@ class FedKSeed(Method):
         """K."""
         return self.pool
 
+    @property
+    def sends_odds(self) -> bool:
+        """Where importance asks for it."""
+        return self.importance
+
     def places(self, round_number: int, client: int, odds: NDArray[np.uint16]) -> NDArray[np.int64]:
         """Which candidates a client draws in a round, int64 [H * n]; integer arithmetic alone."""
         draws = [

@@ -130,7 +130,8 @@ class Problem:
 
     def memory(self, matrix: ArrayLike) -> Ints:
         """Bytes that each client needs for an activation, int64 [N]."""
-        return self.fixed + np.where(np.asarray(matrix, bool), self.costs, 0).sum(axis=1)
+        active: Ints = np.where(np.asarray(matrix, bool), self.costs, 0).sum(axis=1)
+        return self.fixed + active
 
     def admits(self, matrix: ArrayLike) -> bool:
         """Whether every block is active somewhere and every client keeps to its budget."""
@@ -170,7 +171,8 @@ def _positive_parts(name: str, values: Floats) -> Floats:
         raise FedForwardError(f"{name} must be positive; leave out what has no part at all.")
     if np.ptp(values) <= 1e-12 * values.max():
         return np.full(values.size, 1.0 / values.size)
-    return values / values.sum()
+    parts: Floats = values / values.sum()
+    return parts
 
 
 @dataclass(frozen=True)
@@ -308,7 +310,7 @@ def _activation(
     begin: float,
 ) -> Activation:
     if not problem.admits(second.matrix):
-        raise AssertionError("the activation breaks a constraint")
+        raise RuntimeError("the activation found breaks a constraint")
     memory = problem.memory(second.matrix)
     used = _objective_of(memory, objective)
     return Activation(
@@ -408,7 +410,8 @@ class _Instance:
 
     def used(self, matrix: Bools) -> Ints:
         """Bytes of each client, int64 [N]."""
-        return self.fixed + np.where(matrix, self.costs, 0).sum(axis=1)
+        active: Ints = np.where(matrix, self.costs, 0).sum(axis=1)
+        return self.fixed + active
 
 
 @dataclass(frozen=True)
@@ -448,7 +451,7 @@ def _greedy_cover(instance: _Instance) -> Bools | None:
     """The block with the fewest clients left first, each where most room stays."""
     matrix = np.zeros(instance.costs.shape, bool)
     room = instance.capacity.copy()
-    open_blocks = np.ones(matrix.shape[1], bool)
+    open_blocks = np.ones(instance.weights.size, bool)
     while open_blocks.any():
         fits = instance.costs <= room[:, None]
         choices = np.where(open_blocks, fits.sum(axis=0), np.iinfo(np.int64).max)
@@ -490,7 +493,7 @@ def _least_excess(problem: Problem, instance: _Instance, deadline: float) -> Boo
         integrality=np.append(np.ones(matrix_part), np.zeros(clients)),
         bounds=Bounds(0, np.append(np.ones(matrix_part), np.full(clients, np.inf))),
         constraints=[
-            LinearConstraint(bytes_rows, -np.inf, np.minimum(room // unit, 2**53)),
+            LinearConstraint(bytes_rows, -np.inf, np.minimum(room, problem.costs.sum()) / unit),
             LinearConstraint(block_rows, 1, 1),
         ],
         options={"time_limit": max(deadline - time.perf_counter(), 0.1), "mip_rel_gap": 0.0},
@@ -555,7 +558,8 @@ def _least_counts(instance: _Instance, total: int) -> Ints:
         parts.append((members[order[tight:]], rank[tight:] - within, total - within))
     # Steps that gain nothing were dummies; to give them up keeps the counts possible.
     useful = np.maximum((steps < 0).sum(axis=0), 1)
-    return np.minimum(counts, useful)
+    least: Ints = np.minimum(counts, useful)
+    return least
 
 
 def _steps(instance: _Instance) -> Floats:
@@ -576,7 +580,7 @@ def _place(instance: _Instance, counts: Ints) -> Bools:
         matrix[chosen, block] = True
         room[chosen] -= 1
     if (room < 0).any():
-        raise AssertionError("counts without a matrix")
+        raise RuntimeError("no matrix has these counts")
     return matrix
 
 
@@ -789,15 +793,21 @@ def _longest(values: Sequence[Floats], moves: Sequence[Floats]) -> float:
     return min(1.0, 0.99 / shrink) if shrink > 0 else 1.0
 
 
-def _dual(instance: _Instance, prices: Floats, byte_price: float = 0.0) -> float:
+def _dual(
+    instance: _Instance, prices: Floats, byte_price: float = 0.0, whole: bool = False
+) -> float:
     """A lower bound on f₁ + byte_price · bytes for blocks over all activations, for any prices.
 
     Σ_b min_c (g_b(c) + y_b c) - Σ_i max {Σ_b (p_i y_b - byte_price cost_ib) A_ib}: coverage is
     bought at the prices y, and each client sells what its budget allows. The client's maximum is
-    taken over fractions, which only lowers the bound.
+    taken over fractions, which only lowers the bound, or with `whole` nearly over whole blocks.
     """
     gains = instance.shares[:, None] * prices - byte_price * instance.costs
-    return _bought(instance, prices) - float(_sold(instance, gains).sum())
+    gains = np.where(instance.allowed, np.maximum(gains, 0.0), 0.0)
+    sold = _sold(instance, gains)
+    if whole and not instance.flat:
+        sold = _sold_whole(instance, gains, sold)
+    return _bought(instance, prices) - float(sold.sum())
 
 
 def _bought(instance: _Instance, prices: Floats) -> float:
@@ -820,7 +830,6 @@ def _bought(instance: _Instance, prices: Floats) -> float:
 
 def _sold(instance: _Instance, gains: Floats) -> Floats:
     """Each client's best fractional knapsack, float64 [N]."""
-    gains = np.where(instance.allowed, np.maximum(gains, 0.0), 0.0)
     costs = instance.costs.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         density = np.where(gains > 0, gains / costs, 0.0)
@@ -832,6 +841,28 @@ def _sold(instance: _Instance, gains: Floats) -> Floats:
     left = instance.capacity[:, None] - before
     part = np.where(costs > 0, np.clip(left / np.maximum(costs, 1.0), 0.0, 1.0), 1.0)
     sold: Floats = (part * gains).sum(axis=1)
+    return sold
+
+
+def _sold_whole(instance: _Instance, gains: Floats, fractional: Floats) -> Floats:
+    """An upper bound on each client's best knapsack of whole blocks, float64 [N].
+
+    Either the best set differs from the fractional one only within the core, where all subsets are
+    tried, or it differs in another item, and then it loses that item's distance from break-even.
+    """
+    sold = fractional.copy()
+    for client, room in enumerate(instance.capacity.tolist()):
+        items = np.flatnonzero(gains[client])
+        costs = instance.costs[client, items]
+        if costs.sum() <= room:
+            continue
+        taken = _taken(gains[client, items], costs, room)
+        best = float(gains[client, items[taken.places]].sum())
+        outside = np.ones(items.size, bool)
+        outside[taken.core] = False
+        losses = np.abs(gains[client, items] - taken.density * costs)[outside]
+        most = fractional[client] - losses.min() if losses.size else best
+        sold[client] = min(sold[client], max(best, float(most)) + 1e-15)
     return sold
 
 
@@ -861,25 +892,42 @@ def _round(instance: _Instance, fractions: Floats) -> Bools:
     return matrix
 
 
-def _knapsack(gains: Floats, costs: Ints, room: int) -> NDArray[np.intp]:
-    """Places of a set of items that fits and gains much; exact for equal costs.
+@dataclass(frozen=True)
+class _Taken:
+    """A knapsack's items, those among which all subsets were tried, and the break-even density."""
 
-    Items are taken by gain per byte up to the first that does not fit; the items around that one
-    are chosen by trying all their subsets.
+    places: NDArray[np.intp]
+    core: NDArray[np.intp]
+    density: float
+
+
+def _knapsack(gains: Floats, costs: Ints, room: int) -> NDArray[np.intp]:
+    """Places of a set of items that fits and gains much; exact for equal costs."""
+    if not costs.size:
+        return np.arange(0)
+    if (costs == costs[0]).all():
+        end = costs.size if not costs[0] else room // int(costs[0])
+        return np.argsort(-gains, kind="stable")[:end]
+    return np.arange(costs.size) if costs.sum() <= room else _taken(gains, costs, room).places
+
+
+def _taken(gains: Floats, costs: Ints, room: int) -> _Taken:
+    """Items that gain, by gain per byte, up to the first that does not fit; there is one.
+
+    The items around that one are chosen by trying all their subsets.
     """
     with np.errstate(divide="ignore"):
         order = np.argsort(-gains / costs, kind="stable")
     filled = np.cumsum(costs[order])
     end = int(np.searchsorted(filled, room, side="right"))
-    if end == order.size or (costs == costs[0]).all():
-        return order[:end]
-    begin = max(0, min(end - _CORE.shape[1] // 2, order.size - _CORE.shape[1]))
-    core = order[begin : begin + _CORE.shape[1]]
+    width = _CORE.shape[1]
+    begin = max(0, min(end - width // 2, order.size - width))
+    core = order[begin : begin + width]
     sets = _CORE[: 1 << core.size, : core.size]
     left = room - (int(filled[begin - 1]) if begin else 0)
     worth = np.where(sets @ costs[core].astype(np.float64) <= left, sets @ gains[core], -np.inf)
-    chosen: NDArray[np.intp] = np.append(order[:begin], core[sets[int(worth.argmax())] > 0])
-    return chosen
+    places = np.append(order[:begin], core[sets[int(worth.argmax())] > 0])
+    return _Taken(places, core, float(gains[order[end]] / costs[order[end]]))
 
 
 #: All subsets of 12 items, by their binary digits; the first 2**k rows are those of k items.
@@ -931,6 +979,9 @@ class _Search:
         clients = order.size
         # All pairs of few clients; of many those whose shares are near each other's in order.
         strides = range(1, clients) if clients <= 24 else [1 << k for k in range(20)]
+        if clients > 200 and not self.instance.flat:
+            # Each client's own knapsack leaves little to gain between so many.
+            strides = []
         for _ in range(rounds):
             before = self.objective
             for client in range(clients):
@@ -1073,20 +1124,23 @@ def _first_stage(problem: Problem, instance: _Instance, deadline: float) -> _Sta
         value = instance.value(matrix)
         return _Stage(matrix, value, value)
     relaxed = _relax(instance)
-    bound = _dual(instance, relaxed.prices)
-    best = _searched(instance, [_round(instance, relaxed.fractions), cover], bound, deadline)
+    bound = _dual(instance, relaxed.prices, whole=True)
+    enough = bound * (1 + _enough(cover))
+    best = _searched(instance, [_round(instance, relaxed.fractions), cover], enough, deadline)
     stage = _Stage(best, instance.value(best), bound)
     if _relative(stage.value, bound) > SAME and best.size <= _SMALL:
         stage = _Program(instance).first(stage, deadline)
     return _Stage(stage.matrix, stage.value, min(stage.bound, stage.value))
 
 
-def _searched(instance: _Instance, starts: Sequence[Bools], bound: float, deadline: float) -> Bools:
-    """The best of the starts after exchanges; further ones are tried only if one covers nothing."""
+def _searched(
+    instance: _Instance, starts: Sequence[Bools], enough: float, deadline: float
+) -> Bools:
+    """The best of the starts after exchanges; large instances take the first that covers all."""
     best: Bools | None = None
     for start in starts:
         search = _Search(instance, start)
-        search.polish(_rounds(instance), deadline, bound * (1 + _enough(start)))
+        search.polish(_rounds(instance), deadline, enough)
         if best is None or search.value < instance.value(best):
             best = search.matrix
         if math.isfinite(search.value) and best.size > _SMALL:
@@ -1103,7 +1157,9 @@ def _enough(matrix: Bools) -> float:
 def _rounds(instance: _Instance) -> int:
     """Rounds of exchanges, so that large instances end in seconds by count, not by the clock."""
     clients = instance.shares.size
-    return max(3, min(30, 40_000 // max(clients * int(math.log2(clients + 1)), 1)))
+    if clients <= 50:
+        return 30
+    return 6 if clients <= 200 else 2
 
 
 def _second_stage(
@@ -1121,11 +1177,11 @@ def _second_stage(
     if objective == "total":
         if exact and _same_cost(instance):
             return _exact_total(instance, target)
-        found = _least_total(instance, first, target, known, start, deadline)
+        found = _least_total(instance, first, target, start, deadline)
     else:
         if exact:
             return _exact_worst(instance, target, int(start.value))
-        found = _least_worst(instance, first, target, known, start, deadline)
+        found = _least_worst(instance, target, start, deadline)
     if found.bound < found.value and best.size <= _SMALL:
         found = _Program(instance).second(found, target, objective, deadline)
     return _Stage(found.matrix, found.value, min(found.bound, found.value))
@@ -1135,7 +1191,6 @@ def _least_total(
     instance: _Instance,
     first: _Stage,
     target: float,
-    known: Sequence[Bools],
     start: _Stage,
     deadline: float,
 ) -> _Stage:
@@ -1148,12 +1203,13 @@ def _least_total(
     bytes_left = int(start.value) - base
     if bytes_left <= lowest:
         return _Stage(start.matrix, start.value, start.value)
-    bound, price, relaxed = _byte_price(instance, first, target, bytes_left, deadline)
-    bound = max(_whole(bound, unit), lowest)
+    priced = _byte_price(instance, first, target, bytes_left, deadline)
+    whole = _dual(instance, priced.relaxed.prices, priced.price, whole=True)
+    bound = max(_whole((whole - target) / priced.price, unit), lowest)
     tried = _Search(instance, start.matrix)
     tried.trim(target)
     best, least = start.matrix, bytes_left
-    for matrix in (tried.matrix, *_near(instance, relaxed, price, target, deadline)):
+    for matrix in (tried.matrix, *_near(instance, priced, target, deadline)):
         used = int(instance.used(matrix).sum()) - base
         if used < least and instance.value(matrix) <= target:
             best, least = matrix, used
@@ -1168,46 +1224,64 @@ def _whole(bound: float, unit: int) -> int:
     return unit * math.ceil(units - 1e-9 * max(1.0, abs(units)))
 
 
+@dataclass(frozen=True)
+class _Priced:
+    """The bound on bytes that a price of a byte gives."""
+
+    price: float
+    bound: float
+    excess: float  # the relaxation's f₁ less the target: the bound's slope in 1 / price
+    relaxed: _Relaxed
+
+
 def _byte_price(
     instance: _Instance, first: _Stage, target: float, scale: int, deadline: float
-) -> tuple[float, float, _Relaxed]:
-    """A lower bound on the bytes for blocks, the price of a byte that gives it, and its point.
+) -> _Priced:
+    """The price of a byte that bounds the bytes for blocks best.
 
-    For any price θ > 0, bytes ≥ (min (f₁ + θ bytes) - target) / θ whenever f₁ ≤ target. The best
-    price is where the relaxation's f₁ is the target; it is looked for between powers.
+    For any price θ > 0, bytes ≥ (min (f₁ + θ bytes) - target) / θ whenever f₁ ≤ target. That is
+    concave in 1/θ. Prices on both sides of the best one are taken where their tangents meet.
     """
-    price = target**2 / (first.value * scale)
-    low, high, factor = 0.0, math.inf, 4.0
-    best: tuple[float, float, _Relaxed] | None = None
+    begin = price = target**2 / (first.value * scale)
+    low: _Priced | None = None
+    high: _Priced | None = None
+    best: _Priced | None = None
+    factor = 4.0
     for _ in range(14):
         relaxed = _relax(instance, price)
         bound = (_dual(instance, relaxed.prices, price) - target) / price
-        if best is None or bound > best[0]:
-            best = (bound, price, relaxed)
         excess = float(instance.each(relaxed.coverage).sum()) - target
-        if abs(excess) / price < 1e-5 * scale or time.perf_counter() > deadline:
+        found = _Priced(price, bound, excess, relaxed)
+        best = found if best is None or bound > best.bound else best
+        if time.perf_counter() > deadline or not 1e-6 < price / begin < 1e6:
             break
-        low, high = (low, price) if excess > 0 else (price, high)
-        if low and high < math.inf:
-            price = math.sqrt(low * high)
-        else:
-            price = high / factor if not low else low * factor
-            factor *= factor
+        low, high = (low, found) if excess > 0 else (found, high)
+        if low is None or high is None:
+            price = price / factor if low is None else price * factor
+            factor = min(factor * factor, 256.0)
+            continue
+        ends = 1 / high.price, 1 / low.price
+        rise = low.bound - high.bound + high.excess * ends[0] - low.excess * ends[1]
+        meet = rise / max(high.excess - low.excess, 1e-300)
+        if high.bound + high.excess * (meet - ends[0]) <= best.bound + 1e-6 * scale:
+            break
+        # Not too near an end: the relaxation is not solved to the last digit.
+        margin = 0.05 * (ends[1] - ends[0])
+        price = 1 / min(max(meet, ends[0] + margin), ends[1] - margin)
     assert best is not None
     return best
 
 
-def _near(
-    instance: _Instance, relaxed: _Relaxed, price: float, target: float, deadline: float
-) -> Iterable[Bools]:
-    """Matrices that meet the target, from the relaxation's fractions at prices near `price`."""
-    matrix = _round(instance, relaxed.fractions)
+def _near(instance: _Instance, priced: _Priced, target: float, deadline: float) -> Iterable[Bools]:
+    """Matrices that meet the target, from the relaxation's fractions at prices near its own."""
+    matrix, price = _round(instance, priced.relaxed.fractions), priced.price
     change, last = 0.04, 0
-    for _ in range(8 if matrix.shape[0] <= 200 else 4):
+    few = matrix.shape[0] <= 200
+    for _ in range(8 if few else 3):
         search = _Search(instance, matrix, price)
         # The objective of the search is f₁ and all bytes for blocks, which the prices bound.
-        bound = _dual(instance, relaxed.prices, price)
-        search.polish(_rounds(instance), deadline, bound * (1 + _enough(matrix)))
+        bound = _dual(instance, priced.relaxed.prices, price, whole=True)
+        search.polish(_rounds(instance) if few else 1, deadline, bound * (1 + _enough(matrix)))
         matrix = search.matrix
         met = _Search(instance, matrix)
         met.extend(target)
@@ -1221,14 +1295,7 @@ def _near(
         price, last = price * (1 + side * change), side
 
 
-def _least_worst(
-    instance: _Instance,
-    first: _Stage,
-    target: float,
-    known: Sequence[Bools],
-    start: _Stage,
-    deadline: float,
-) -> _Stage:
+def _least_worst(instance: _Instance, target: float, start: _Stage, deadline: float) -> _Stage:
     """The least cap on every client's bytes with which f₁ still meets the target."""
     everything = np.append(instance.fixed, instance.costs[instance.allowed])
     unit = max(int(np.gcd.reduce(everything)), 1)
@@ -1247,6 +1314,8 @@ def _least_worst(
         relaxed = _relax(instance.capped(bound))
         if settled:
             break
+    if not instance.flat:
+        bound = _cap_bound(instance, relaxed.prices, target, bound, high, unit, whole=True)
     best = _cap_down(instance, relaxed, target, start, bound, unit, deadline)
     tidy = _Search(instance.capped(int(best.value)), best.matrix)
     tidy.trim(target)
@@ -1254,13 +1323,25 @@ def _least_worst(
 
 
 def _cap_bound(
-    instance: _Instance, prices: Floats, target: float, low: int, high: int, unit: int
+    instance: _Instance,
+    prices: Floats,
+    target: float,
+    low: int,
+    high: int,
+    unit: int,
+    whole: bool = False,
 ) -> int:
-    """The least cap, a multiple of `unit` in [low, high], that these prices do not rule out."""
+    """A cap in [low, high] below which these prices rule out that f₁ meets the target.
+
+    It is a multiple of `unit` (caps between those change nothing). Over fractions it is the largest
+    such cap; over whole blocks, where each trial takes long, it is found to a part in 256.
+    """
     low, high = -(-low // unit), high // unit
-    while low < high:
+    for _ in range(8 if whole else 64):
+        if low >= high:
+            break
         middle = (low + high) // 2
-        if _dual(instance.capped(middle * unit), prices) <= target:
+        if _dual(instance.capped(middle * unit), prices, whole=whole) <= target:
             high = middle
         else:
             low = middle + 1

@@ -1,0 +1,72 @@
+"""Which blocks the participants of a round perturb, planned again whenever they change.
+
+The server calls an `Allocator` with the participants; it knows budgets and predicted memory, and
+no weights. Nothing here needs PyTorch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedforward.errors import FedForwardError
+from fedforward.planning.activation import Activation, Objective, Problem, solve
+
+
+@dataclass
+class Allocator:
+    """Plans activation for the participants of a round.
+
+    Attributes:
+        problem: of all clients together.
+        epsilon: how far above its least the surrogate may be, relatively.
+        objective: "total" or "worst", which memory is then least.
+    """
+
+    problem: Problem
+    epsilon: float = 0.0
+    objective: Objective = "total"
+
+    def __post_init__(self) -> None:
+        self._plans: dict[tuple[int, ...], Activation] = {}
+
+    def __call__(self, participants: Sequence[int]) -> NDArray[np.bool_]:
+        """The blocks of each participant, bool [participants, B].
+
+        Where those who are there cannot cover every block, each keeps the blocks that it has in
+        the plan for all clients; blocks that nobody has rest for the round.
+        """
+        try:
+            return self.plan(participants).matrix
+        except FedForwardError:
+            everyone = range(len(self.problem.shares))
+            return self.plan(everyone).matrix[np.array(participants, dtype=np.int64)]
+
+    def plan(self, participants: Sequence[int]) -> Activation:
+        """The plan for some of the clients, with its certificates.
+
+        Raises:
+            FedForwardError: they cannot cover all blocks within their budgets.
+        """
+        wanted = tuple(participants)
+        if wanted not in self._plans:
+            found = solve(self.part(wanted), epsilon=self.epsilon, objective=self.objective)
+            everyone = tuple(range(len(self.problem.shares)))
+            # Two plans are enough: the one in force, and the one for all clients.
+            self._plans = {key: plan for key, plan in self._plans.items() if key == everyone}
+            self._plans[wanted] = found
+        return self._plans[wanted]
+
+    def part(self, participants: Sequence[int]) -> Problem:
+        """The problem of some of the clients."""
+        rows = np.array(participants, dtype=np.int64)
+        whole = self.problem
+        return replace(
+            whole,
+            shares=whole.shares[rows],
+            fixed=whole.fixed[rows],
+            costs=whole.costs[rows],
+            budgets=whole.budgets[rows],
+            client_names=tuple(whole.client_names[row] for row in participants),
+        )

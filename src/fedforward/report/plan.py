@@ -1,0 +1,163 @@
+"""A plan as people read it: tables, a grid of blocks, and the same as a picture."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fedforward.planning.activation import UNLIMITED, Activation
+from fedforward.preview import Preview
+from fedforward.report.table import quantity
+from fedforward.units import format_bytes
+
+#: Rows and columns that a terminal shows; the rest is in the picture and in `--json`.
+MOST_CLIENTS, MOST_COLUMNS, MOST_BLOCKS = 40, 9, 96
+
+
+def render(plan: Preview) -> Iterator[RenderableType]:
+    """Everything that is worth a look, in order."""
+    yield memory_table(plan)
+    yield Text("")
+    yield grid(plan)
+    if plan.activation is not None:
+        yield Text("")
+        yield from _certificates(plan.activation)
+    if plan.front:
+        yield Text("")
+        yield front_table(plan.front)
+    yield Text("")
+    yield Text(
+        f"bytes a round and client: {quantity(plan.up)} up, {quantity(plan.down)} down (the tuned "
+        f"tensors are {quantity(4 * plan.parameters)} in float32); every tenth round 16 B more up"
+    )
+
+
+def _columns(blocks: int) -> list[int]:
+    """Numbers of active blocks that get a column, ends included."""
+    return sorted({round(x) for x in np.linspace(0, blocks, min(blocks + 1, MOST_COLUMNS))})
+
+
+def memory_table(plan: Preview) -> Table:
+    """Budget and predicted peak of every client, by how many blocks are active."""
+    shown = _columns(len(plan.blocks))
+    table = Table(
+        title=Text("predicted peak memory of a step, by active blocks (the last blocks first)"),
+        title_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("client", justify="right")
+    table.add_column("examples", justify="right")
+    table.add_column("budget", justify="right")
+    for count in shown:
+        table.add_column(str(count), justify="right")
+    table.add_column("given", justify="right", style="bold")
+    for client, examples in list(enumerate(plan.examples))[:MOST_CLIENTS]:
+        budget = int(plan.resources.budgets[client])
+        peaks = plan.peaks(client)
+        table.add_row(
+            str(client),
+            f"{examples:,}",
+            "none" if budget == UNLIMITED else format_bytes(budget),
+            *(_within(peaks[count], budget) for count in shown),
+            f"{int(plan.matrix[client].sum())}: {format_bytes(plan.predicted(client))}",
+        )
+    if len(plan.examples) > MOST_CLIENTS:
+        table.caption = f"… and {len(plan.examples) - MOST_CLIENTS} more (--json has them all)"
+    return table
+
+
+def _within(peak: int, budget: int) -> Text:
+    return Text(format_bytes(peak), style="" if peak <= budget else "red strike")
+
+
+def grid(plan: Preview) -> Table:
+    """Who perturbs which block, a mark each."""
+    table = Table(
+        title=Text("who perturbs which block"), title_justify="left", box=None, padding=(0, 1, 0, 0)
+    )
+    table.add_column("client", justify="right")
+    table.add_column("".join(_initial(name) for name in plan.blocks[:MOST_BLOCKS]))
+    for client, row in list(enumerate(plan.matrix[:, :MOST_BLOCKS]))[:MOST_CLIENTS]:
+        table.add_row(str(client), "".join("█" if on else "·" for on in row))
+    shares = np.array(plan.examples, np.float64) / sum(plan.examples)
+    if plan.activation is not None:
+        shares = plan.activation.shares
+    coverage = shares @ plan.matrix
+    marks = "".join(" ▁▂▃▄▅▆▇█"[int(np.ceil(8 * share - 1e-9))] for share in coverage)
+    table.add_row("all", marks[:MOST_BLOCKS])
+    least = int(coverage.argmin())
+    table.caption = Text(
+        f"coverage: {coverage.min():.2f} of the clients (by weight) at least, block "
+        f"{plan.blocks[least]}; {coverage.max():.2f} at most"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _initial(name: str) -> str:
+    """One character for a block: its last digit, or a letter."""
+    return name[-1] if name.isdigit() else name[0]
+
+
+def _certificates(plan: Activation) -> Iterator[Text]:
+    proven = "proven least" if plan.gap <= 1e-9 else f"within {100 * plan.gap:.2g} % of the least"
+    yield Text(
+        f"convergence surrogate: {plan.surrogate:.4f} (least {plan.best_surrogate:.4f}, {proven}; "
+        f"epsilon {plan.epsilon:g})"
+    )
+    proven = "proven least" if plan.memory_gap <= 1e-9 else f"gap {100 * plan.memory_gap:.2g} %"
+    yield Text(
+        f"{plan.objective} memory: {quantity(plan.used)} ({proven}), planned in "
+        f"{plan.seconds:.2f} s"
+    )
+
+
+def front_table(front: list[Activation]) -> Table:
+    """Convergence against memory over ε."""
+    table = Table(title=Text("Pareto front"), title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in ("epsilon", "surrogate", "total memory", "worst client", "active blocks", "gap"):
+        table.add_column(name, justify="right")
+    for point in front:
+        table.add_row(
+            f"{point.epsilon:g}",
+            f"{point.surrogate:.4f}",
+            quantity(int(point.memory.sum())),
+            quantity(int(point.memory.max())),
+            str(int(point.matrix.sum())),
+            f"{100 * max(point.gap, point.memory_gap):.2g} %",
+        )
+    return table
+
+
+def draw(path: Path, plan: Preview) -> None:
+    """The grid, the coverage of blocks and the Pareto front as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    matrix = plan.matrix
+    panels = 2 if plan.front else 1
+    figure = Figure(figsize=(6.5 * panels, 4.5), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    axes[0].imshow(matrix, aspect="auto", cmap="Blues", vmin=0, vmax=1.25, interpolation="nearest")
+    axes[0].set_title("blocks that each client perturbs", fontsize=10)
+    axes[0].set_xlabel("block")
+    axes[0].set_ylabel("client")
+    if len(plan.blocks) <= 24:
+        axes[0].set_xticks(range(len(plan.blocks)), plan.blocks, fontsize=7)
+    if len(matrix) <= 24:
+        axes[0].set_yticks(range(len(matrix)))
+    if plan.front:
+        memory = [point.used / 1e6 for point in plan.front]
+        axes[1].plot(memory, [p.surrogate for p in plan.front], "o-", color="#1b4f9c")
+        for point, x in zip(plan.front, memory, strict=True):
+            axes[1].annotate(f"ε = {point.epsilon:g}", (x, point.surrogate), fontsize=7)
+        axes[1].set_title("Pareto front", fontsize=10)
+        axes[1].set_xlabel(f"{plan.front[0].objective} memory (MB)")
+        axes[1].set_ylabel("convergence surrogate")
+        axes[1].grid(alpha=0.25)
+    figure.savefig(path)
