@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import time
 from typing import Any
 
@@ -276,6 +277,23 @@ def test_the_time_limit_ends_with_true_gaps() -> None:
     for objective in OBJECTIVES:
         found = solve(problem, 0.2, objective, time_limit=1e-3)
         check_valid(problem, found)
+
+
+def test_nothing_is_printed(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The solver writes lines of its own on some instances, which would spoil JSON output."""
+    calls = []
+
+    def talkative(*arguments: Any, **options: Any) -> Any:
+        calls.append(os.write(1, b"HighsMipSolverData"))
+        return milp(*arguments, **options)
+
+    milp = activation.milp
+    monkeypatch.setattr(activation, "milp", talkative)
+    solve(random_problem(6, 5, "equal costs"), 0.1)
+    assert calls
+    assert capfd.readouterr() == ("", "")
 
 
 def refusal(problem: Problem) -> str:

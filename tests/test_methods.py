@@ -158,7 +158,7 @@ def test_fedkseed_is_a_sum_over_candidates_from_the_base() -> None:
     exact = np.zeros(7)
     for number in range(6):
         drawn = [method.places(number, client, NO_ODDS) for client in range(3)]
-        assert all(((0 <= places) & (places < 7)).all() for places in drawn)
+        assert all(((places >= 0) & (places < 7)).all() for places in drawn)
         seeds = [[int(pool[place]) for place in places] for places in drawn]
         expected = trajectories(model, seeds, [np.ones(D)] * 3)
         parts = returned(method, model, number)

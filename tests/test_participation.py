@@ -1,4 +1,4 @@
-"""Clients that miss rounds, join late, hold wrong states or lie: every party with its own weights."""
+"""Clients that miss rounds, come late, hold wrong states or lie: all with their own weights."""
 
 import math
 from pathlib import Path

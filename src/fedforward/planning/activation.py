@@ -26,9 +26,13 @@ What is exact, and what is certified:
 The gaps that remain are reported.
 """
 
+import contextlib
+import ctypes
 import math
+import os
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -488,7 +492,7 @@ def _least_excess(problem: Problem, instance: _Instance, deadline: float) -> Boo
     block_rows = coo_array(
         (np.ones(matrix_part), (cell % blocks, cell)), shape=(blocks, matrix_part + clients)
     )
-    result = milp(
+    result = _run(
         np.append(np.zeros(matrix_part), np.ones(clients)),
         integrality=np.append(np.ones(matrix_part), np.zeros(clients)),
         bounds=Bounds(0, np.append(np.ones(matrix_part), np.full(clients, np.inf))),
@@ -1382,6 +1386,35 @@ def _cap_down(
 # Mixed-integer programs for what is small ---------------------------------------------------------
 
 
+def _run(*arguments: Any, **options: Any) -> Any:
+    """The solver, without the lines that it writes to the standard output whatever it is told."""
+    with _silent_output():
+        return milp(*arguments, **options)
+
+
+@contextlib.contextmanager
+def _silent_output() -> Iterator[None]:
+    """Send what compiled code writes to the standard output nowhere."""
+    try:
+        sys.stdout.flush()
+        kept = os.dup(1)
+    except OSError:
+        # There is no standard output to keep clean.
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        if os.name == "posix":
+            # The solver's lines wait in the C library's buffer.
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
 class _Program:
     """f₁ from below by linear cuts on each block's coverage, refined where a solution lies.
 
@@ -1510,7 +1543,7 @@ class _Program:
             LinearConstraint(self._client_rows(1.0), -np.inf, -(instance.fixed // self.unit)),
             LinearConstraint(self._block_rows(), 1, np.inf),
         ]
-        return milp(
+        return _run(
             goal,
             integrality=integrality,
             bounds=Bounds(0, upper),

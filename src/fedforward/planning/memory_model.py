@@ -168,7 +168,7 @@ class MemoryModel:
         return self._always + weights + kept + self._worst_stage(active, groups, height, length)
 
     def fixed(self, rows: int, length: int, *, streamed: bool = False, buffers: int = 1) -> int:
-        """Bytes before any block costs anything: `fixed + Σ cost_b` of active b is never below `peak`.
+        """Bytes before blocks cost anything: with the active blocks' `cost` never below `peak`.
 
         Scratch and activations are those of all blocks, the worst there are. So the sum is above
         `peak` by at most `fixed(rows, length) - peak(no block, rows, length)`, and by the active
@@ -245,16 +245,30 @@ class MemoryModel:
             peaks.append(groups * tile + taken("block", str(number) in on, number < first))
         tile = max(tile, scratch.get("norm", 0))
         peaks.append(groups * tile + taken("norm", "norm" in on))
-        own = _total(self.head_scratch, active)
-        tile = max(tile, own, scratch.get("head", 0))
-        logits = self._logits(tokens if own else groups * tokens)
-        peaks.append(groups * tile + logits + taken("head", own > 0))
+        peaks.append(self._head_stage(active, tile, groups, tokens, length - 1))
         return max(peaks)
 
-    def _logits(self, tokens: int) -> int:
-        """A tile of logits, for so many tokens that meet the same output layer."""
+    def _head_stage(
+        self, active: NDArray[np.bool_], tile: int, groups: int, tokens: int, length: int
+    ) -> int:
+        """Scratch, logits and the rest while losses are taken from what the head is given.
+
+        Args:
+            tile: of the scratch that is there, for each probe.
+            tokens: of each probe.
+        """
+        own = _total(self.head_scratch, active)
+        tokens_met = tokens if own else groups * tokens
         size, most = self.logits
-        return size * min(most, tokens)
+        logits = size * min(most, tokens_met)
+        if not own:
+            return groups * tile + logits + self._table("head", RESTING).at(groups * tokens, length)
+        # A head taken by tiles is given the same, displaced or not. Otherwise it is a module.
+        ways = (RESTING,) if size else (RESTING, TOGETHER if groups > 1 else ALONE)
+        given = max(self._table("head", way).at(groups * tokens, length) for way in ways)
+        # A scratch that grows is there twice for a moment, before the first logits.
+        growing = tile + own if own > tile else 0
+        return given + max(groups * max(tile, own) + logits, groups * growing)
 
     def _table(self, stage: str, way: str) -> Activations:
         """As measured for this way of meeting weights, or for the nearest one that was."""
@@ -395,9 +409,11 @@ def _peaks(
     tile = max(body, default=0)
     last = max(tile, *derived.head_scratch)
     displaced = moving and any(derived.head_scratch)
-    logits = derived._logits((height if displaced else groups * height) * (length - 1))
+    size, most = derived.logits
+    logits = size * min(most, (height if displaced else groups * height) * (length - 1))
     bank = moving * sum(derived.bank)
-    known = (bank, bank + moving * tile, bank + moving * tile, bank + moving * last + logits)
+    body_known = bank + moving * tile
+    known = (bank, body_known, body_known, bank + moving * last + logits)
     return tuple(max(0, found[stage] - own) for stage, own in zip(STAGES, known, strict=True))
 
 
@@ -438,7 +454,7 @@ def _meter(device: "torch.device") -> Iterator[Any]:
         with _Tracker() as tracker:
 
             def since() -> int:
-                peak = tracker.peak
+                peak: int = tracker.peak
                 tracker.peak = tracker.now
                 return peak
 
