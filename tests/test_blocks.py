@@ -12,6 +12,7 @@ from fedforward.directions.kernels import accumulate
 from fedforward.models.blocks import transformer_blocks
 from fedforward.models.causal_lm import CausalModel
 from fedforward.models.full import FullModel
+from fedforward.models.masks import random_mask, small_weights_mask
 from fedforward.planning.memory import peak_bytes
 from fedforward.planning.probes import step_probes
 from fedforward.steps import Probe, Steps, Update
@@ -164,3 +165,34 @@ def test_fewer_active_blocks_take_less_memory(tune: str) -> None:
         peaks.append(peak_bytes(lambda probes=probes: model.evaluate(probes)))  # type: ignore[misc]
     assert peaks[0] < peaks[1]
     assert (peaks[1] < peaks[2]) == (tune == "full")
+
+
+@pytest.mark.parametrize("kind", ["random", "small"])
+@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("trajectory", ["generate", "copy"])
+def test_a_mask_lets_the_rest_rest(kind: str, tune: str, trajectory: str) -> None:
+    """A probe under a mask is the loss of weights of which only the masked ones moved."""
+    network = make("llama")
+    model = build(tune, network, 2, trajectory)
+    if kind == "random":
+        masks = random_mask(model.tensors, model.layout, 0.25, 3)
+        share = sum(int(m.sum()) for m in masks.values()) / model.layout.parameters
+        assert share == pytest.approx(0.25, abs=0.02)
+    else:
+        masks = small_weights_mask(model.tensors, 0.25)
+        assert all(0.2 < float(m.float().mean()) < 0.3 for m in masks.values() if m.numel() > 40)
+    along, across = Steps.of([5, 6], [0.1, 0.1]), Steps.of([11], [0.2])
+    data = batch(1, 2)
+    (free,) = model.evaluate([Probe(data, along, across)])
+    model.forget()
+    model.masks = masks
+    probes = [Probe(data, along, across), Probe(data, along, Steps.of([11], [-0.2]))]
+    found, other = model.evaluate(probes)
+    before = {name: tensor.clone() for name, tensor in model.tensors.items()}
+    model.commit([Update(along + across, 0)])
+    for name, tensor in model.tensors.items():
+        moved = tensor != before[name]
+        assert not moved[~masks[name]].any() and moved[masks[name]].float().mean() > 0.99
+    assert found.mean == pytest.approx(hugging_face_loss(network, data), rel=1e-5)
+    assert found.mean != pytest.approx(free.mean, rel=1e-4)
+    assert found.mean != pytest.approx(other.mean, rel=1e-5)

@@ -108,6 +108,8 @@ def test_every_option_runs_and_verifies(
             "federation__participation": 0.5,
         },
         {"method__name": "fedkseed", "method__candidates": 9, "model__dtype": "bfloat16"},
+        {"method__mask": "random", "method__density": 0.2},
+        {"method__mask": "small", "model__tune": "full", "method__name": "decomfl"},
         {
             "method__estimator": "fzoo",
             "method__directions": 3,

@@ -176,6 +176,11 @@ class MethodSection(_Section):
     candidates: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
         4096, description="K, seeds that all directions of a fedkseed run come from"
     )
+    mask: Literal["none", "random", "small"] = Field(
+        "none",
+        description="which tuned weights move at all: a random share, or those of least magnitude",
+    )
+    density: Share = Field(0.1, description="share of the weights that a mask lets move")
     distribution: Literal["gaussian", "rademacher"] = Field(
         "gaussian", description="of the directions"
     )
@@ -396,6 +401,25 @@ class Config(_Section):
             raise ValueError(
                 f"run.memory_budget = {self.run.memory_budget!r} says how many probes share a "
                 "forward pass, and method.name = 'fedavg' has none; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _masks_fit(self) -> "Config":
+        method = self.method
+        if method.mask == "none":
+            return self
+        if method.mask == "small" and self.model.tune == "lora":
+            raise ValueError(
+                "method.mask = 'small' looks at the magnitude of weights, and an adapter's factors "
+                "begin at 0; use 'random', or model.tune = 'full'"
+            )
+        if method.name == "fedavg" or method.strategy == "update-difference":
+            what = "method.name" if method.name == "fedavg" else "method.strategy"
+            found = method.name if method.name == "fedavg" else method.strategy
+            raise ValueError(
+                f"method.mask = {method.mask!r} does not go with {what} = {found!r}, which moves "
+                "or measures all tuned weights"
             )
         return self
 

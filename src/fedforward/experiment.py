@@ -31,6 +31,7 @@ from fedforward.models.causal_lm import CausalModel, ProbePlan, TokenBatch
 from fedforward.models.full import FullModel
 from fedforward.models.loading import load, longest_sequence
 from fedforward.models.lora import LoraModel
+from fedforward.models.masks import random_mask, small_weights_mask
 from fedforward.planning import probes
 from fedforward.runtimes.faults import Faults
 from fedforward.seeds import derive, generator
@@ -185,6 +186,16 @@ def _load(config: Config, device: str) -> tuple[Any, Any]:
 
 def build_model(config: Config, plan: ProbePlan) -> tuple[CausalModel, Any]:
     """The model at its base weights, ready to probe, and its tokenizer."""
+    model, tokenizer = _tuned_model(config, plan)
+    density = config.method.density
+    if config.method.mask == "random":
+        model.masks = random_mask(model.tensors, model.layout, density, config.run.seed)
+    elif config.method.mask == "small":
+        model.masks = small_weights_mask(model.tensors, density)
+    return model, tokenizer
+
+
+def _tuned_model(config: Config, plan: ProbePlan) -> tuple[CausalModel, Any]:
     import torch
 
     torch.set_num_threads(plan.threads)
@@ -261,6 +272,7 @@ def faults(config: Config) -> Faults:
 
 def ledger_header(config: Config, model: CausalModel) -> dict[str, Any]:
     """What the ledger of a run is bound to: enough to replay it, and to refuse another's."""
+    density = config.method.density
     lora = config.lora.model_dump() if config.model.tune == "lora" else None
     return {
         # 3: contributions may be of some blocks; entries may hold increments of candidate seeds.
@@ -271,6 +283,7 @@ def ledger_header(config: Config, model: CausalModel) -> dict[str, Any]:
         "run_seed": config.run.seed,
         "method": config.method.name,
         "candidates": config.method.pool,
+        "mask": None if config.method.mask == "none" else [config.method.mask, density],
         "layout": model.layout.fingerprint,
         "base": model.base_fingerprint,
         "lora": lora,

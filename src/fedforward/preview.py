@@ -72,7 +72,7 @@ class Preview:
     def predicted(self, client: int) -> int:
         """Predicted bytes of a client's step with the blocks that it was given."""
         memory, shape = self.resources.memory, self.resources.shapes[client]
-        return memory.peak(self.matrix[client], *shape)
+        return int(memory.peak(self.matrix[client], *shape))
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for `--json`."""

@@ -87,6 +87,7 @@ class CausalModel(ABC):
         layout: their place in the tunable space.
         plan: how probes are grouped.
         base_fingerprint: of all weights as loaded, hexadecimal; parties must agree on it.
+        masks: bool, by tensor, which coordinates may move at all; empty is all of them.
         changed_share: of the tuned weights, how many the last update changed; None in float32,
             where it says nothing.
     """
@@ -113,6 +114,7 @@ class CausalModel(ABC):
         self.head = Head(network)
         self.prefix = Prefix(network, self.layout.blocks)
         self._base: dict[str, torch.Tensor] = {}
+        self.masks: dict[str, torch.Tensor] = {}
 
     def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
         """Measure probes on their `TokenBatch`es, some of them in each forward pass.
@@ -258,12 +260,16 @@ class CausalModel(ABC):
         changed = 0
         places = zip(self.layout.names, self.layout.first_tiles, self.layout.owners, strict=True)
         for name, first_tile, owner in places:
+            tensor = self.tensors[name]
+            resting = tensor.clone() if self.masks else tensor
             changed += commit(
-                self.tensors[name],
+                tensor,
                 [update.block(owner) for update in updates],
                 first_tile=first_tile,
                 distribution=self.distribution,
             )
+            if self.masks:
+                tensor.copy_(torch.where(self.masks[name], tensor, resting))
         if updates and any(t.dtype is not torch.float32 for t in self.tensors.values()):
             self.changed_share = changed / self.layout.parameters
 

@@ -50,12 +50,14 @@ class Displacement:
         shape: tuple[int, int],
         sources: dict[str, torch.Tensor],
         reached: set[str],
+        masks: dict[str, torch.Tensor],
     ) -> None:
         """A forward pass at θ + shared + own[g] for group g.
 
         Args:
             shape: rows of all groups, and tokens in a row.
             sources: what is displaced in place of a tensor of that name (a float32 copy of it).
+            masks: which coordinates of a tensor move; none is all.
         """
         self.shared, self.own = shared, tuple(own)
         self.distribution = distribution
@@ -63,6 +65,7 @@ class Displacement:
         self.rows = {shape[0], shape[0] * shape[1]}
         self.sources = sources
         self.reached = reached
+        self.masks = masks
         self._by_block: dict[int, tuple[Steps, list[Steps]]] = {}
         self._scratch: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
@@ -116,6 +119,14 @@ class Displacement:
             out=out,
             starts=starts,
         )
+        if weight.path in self.masks:
+            pieces = np.zeros(1, np.int64) if starts is None else starts
+            width = out.shape[1] // len(pieces)
+            for piece, start in enumerate(pieces.tolist()):
+                there = slice(start, start + width)
+                moved = out[:, piece * width : (piece + 1) * width]
+                mask = self.masks[weight.path].view(-1)[there]
+                moved.copy_(torch.where(mask, moved, weight.plain.view(-1)[there]))
 
     def parts(self, value: Any) -> tuple[list[Any], bool]:
         """An argument as each group has it, and whether it holds the groups' rows in turn."""

@@ -102,7 +102,9 @@ class FullModel(CausalModel):
         elif len(trajectory) and self.plan.trajectory == "copy":
             self._carry(trajectory)
             shared, sources = NO_STEPS, self._copy
-        displacement = Displacement(shared, own, self.distribution, shape, sources, self._reached)
+        displacement = Displacement(
+            shared, own, self.distribution, shape, sources, self._reached, self.masks
+        )
         moving = [place for place in self._places if displacement.moves(place[-1])]
         self._moved |= {weight.path for *_, weight in moving}
         try:

@@ -125,6 +125,7 @@ class LoraModel(CausalModel):
         self._run_seed = run_seed
         self._rows: tuple[int, int] = (0, 0)
         self._probing = False
+        self._flat_mask: torch.Tensor | None = None
         self._carried: list[tuple[Steps, torch.Tensor]] = []
         self._wanted: set[int] = set()
         self._filled: list[Steps] = []
@@ -216,10 +217,21 @@ class LoraModel(CausalModel):
                     distribution=self.distribution,
                     out=bank[same],
                 )
+        for (_, begin, end), bank in banks.items() if self.masks else ():
+            still = self.flat[TILE * begin : TILE * end]
+            torch.where(self._mask_flat()[TILE * begin : TILE * end], bank, still, out=bank)
         views = _views(self.layout, [(begin, bank) for (_, begin, _), bank in banks.items()])
         self._bank = {id(self.tensors[name]): view for name, view in views.items()}
         # The parts of a batch come one after another with the same probes.
         self._filled, self._last_bank = wanted, self._bank
+
+    def _mask_flat(self) -> torch.Tensor:
+        """The masks in the flat storage's order, bool [tiles * 2048]; padding rests."""
+        if self._flat_mask is None:
+            self._flat_mask = torch.zeros(len(self.flat), dtype=torch.bool, device=self.device)
+            for name, view in _views(self.layout, [(0, self._flat_mask)]).items():
+                view.copy_(self.masks[name])
+        return self._flat_mask
 
     def _segments(self, steps: Sequence[Steps]) -> Sequence[tuple[int, int, int]]:
         """The stretches of the flat storage in which all of these steps have equal coefficients."""

@@ -6,23 +6,21 @@ From a configuration, a model and the clients' examples to the problem that `act
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fedforward.config import Config
+from fedforward.errors import FedForwardError
 from fedforward.estimators import TwoPoint
 from fedforward.models.causal_lm import CausalModel, TokenBatch
 from fedforward.planning.activation import UNLIMITED, Problem
 from fedforward.planning.allocation import Allocator
+from fedforward.planning.memory_model import MemoryModel, calibrate
 from fedforward.seeds import derive
 from fedforward.steps import NO_STEPS, Steps
 from fedforward.units import parse_bytes
-
-if TYPE_CHECKING:
-    from fedforward.planning.memory_model import MemoryModel
 
 #: Directions of a sensitivity measurement, on a batch each.
 SENSITIVITY_PASSES = 8
@@ -39,7 +37,7 @@ class Resources:
         weights: float64 [B], how much blocks matter, sum 1.
     """
 
-    memory: "MemoryModel"
+    memory: MemoryModel
     shapes: tuple[tuple[int, int], ...]
     budgets: NDArray[np.int64]
     weights: NDArray[np.float64]
@@ -51,10 +49,14 @@ def survey(config: Config, model: CausalModel, longest: Sequence[TokenBatch]) ->
     Args:
         longest: each client's batch of its longest examples, in the order of the clients.
     """
-    from fedforward.planning.memory_model import calibrate
-
     shapes = tuple((len(batch.tokens), batch.tokens.shape[1]) for batch in longest)
-    memory = calibrate(model, sorted(set(shapes)), config.method.probes_per_step)
+    memory = calibrate(
+        model,
+        sorted(set(shapes)),
+        config.method.probes_per_step,
+        carries=config.method.local_steps > 1,
+        from_base=bool(config.method.pool),
+    )
     sizes = np.array(model.layout.block_sizes, dtype=np.float64)
     weights = sizes / sizes.sum()
     if config.planning.weights == "sensitivity":
@@ -126,6 +128,12 @@ def allocator(
     shares = np.array(examples, np.float64) if config.federation.weights == "examples" else None
     if resources is None:
         assert planning.active is not None
+        if sum(planning.active) < blocks or max(planning.active) > blocks:
+            raise FedForwardError(
+                f"planning.active = {planning.active} does not fit this model: its "
+                f"{blocks} blocks ({', '.join(layout.blocks)}) must each be active on some client, "
+                f"and no client can have more than {blocks}."
+            )
         fixed, costs = np.zeros(clients, np.int64), np.ones((clients, blocks), np.int64)
         budgets, weights = np.array(planning.active, dtype=np.int64), sizes
     else:

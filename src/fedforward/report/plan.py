@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -19,19 +20,23 @@ MOST_CLIENTS, MOST_COLUMNS, MOST_BLOCKS = 40, 9, 96
 
 def render(plan: Preview) -> Iterator[RenderableType]:
     """Everything that is worth a look, in order."""
+    yield Text("predicted peak memory of a step, by active blocks (the last blocks first)")
     yield memory_table(plan)
-    yield Text("")
+    if len(plan.examples) > MOST_CLIENTS:
+        yield Text(f"… and {len(plan.examples) - MOST_CLIENTS} clients more (--json has them all)")
+    yield Text("\nwho perturbs which block")
     yield grid(plan)
+    yield _coverage(plan)
     if plan.activation is not None:
         yield Text("")
-        yield from _certificates(plan.activation)
+        yield from _certificates(plan.activation, plan.config.planning.active is not None)
     if plan.front:
-        yield Text("")
+        yield Text("\nconvergence against memory")
         yield front_table(plan.front)
-    yield Text("")
     yield Text(
-        f"bytes a round and client: {quantity(plan.up)} up, {quantity(plan.down)} down (the tuned "
-        f"tensors are {quantity(4 * plan.parameters)} in float32); every tenth round 16 B more up"
+        f"\nbytes a round and client: {quantity(plan.up)} up, {quantity(plan.down)} down, every "
+        "tenth round 16 B more up; "
+        f"the tuned tensors are {quantity(4 * plan.parameters)} in float32"
     )
 
 
@@ -43,12 +48,7 @@ def _columns(blocks: int) -> list[int]:
 def memory_table(plan: Preview) -> Table:
     """Budget and predicted peak of every client, by how many blocks are active."""
     shown = _columns(len(plan.blocks))
-    table = Table(
-        title=Text("predicted peak memory of a step, by active blocks (the last blocks first)"),
-        title_justify="left",
-        box=None,
-        padding=(0, 1, 0, 0),
-    )
+    table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("client", justify="right")
     table.add_column("examples", justify="right")
     table.add_column("budget", justify="right")
@@ -65,8 +65,6 @@ def memory_table(plan: Preview) -> Table:
             *(_within(peaks[count], budget) for count in shown),
             f"{int(plan.matrix[client].sum())}: {format_bytes(plan.predicted(client))}",
         )
-    if len(plan.examples) > MOST_CLIENTS:
-        table.caption = f"… and {len(plan.examples) - MOST_CLIENTS} more (--json has them all)"
     return table
 
 
@@ -76,26 +74,30 @@ def _within(peak: int, budget: int) -> Text:
 
 def grid(plan: Preview) -> Table:
     """Who perturbs which block, a mark each."""
-    table = Table(
-        title=Text("who perturbs which block"), title_justify="left", box=None, padding=(0, 1, 0, 0)
-    )
+    table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("client", justify="right")
     table.add_column("".join(_initial(name) for name in plan.blocks[:MOST_BLOCKS]))
     for client, row in list(enumerate(plan.matrix[:, :MOST_BLOCKS]))[:MOST_CLIENTS]:
         table.add_row(str(client), "".join("█" if on else "·" for on in row))
-    shares = np.array(plan.examples, np.float64) / sum(plan.examples)
-    if plan.activation is not None:
-        shares = plan.activation.shares
-    coverage = shares @ plan.matrix
-    marks = "".join(" ▁▂▃▄▅▆▇█"[int(np.ceil(8 * share - 1e-9))] for share in coverage)
+    marks = "".join(" ▁▂▃▄▅▆▇█"[int(np.ceil(8 * share - 1e-9))] for share in _shares(plan))
     table.add_row("all", marks[:MOST_BLOCKS])
-    least = int(coverage.argmin())
-    table.caption = Text(
-        f"coverage: {coverage.min():.2f} of the clients (by weight) at least, block "
-        f"{plan.blocks[least]}; {coverage.max():.2f} at most"
-    )
-    table.caption_justify = "left"
     return table
+
+
+def _shares(plan: Preview) -> NDArray[np.float64]:
+    """The share of the clients, by their weight in the average, that perturbs each block."""
+    if plan.activation is not None:
+        return plan.activation.coverage
+    return np.ones(len(plan.blocks))
+
+
+def _coverage(plan: Preview) -> Text:
+    coverage = _shares(plan)
+    least, most = (plan.blocks[int(place)] for place in (coverage.argmin(), coverage.argmax()))
+    return Text(
+        f"coverage, as a share of the average: from {coverage.min():.2f} (block {least}) to "
+        f"{coverage.max():.2f} (block {most})"
+    )
 
 
 def _initial(name: str) -> str:
@@ -103,13 +105,15 @@ def _initial(name: str) -> str:
     return name[-1] if name.isdigit() else name[0]
 
 
-def _certificates(plan: Activation) -> Iterator[Text]:
+def _certificates(plan: Activation, counted: bool) -> Iterator[Text]:
     proven = "proven least" if plan.gap <= 1e-9 else f"within {100 * plan.gap:.2g} % of the least"
     yield Text(
         f"convergence surrogate: {plan.surrogate:.4f} (least {plan.best_surrogate:.4f}, {proven}; "
         f"epsilon {plan.epsilon:g})"
     )
     proven = "proven least" if plan.memory_gap <= 1e-9 else f"gap {100 * plan.memory_gap:.2g} %"
+    if counted:
+        return
     yield Text(
         f"{plan.objective} memory: {quantity(plan.used)} ({proven}), planned in "
         f"{plan.seconds:.2f} s"
