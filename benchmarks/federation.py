@@ -173,8 +173,7 @@ def join(clients: int, steps: int) -> dict[str, Any]:
             side.close_round()
             found[name] = {
                 "seconds": time.perf_counter() - began,
-                "more_bytes": 1024
-                * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before),
+                "more_bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before),
                 "torch": "torch" in sys.modules,
                 "process_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
             }

@@ -8,6 +8,7 @@ import hashlib
 import struct
 
 import numpy as np
+from numpy.typing import NDArray
 
 #: Stands for "no particular client" where a seed is shared by all.
 SHARED = 0xFFFFFFFF
@@ -22,6 +23,19 @@ def derive(run_seed: int, purpose: str, *where: int) -> int:
     packed = struct.pack(f"<{1 + len(where)}Q", run_seed, *where)
     digest = hashlib.blake2b(packed, digest_size=8, person=purpose.encode()).digest()
     return int.from_bytes(digest, "little")
+
+
+def draws(run_seed: int, purpose: str, count: int, *where: int) -> NDArray[np.uint64]:
+    """So many 64-bit numbers for `purpose` at `where`, uint64 [count]; parties agree on them.
+
+    BLAKE2b-512 in place of the 64-bit hash of `derive`, eight numbers from each block, with the
+    block's number as the last coordinate.
+    """
+    blocks = []
+    for block in range(-(-count // 8)):
+        packed = struct.pack(f"<{2 + len(where)}Q", run_seed, *where, block)
+        blocks.append(hashlib.blake2b(packed, digest_size=64, person=purpose.encode()).digest())
+    return np.frombuffer(b"".join(blocks), "<u8")[:count].astype(np.uint64)
 
 
 def generator(run_seed: int, purpose: str, *where: int) -> np.random.Generator:

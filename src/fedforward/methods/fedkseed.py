@@ -29,7 +29,7 @@ from fedforward.messages import (
     Report,
 )
 from fedforward.methods import Method, NoTracker, Returned, Tracker
-from fedforward.seeds import candidate_seed, derive, dither_seed
+from fedforward.seeds import candidate_seed, dither_seed, draws
 from fedforward.steps import Steps, Update
 
 #: Odds of the least likely candidate; the most likely has e times as much.
@@ -63,15 +63,12 @@ class FedKSeed(Method):
 
     def places(self, round_number: int, client: int, odds: NDArray[np.uint16]) -> NDArray[np.int64]:
         """Which candidates a client draws in a round, int64 [H * n]; integer arithmetic alone."""
-        draws = [
-            derive(self.run_seed, "draw", round_number, client, place)
-            for place in range(self.local_steps * self.directions)
-        ]
+        count = self.local_steps * self.directions
+        drawn = draws(self.run_seed, "draw", count, round_number, client)
         if not len(odds):
-            return np.array([draw % self.pool for draw in draws], dtype=np.int64)
-        ends = np.cumsum(odds.astype(np.int64))
-        drawn = np.array([draw % int(ends[-1]) for draw in draws], dtype=np.int64)
-        return np.searchsorted(ends, drawn, side="right").astype(np.int64)
+            return (drawn % np.uint64(self.pool)).astype(np.int64)
+        ends = np.cumsum(odds.astype(np.uint64))
+        return np.searchsorted(ends, drawn % ends[-1], side="right").astype(np.int64)
 
     def seeds(self, round_number: int, client: int, odds: NDArray[np.uint16]) -> NDArray[np.uint64]:
         """The seeds of the candidates that were drawn.
