@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fedforward.errors import FedForwardError
-from fedforward.models.causal_lm import CausalModel, ProbePlan, TokenBatch
+from fedforward.models.causal_lm import Batch, CausalModel, ProbePlan
 from fedforward.planning.memory import peak_bytes
 from fedforward.steps import Probe, Steps
 from fedforward.units import format_bytes
@@ -46,9 +46,7 @@ def resolve(
     )
 
 
-def step_probes(
-    batches: Sequence[TokenBatch], count: int, directions: int, mu: float
-) -> list[Probe]:
+def step_probes(batches: Sequence[Batch], count: int, directions: int, mu: float) -> list[Probe]:
     """`count` probes as a step in the middle of a round has them, client after client."""
     # Every client carries a sum of its own.
     trajectories = [Steps.of([1], [0.0]) for _ in range(-(-count // (2 * directions)))]
@@ -63,7 +61,7 @@ def step_probes(
 
 
 def fit(
-    model: CausalModel, batches: Sequence[TokenBatch], budget: int, most: int, directions: int
+    model: CausalModel, batches: Sequence[Batch], budget: int, most: int, directions: int
 ) -> ProbePlan:
     """The model's plan with as many probes in a forward pass as a memory budget allows.
 
