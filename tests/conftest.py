@@ -90,7 +90,7 @@ def configure(rows: Path) -> Callable[..., Any]:
         }
         for key, value in changes.items():
             section, _, name = key.partition("__")
-            content[section][name] = value
+            content.setdefault(section, {})[name] = value
         return config.validate(content)
 
     return make

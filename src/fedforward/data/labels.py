@@ -31,7 +31,7 @@ def tokenise(
     """Prompts with each possible answer; the words take the place of the answer's field.
 
     No end-of-sequence token follows, so that the loss is that of the word, as in MeZO. A row is
-    dropped if its longest choice does not fit the sequence length.
+    dropped if its prompt is empty, or its longest choice does not fit the sequence length.
 
     Args:
         words: by the field's values as text, in the order of the choices.
@@ -42,7 +42,7 @@ def tokenise(
     (field,) = set(fields(answer, "data.answer"))
     answers = [fill(answer, {field: word}) for word in words.values()]
     options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
-    endings = [tokenizer(text, **options)["input_ids"] for text in answers]
+    endings = tokenizer(answers, **options)["input_ids"]
     _check_endings(words, endings)
     if not rows:
         return Tokenised([], [], 0, 0)
@@ -60,13 +60,11 @@ def tokenise(
                 f"has words for {', '.join(map(repr, words))}."
             )
         before = begin + before
-        if len(before) > room:
+        if not 0 < len(before) <= room:
             continue
         choices = tuple(np.array(before + ending, np.int64) for ending in endings)
         right = places[value]
-        examples.append(
-            Example(choices[right], max(1, len(before)), answers[right], choices, right)
-        )
+        examples.append(Example(choices[right], len(before), answers[right], choices, right))
         kept.append(index)
     return Tokenised(examples, kept, 0, len(rows) - len(kept))
 

@@ -22,8 +22,10 @@ Score = Callable[[Sequence[str], Sequence[str]], list[float]]
 class ChoiceBatch:
     """Examples with several possible answers, a row for each; the most likely one is chosen.
 
-    Most likely is the least mean loss per token of an answer, as MeZO has it (Malladi et al.,
-    2023): the log-likelihood of a label word, divided by its number of tokens.
+    That is the answer of the greatest log-likelihood, summed over its tokens, which is what
+    training on right answers makes greater. MeZO (Malladi et al., 2023) divides it by the number
+    of tokens. Where words have as many the choice is the same; where they have not, a trained model
+    would favour the longer word, whose later tokens are certain once it has begun.
 
     Attributes:
         rows: the answers of one example after another; only their tokens count.
@@ -48,9 +50,9 @@ class ChoiceBatch:
         return [p.batch._judge(losses) for p, losses in zip(probes, measured, strict=True)]
 
     def _judge(self, losses: Evaluation) -> Evaluation:
-        means = (losses.sums / losses.counts).reshape(len(self.right), -1)
-        wrong = (means.argmin(axis=1) != self.right).astype(np.float64)
-        wrong[~np.isfinite(means).all(axis=1)] = np.nan
+        sums = losses.sums.reshape(len(self.right), -1)
+        wrong = (sums.argmin(axis=1) != self.right).astype(np.float64)
+        wrong[~np.isfinite(sums).all(axis=1)] = np.nan
         return Evaluation(wrong, np.ones(len(wrong), np.int64))
 
 
