@@ -64,6 +64,30 @@ def refusal(whole: dict[str, Any]) -> str:
         ({"run__seed": -1}, ["run.seed = -1", "at least 0"]),
         ({"run__seed": 2**63}, ["run.seed", "below 9223372036854775808"]),
         ({"federation__partition": "by"}, ["federation.partition = 'by'", "federation.field"]),
+        ({"method__objective": "rougel"}, ["method.objective: 'rougel'", "Did you mean 'rougeL'?"]),
+        ({"method__objective": "a.b:"}, ["'a.b:' is not known", "'package.module:function'"]),
+        ({"method__objective": 3}, ["method.objective = 3", "text in quotes"]),
+        (
+            {"method__objective": "f1", "method__name": "fedavg"},
+            ["objective = 'f1' has no gradient", "name = 'fedmezo' or objective = 'loss'"],
+        ),
+        (
+            {"method__objective": "accuracy"},
+            ["method.objective = 'accuracy' needs data.label_words", "'exact-match', 'f1'"],
+        ),
+        (
+            {"evaluation__metrics": ["f1", "accuracy"]},
+            ["evaluation.metrics with 'accuracy' needs data.label_words"],
+        ),
+        ({"evaluation__metrics": "f1"}, ["evaluation.metrics = 'f1'", "a list of texts"]),
+        ({"evaluation__metrics": ["bleu"]}, ["evaluation.metrics: 'bleu' is not known"]),
+        ({"evaluation__metrics": ["f1", "f1"]}, ["'f1' is there twice"]),
+        ({"evaluation__limit": 0}, ["evaluation.limit = 0", "at least 1"]),
+        ({"data__answer_tokens": 0}, ["data.answer_tokens = 0", "at least 1"]),
+        ({"data__label_words": " yes"}, ["data.label_words = ' yes'", "a table of texts such as"]),
+        ({"data__label_words": {"0": 1, "1": "b"}}, ["data.label_words = 1", "a table of texts"]),
+        ({"data__label_words": {"0": " no"}}, ["data.label_words: {'0': ' no'}", "two or more"]),
+        ({"data__label_words": {"0": "a", "1": "a"}}, ["two or more different words"]),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], words: list[str]) -> None:
@@ -97,6 +121,7 @@ def test_every_problem_gets_one_line() -> None:
         ("a.b=x=y=z", "x=y=z"),
         ("a.b={q} = {a}", "{q} = {a}"),
         ('a.b=["q_proj", "v_proj"]', ["q_proj", "v_proj"]),
+        ('a.b={ 0 = " no", "not 1" = " yes" }', {"0": " no", "not 1": " yes"}),
         ("a.b=", ""),
         ("a.b=1\nc=2", "1\nc=2"),
         ("a.b=" + "9" * 5000, "9" * 5000),
@@ -140,6 +165,10 @@ def test_a_section_that_is_a_value_takes_no_override(tmp_path: Path) -> None:
         config.load(path, ["model.path=m"])
 
 
+def _all_differ(words: dict[str, str]) -> bool:
+    return len(set(words.values())) == len(words)
+
+
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 
 
@@ -150,15 +179,22 @@ texts = st.text(st.characters(exclude_categories=["Cs"]))
     rate=st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False),
     seed=st.integers(0, 2**63 - 1),
     limit=st.none() | st.integers(1),
+    words=st.none() | st.dictionaries(texts, texts, min_size=2).filter(_all_differ),
 )
 def test_toml_keeps_every_value(
-    path: str, prompt: str, targets: Any, rate: float, seed: int, limit: int | None
+    path: str,
+    prompt: str,
+    targets: Any,
+    rate: float,
+    seed: int,
+    limit: int | None,
+    words: dict[str, str] | None,
 ) -> None:
     given_ = config.validate(
         {
             "model": {"path": path},
             "lora": {"targets": targets},
-            "data": {"source": "d", "prompt": prompt, "limit": limit},
+            "data": {"source": "d", "prompt": prompt, "limit": limit, "label_words": words},
             "method": {"learning_rate": rate, "mu": 1e-3},
             "run": {"seed": seed},
         }

@@ -259,7 +259,7 @@ def test_examples_of_a_batch_have_similar_lengths(epoch: int) -> None:
 
 def test_evaluation_batches_hold_every_example_once() -> None:
     examples = [Example(np.full(length, length, np.int64), 1) for length in (5, 2, 9, 3, 2)]
-    batches = by_length(examples, 2)
+    batches = [collate(group) for group in by_length(examples, 2)]
     assert [batch.tokens.shape for batch in batches] == [(2, 2), (2, 5), (1, 9)]
     assert (batches[1].labels[0] != IGNORED).sum() == 2
 

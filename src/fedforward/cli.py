@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.text import Text
 
 from fedforward.errors import FedForwardError
+from fedforward.report.table import figure
 
 # PyTorch's threads spin for long before they sleep; on a busy machine that takes the cores from
 # those that work. It must be said before PyTorch is loaded (docs/architecture.md, "Threads").
@@ -96,6 +97,8 @@ class Display:
         """A round is done; `line` is its metrics line."""
         if "heldout_loss" in line:
             self.heldout = f"  held-out {line['heldout_loss']:.3f}"
+            for name, value in line.get("metrics", {}).items():
+                self.heldout += f"  {name} {figure(name, value)}" if name != "loss" else ""
         training = line["training_loss"]
         losses = f"training {training:.3f}" if training is not None else "training not finite"
         text = f"round {done}/{total}  {losses}{self.heldout}"

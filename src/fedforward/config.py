@@ -6,12 +6,20 @@ unknown key the nearest legal one. This module imports neither PyTorch nor trans
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fedforward.errors import FedForwardError
 from fedforward.units import parse_bytes
@@ -22,6 +30,9 @@ Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 #: What a report or a ledger entry counts in 16 bits: clients, and the steps of a round.
 MOST_COUNTED = 65535
+#: What `method.objective` takes beside a user's function, and `evaluation.metrics` beside those.
+OBJECTIVES = ("loss", "accuracy", "exact-match", "f1", "rougeL")
+METRICS = ("loss", "perplexity", "accuracy", "exact-match", "f1", "rougeL")
 
 
 class _Section(BaseModel):
@@ -105,14 +116,58 @@ class DataSection(_Section):
         description="template; {name} stands for a field",
     )
     answer: str = Field("{output}", description="template; only its tokens count in the loss")
+    label_words: dict[str, str] | None = Field(
+        None,
+        description="words for the values of the answer's field, all of them possible answers: "
+        '{ 0 = " terrible", 1 = " great" }',
+    )
+    answer_tokens: Count = Field(48, description="most tokens of a generated answer")
     heldout: Annotated[float, Field(gt=0.0)] = Field(
-        0.01, description="share of the examples (below 1) or their number, kept for evaluation"
+        0.01,
+        description="share of the examples (below 1) or their number, kept for evaluation; none "
+        "are with evaluation.source",
     )
     sequence_length: Count = Field(512, description="most tokens of an example")
     limit: Count | None = Field(None, description="use only so many examples of the source")
     example: str | None = Field(
         None, description="prompt to answer before and after; default the first held-out one"
     )
+
+    @field_validator("label_words")
+    @classmethod
+    def _words_can_be_told_apart(cls, words: dict[str, str] | None) -> dict[str, str] | None:
+        if words is not None and (len(words) < 2 or len(set(words.values())) < len(words)):
+            raise ValueError(
+                f"{words!r} is not allowed: it must be two or more different words by the values "
+                'that they stand for, as in { 0 = " terrible", 1 = " great" }'
+            )
+        return words
+
+
+class EvaluationSection(_Section):
+    """[evaluation]"""
+
+    metrics: list[str] = Field(
+        [],
+        description="measured beside the held-out loss: "
+        + ", ".join(METRICS)
+        + ", or package.module:function",
+    )
+    source: str | None = Field(
+        None, description="file or hub data set to evaluate on; default examples kept by heldout"
+    )
+    subset: str | None = Field(None, description="configuration name of a hub data set")
+    split: str = Field("test", description="split of a hub data set")
+    limit: Count | None = Field(None, description="evaluate on only so many examples")
+
+    @field_validator("metrics")
+    @classmethod
+    def _metrics_are_known(cls, metrics: list[str]) -> list[str]:
+        for place, metric in enumerate(metrics):
+            _check_name(metric, METRICS)
+            if metric in metrics[:place]:
+                raise ValueError(f"{metric!r} is there twice; leave one of them out")
+        return metrics
 
 
 class FederationSection(_Section):
@@ -186,6 +241,27 @@ class MethodSection(_Section):
     )
     batch_size: Count = Field(1, description="examples per step")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="of fedavg's clients")
+    objective: str = Field(
+        "loss",
+        description="what is optimised: "
+        + ", ".join(OBJECTIVES)
+        + ", or package.module:function of predictions and references",
+    )
+
+    @field_validator("objective")
+    @classmethod
+    def _objective_is_known(cls, objective: str) -> str:
+        _check_name(objective, OBJECTIVES)
+        return objective
+
+    @model_validator(mode="after")
+    def _objective_has_a_gradient(self) -> "MethodSection":
+        if self.name == "fedavg" and self.objective != "loss":
+            raise ValueError(
+                f"objective = {self.objective!r} has no gradient, and name = 'fedavg' trains by "
+                "backpropagation; use name = 'fedmezo' or objective = 'loss'"
+            )
+        return self
 
     @property
     def alpha(self) -> float:
@@ -378,6 +454,7 @@ class Config(_Section):
     model: ModelSection
     lora: LoraSection = LoraSection()
     data: DataSection
+    evaluation: EvaluationSection = EvaluationSection()
     federation: FederationSection = FederationSection()
     method: MethodSection = MethodSection()
     server: ServerSection = ServerSection()
@@ -402,6 +479,20 @@ class Config(_Section):
                 f"run.memory_budget = {self.run.memory_budget!r} says how many probes share a "
                 "forward pass, and method.name = 'fedavg' has none; leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _accuracy_has_its_choices(self) -> "Config":
+        for key, wanted in (
+            ("method.objective = 'accuracy'", self.method.objective == "accuracy"),
+            ("evaluation.metrics with 'accuracy'", "accuracy" in self.evaluation.metrics),
+        ):
+            if wanted and self.data.label_words is None:
+                raise ValueError(
+                    f"{key} needs data.label_words, the possible answers, as in "
+                    'data.label_words = { 0 = " terrible", 1 = " great" }; for free answers there '
+                    "are 'exact-match', 'f1' and 'rougeL'"
+                )
         return self
 
     @model_validator(mode="after")
@@ -494,6 +585,7 @@ SECTIONS: dict[str, type[_Section]] = {
     "model": ModelSection,
     "lora": LoraSection,
     "data": DataSection,
+    "evaluation": EvaluationSection,
     "federation": FederationSection,
     "method": MethodSection,
     "server": ServerSection,
@@ -501,6 +593,17 @@ SECTIONS: dict[str, type[_Section]] = {
     "simulation": SimulationSection,
     "run": RunSection,
 }
+
+
+def _check_name(name: str, known: Sequence[str]) -> None:
+    """Refuse what is neither a known name nor the form of a user's function."""
+    if name in known or re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
+        return
+    near = difflib.get_close_matches(name, known, n=1)
+    raise ValueError(
+        f"{name!r} is not known.{f' Did you mean {near[0]!r}?' if near else ''} Allowed are "
+        f"{', '.join(map(repr, known))}, or a function of your own as 'package.module:function'"
+    )
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -601,6 +704,8 @@ def _allowed(location: Sequence[str]) -> str:
     noun = "a whole number" if "int" in types and "float" not in types else "a number"
     if "str" in types:
         noun = "text or a list of texts" if "list" in types else "text in quotes"
+        noun = "a list of texts" if types == "list[str]" else noun
+        noun = "a table of texts such as { 0 = ' no', 1 = ' yes' }" if "dict" in types else noun
         noun = "text or a list of whole numbers" if "list[int]" in types else noun
     elif "list[int]" in types:
         noun = "a list of whole numbers"
@@ -636,6 +741,9 @@ def _toml_value(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        items = (f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items())
+        return "{ " + ", ".join(items) + " }" if value else "{}"
     if isinstance(value, str):
         # TOML's basic strings take JSON's escapes, once the delete character is escaped too.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fedforward.config import Config, SimulationSection
-from fedforward.data import sources, templates
-from fedforward.data.batches import Batches, by_length, collate
+from fedforward.data import labels, sources, templates
+from fedforward.data.batches import Batches, Collate, collate, collate_prompts
 from fedforward.data.partition import partition
 from fedforward.data.templates import Example
 from fedforward.directions import VERSION, Distribution
@@ -27,11 +29,13 @@ from fedforward.methods.decomfl import DeComFL
 from fedforward.methods.fedkseed import FedKSeed
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.methods.zorba import ZorBA
-from fedforward.models.causal_lm import CausalModel, ProbePlan, TokenBatch
+from fedforward.models.causal_lm import Batch, CausalModel, ProbePlan
 from fedforward.models.full import FullModel
 from fedforward.models.loading import load, longest_sequence
 from fedforward.models.lora import LoraModel
 from fedforward.models.masks import random_mask, small_weights_mask
+from fedforward.models.scored import texts
+from fedforward.objectives import batches_of, needs_answers
 from fedforward.planning import probes
 from fedforward.runtimes.faults import Faults
 from fedforward.seeds import derive, generator
@@ -72,9 +76,10 @@ def read_corpus(config: Config, tokenizer: Any, positions: int | None) -> Corpus
             f"data.sequence_length = {data.sequence_length} is longer than the {positions} "
             f"positions that this model takes. Use at most {positions}."
         )
+    if data.label_words:
+        labels.check_template(data.answer)
     table = sources.read(data.source, split=data.split, subset=data.subset, key="data.source")
-    templates.check_fields(data.prompt, table.column_names, "data.prompt")
-    templates.check_fields(data.answer, table.column_names, "data.answer")
+    _check_templates(config, table, "")
     field = config.federation.field if config.federation.partition != "iid" else None
     if field is not None and field not in table.column_names:
         raise FedForwardError(
@@ -83,14 +88,13 @@ def read_corpus(config: Config, tokenizer: Any, positions: int | None) -> Corpus
         )
     order = generator(config.run.seed, "heldout").permutation(len(table)).tolist()
     rows = [table[index] for index in order[: data.limit]]
-    kept = _heldout_count(data.heldout, len(rows))
-    options: dict[str, Any] = {
-        "prompt": data.prompt,
-        "answer": data.answer,
-        "sequence_length": data.sequence_length,
-    }
-    heldout = templates.tokenise(rows[:kept], tokenizer, **options)
-    train = templates.tokenise(rows[kept:], tokenizer, **options)
+    if config.evaluation.source is None:
+        kept = _heldout_count(data.heldout, len(rows))
+        heldout_rows, rows = rows[:kept][: config.evaluation.limit], rows[kept:]
+    else:
+        heldout_rows = _evaluation_rows(config)
+    heldout = _tokenise(config, heldout_rows, tokenizer)
+    train = _tokenise(config, rows, tokenizer)
     if not heldout.examples or not train.examples:
         raise FedForwardError(
             f"data.sequence_length = {data.sequence_length} leaves no "
@@ -98,15 +102,16 @@ def read_corpus(config: Config, tokenizer: Any, positions: int | None) -> Corpus
             "or every answer is empty. Raise it, or look at data.prompt and data.answer."
         )
     parts = partition(
-        [rows[kept + row][field] if field else 0 for row in train.rows],
+        [rows[row][field] if field else 0 for row in train.rows],
         config.federation.clients,
         kind=config.federation.partition,
         field=field,
         alpha=config.federation.alpha,
         seed=derive(config.run.seed, "partition"),
     )
-    shown = rows[heldout.rows[0]]
-    example = (templates.fill(data.prompt, shown), templates.fill(data.answer, shown))
+    _check_room_for_answers(config, [*heldout.examples, *train.examples], positions)
+    shown = templates.fill(data.prompt, heldout_rows[heldout.rows[0]])
+    example = (shown, heldout.examples[0].reference)
     return Corpus(
         clients=[[train.examples[index] for index in part] for part in parts],
         heldout=heldout.examples,
@@ -114,6 +119,53 @@ def read_corpus(config: Config, tokenizer: Any, positions: int | None) -> Corpus
         cut=heldout.cut + train.cut,
         dropped=heldout.dropped + train.dropped,
     )
+
+
+def _check_templates(config: Config, table: Any, where: str) -> None:
+    """Refuse templates that name fields which a data set does not have."""
+    for key, template in (("prompt", config.data.prompt), ("answer", config.data.answer)):
+        templates.check_fields(template, table.column_names, f"data.{key}{where}")
+
+
+def _evaluation_rows(config: Config) -> list[dict[str, Any]]:
+    """The examples of `evaluation.source`, in an order of the run's seed."""
+    wish = config.evaluation
+    assert wish.source is not None
+    table = sources.read(wish.source, split=wish.split, subset=wish.subset, key="evaluation.source")
+    _check_templates(config, table, f" (with evaluation.source = {wish.source!r})")
+    order = generator(config.run.seed, "evaluation").permutation(len(table)).tolist()
+    return [table[index] for index in order[: wish.limit]]
+
+
+def _tokenise(
+    config: Config, rows: Sequence[dict[str, Any]], tokenizer: Any
+) -> templates.Tokenised:
+    data = config.data
+    options: dict[str, Any] = {
+        "prompt": data.prompt,
+        "answer": data.answer,
+        "sequence_length": data.sequence_length,
+    }
+    if data.label_words:
+        return labels.tokenise(rows, tokenizer, words=data.label_words, **options)
+    return templates.tokenise(rows, tokenizer, **options)
+
+
+def _check_room_for_answers(
+    config: Config, examples: Sequence[Example], positions: int | None
+) -> None:
+    """Refuse prompts that leave a model fewer positions than a generated answer may take."""
+    wanted = (config.method.objective, *config.evaluation.metrics)
+    if positions is None or not any(map(needs_answers, wanted)):
+        return
+    longest = max(example.prompt_length for example in examples)
+    room = positions - config.data.answer_tokens
+    if longest > room:
+        raise FedForwardError(
+            f"data.answer_tokens = {config.data.answer_tokens} after the longest prompt of "
+            f"{longest} tokens is more than the {positions} positions that this model takes. Lower "
+            f"it, or drop long prompts with data.sequence_length = {max(1, room)}."
+        )
 
 
 def _heldout_count(wish: float, examples: int) -> int:
@@ -228,14 +280,21 @@ def _tuned_model(config: Config, plan: ProbePlan) -> tuple[CausalModel, Any]:
     return model, tokenizer
 
 
-def fit_plan(config: Config, model: CausalModel, corpus: Corpus) -> ProbePlan:
+def collate_of(config: Config, tokenizer: Any) -> Collate:
+    """How training examples become the batches of the run's objective."""
+    return batches_of(config.method.objective, tokenizer, config.data.answer_tokens)
+
+
+def fit_plan(
+    config: Config, model: CausalModel, corpus: Corpus, collate: Collate = collate
+) -> ProbePlan:
     """The model's plan, with as many probes in a forward pass as `run.memory_budget` allows."""
     budget = config.run.budget
     if budget is None or config.method.name == "fedavg":
         return model.plan
     step = config.method.probes_per_step
     clients = config.federation.clients if config.model.tune == "lora" else 1
-    batches = longest_batches(config, corpus)
+    batches = longest_batches(config, corpus, collate)
     return probes.fit(model, batches, budget, step * clients, step)
 
 
@@ -297,7 +356,8 @@ def corpus_fingerprint(corpus: Corpus) -> str:
         state.update(f"{len(part)}\n".encode())
         for example in part:
             state.update(f"{example.prompt_length} {len(example.tokens)}\n".encode())
-            state.update(example.tokens.astype("<i8").tobytes())
+            for tokens in (example.tokens, *example.choices):
+                state.update(tokens.astype("<i8").tobytes())
     return state.hexdigest()
 
 
@@ -339,7 +399,7 @@ def server_settings(
     )
 
 
-def client_batches(config: Config, corpus: Corpus) -> list[Batches]:
+def client_batches(config: Config, corpus: Corpus, collate: Collate = collate) -> list[Batches]:
     """Each client's stream of batches."""
     return [
         Batches(
@@ -347,17 +407,19 @@ def client_batches(config: Config, corpus: Corpus) -> list[Batches]:
             batch_size=config.method.batch_size,
             run_seed=config.run.seed,
             client=client,
+            collate=collate,
         )
         for client, examples in enumerate(corpus.clients)
     ]
 
 
-def longest_batches(config: Config, corpus: Corpus) -> list[TokenBatch]:
+def longest_batches(config: Config, corpus: Corpus, collate: Collate = collate) -> list[Batch]:
     """Per client, the batch of its longest examples, the longest first: where memory peaks."""
-    return sorted(widest_steps(config, corpus), key=lambda batch: -batch.tokens.shape[1])
+    steps = widest_steps(config, corpus, collate)
+    return sorted(steps, key=lambda batch: -batch.tokens.shape[1])
 
 
-def widest_steps(config: Config, corpus: Corpus) -> list[TokenBatch]:
+def widest_steps(config: Config, corpus: Corpus, collate: Collate = collate) -> list[Batch]:
     """Per client, in their order, the batch of its longest examples."""
     size = config.method.batch_size
     return [
@@ -366,37 +428,13 @@ def widest_steps(config: Config, corpus: Corpus) -> list[TokenBatch]:
     ]
 
 
-def heldout_loss(model: CausalModel, batches: Sequence[TokenBatch]) -> float:
-    """Mean loss per answer token over all held-out examples, in nats."""
-    total, count = 0.0, 0
-    for batch in batches:
-        (evaluation,) = model.evaluate([Probe(batch)])
-        total += float(evaluation.sums.sum())
-        count += int(evaluation.counts.sum())
-    return total / count
-
-
-def heldout_batches(corpus: Corpus, plan: ProbePlan) -> list[TokenBatch]:
-    """The held-out examples in batches of similar length."""
-    return by_length(corpus.heldout, plan.evaluation_rows)
-
-
-def answer(model: CausalModel, tokenizer: Any, prompt: str, most_tokens: int = 48) -> str:
+def answer(model: CausalModel, tokenizer: Any, prompt: str, most_tokens: int) -> str:
     """The greedy continuation of a prompt at the model's current weights."""
-    import torch
-
     begin = templates.begin_tokens(tokenizer) if tokenizer.bos_token_id is not None else []
     ids = begin + tokenizer(prompt, add_special_tokens=False)["input_ids"]
     limit = longest_sequence(model.network)
     if limit is not None:
         ids = ids[-max(1, limit - most_tokens) :]
-    tokens = torch.tensor([ids], device=model.device)
-    with torch.inference_mode():
-        output = model.network.generate(
-            input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=most_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)).strip()
+    batch = collate_prompts([np.array(ids, np.int64)], tokenizer, most_tokens)
+    (generated,) = model.generate([Probe(batch)])
+    return texts(tokenizer, generated)[0]

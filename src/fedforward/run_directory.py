@@ -135,6 +135,8 @@ class RunDirectory:
                     break
                 if line.get("heldout_loss", 0.0) is None:
                     line["heldout_loss"] = math.nan
+                for name, value in line.get("metrics", {}).items():
+                    line["metrics"][name] = math.nan if value is None else value
                 lines.append(line)
         return lines
 

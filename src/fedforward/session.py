@@ -6,27 +6,30 @@ round until done, and write what was tuned. A `Listener` is told of progress; no
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedforward import experiment, run_directory
+from fedforward import evaluation, experiment, run_directory
 from fedforward.config import Config
 from fedforward.errors import FedForwardError, UpdateNotFiniteError
 from fedforward.federation.client import Client, Replica
 from fedforward.federation.ledger import Ledger, Round
 from fedforward.federation.server import Server
 from fedforward.federation.tensor_server import TensorServer
+from fedforward.messages import Report
 from fedforward.methods import FirstOrderMethod
 from fedforward.models.causal_lm import ProbePlan
 from fedforward.models.loading import longest_sequence
+from fedforward.models.scored import AnswerBatch
 from fedforward.planning.allocation import Allocator
 from fedforward.planning.memory import peak_bytes, peak_resident_bytes
 from fedforward.planning.probes import step_probes
 from fedforward.run_directory import RunDirectory
 from fedforward.runtimes.local import Attendance, LocalRuntime, Traffic
+from fedforward.steps import Probe
 
 #: A held-out loss above this multiple of the loss at the start counts as divergence.
 DIVERGED = 1.5
@@ -65,12 +68,13 @@ class Session:
         listener.phase("reading the data")
         positions = longest_sequence(self.model.network)
         self.corpus = experiment.read_corpus(config, self.tokenizer, positions)
+        self.collate = experiment.collate_of(config, self.tokenizer)
         if not self.directory.started and config.run.memory_budget:
             listener.phase("fitting probes to the memory budget")
-            self.plan = experiment.fit_plan(config, self.model, self.corpus)
+            self.plan = experiment.fit_plan(config, self.model, self.corpus, self.collate)
             self.model.plan = self.plan
         listener.phase(self._describe_plan())
-        self.heldout = experiment.heldout_batches(self.corpus, self.plan)
+        self.heldout = evaluation.prepare(config, self.corpus.heldout, self.tokenizer, self.plan)
         self.method = experiment.build_method(config)
         with errors_of_the_disk(out):
             # Only now: a mistake in the configuration must not leave a run behind. On resume
@@ -81,7 +85,7 @@ class Session:
             self.model, config.run.seed, config.method.directions, config.method.pool
         )
         self.server = self._build_server()
-        batches = experiment.client_batches(config, self.corpus)
+        batches = experiment.client_batches(config, self.corpus, self.collate)
         clients = [
             Client(number, stream, self.replica, self.method)
             for number, stream in enumerate(batches)
@@ -162,7 +166,7 @@ class Session:
 
         resources = None
         if planning.active is None:
-            steps = experiment.widest_steps(self.config, self.corpus)
+            steps = experiment.widest_steps(self.config, self.corpus, self.collate)
             resources = survey(self.config, self.model, steps)
         examples = [len(part) for part in self.corpus.clients]
         planner = allocator(self.config, self.model, examples, resources)
@@ -197,7 +201,7 @@ class Session:
     def _measure_memory(self) -> None:
         """Peak bytes of the widest step and of plain inference on one of its batches."""
         self.listener.phase("measuring memory")
-        longest = experiment.longest_batches(self.config, self.corpus)
+        longest = experiment.longest_batches(self.config, self.corpus, self.collate)
         network, model = self.model.network, self.model
         import torch
 
@@ -205,6 +209,9 @@ class Session:
         tokens = torch.from_numpy(widest.tokens).to(model.device)
 
         def inference() -> None:
+            if isinstance(widest, AnswerBatch):
+                model.generate([Probe(widest.prompts)])
+                return
             with torch.inference_mode():
                 network(input_ids=tokens, use_cache=False)
 
@@ -248,11 +255,11 @@ class Session:
             self.lines = [
                 {
                     "round": 0,
-                    "heldout_loss": experiment.heldout_loss(self.model, self.heldout),
+                    **self._measure(),
                     "example": {
                         "prompt": prompt,
                         "expected": expected,
-                        "before": experiment.answer(self.model, self.tokenizer, prompt),
+                        "before": self._answer(prompt),
                     },
                     "seconds": 0.0,
                 }
@@ -266,6 +273,14 @@ class Session:
         for record in self.ledger.rounds(self.lines[-1]["round"]):
             self._catch_up(record.entry.round + 1)
             self._write_line(record, 0.0)
+
+    def _measure(self) -> dict[str, Any]:
+        """The held-out figures at the weights as they are."""
+        return evaluation.measure(self.model, self.heldout, self.listener.phase)
+
+    def _answer(self, prompt: str) -> str:
+        most = self.config.data.answer_tokens
+        return experiment.answer(self.model, self.tokenizer, prompt, most)
 
     def _write_line(
         self,
@@ -281,6 +296,7 @@ class Session:
             "round": done,
             "training_loss": sum(losses) / len(losses) if losses else None,
             "skipped_steps": sum(report.skipped for report in reports),
+            **_zero_gradients(reports),
             "learning_rates": {o.report.client: o.learning_rate for o in record.origins},
             "seconds": self.lines[-1]["seconds"] + seconds,
         }
@@ -295,7 +311,7 @@ class Session:
         there = done == self.ledger.length or not isinstance(self.server, TensorServer)
         if due and there:
             began = time.monotonic()
-            line["heldout_loss"] = experiment.heldout_loss(self.model, self.heldout)
+            line |= self._measure()
             line["seconds"] += time.monotonic() - began
         self.lines.append(line)
         self.directory.append_metrics(line)
@@ -309,27 +325,35 @@ class Session:
         steps = self.config.method.local_steps * len(line["learning_rates"])
         if line["skipped_steps"] >= steps:
             return "diverged: no step of the last round had a finite loss"
+        objective = self.config.method.objective
+        # Another objective may leave the loss behind as long as there is one.
+        limit = DIVERGED if objective == "loss" else math.inf
         training = [entry["training_loss"] for entry in self.lines[1:]]
-        if training[-1] > DIVERGED * max(start, training[0]):
+        if training[-1] > limit * max(start, training[0]):
             return f"diverged: the training loss is {training[-1]:.3f}, from {training[0]:.3f}"
         if "heldout_loss" not in line:
             return ""
-        if not line["heldout_loss"] <= DIVERGED * start:
+        if not line["heldout_loss"] <= limit * start:
             return f"diverged: the held-out loss is {line['heldout_loss']:.3f}, from {start:.3f}"
         patience = self.config.run.patience
-        losses = [entry["heldout_loss"] for entry in self.lines if "heldout_loss" in entry]
+        evaluated = [entry for entry in self.lines if "heldout_loss" in entry]
+        values = [
+            entry["heldout_loss"] if objective == "loss" else -entry["metrics"][objective]
+            for entry in evaluated
+        ]
         if (
             patience
-            and len(losses) > patience
-            and min(losses[-patience:]) >= min(losses[:-patience])
+            and len(values) > patience
+            and min(values[-patience:]) >= min(values[:-patience])
         ):
-            return f"patience: {patience} evaluations without a lower held-out loss"
+            better = "a lower held-out loss" if objective == "loss" else f"a better {objective}"
+            return f"patience: {patience} evaluations without {better}"
         return ""
 
     def _finish(self, reason: str) -> dict[str, Any]:
         self.listener.phase("writing the results")
         if "heldout_loss" not in self.lines[-1]:
-            self.lines[-1]["heldout_loss"] = experiment.heldout_loss(self.model, self.heldout)
+            self.lines[-1] |= self._measure()
             self.directory.rewrite_metrics(self.lines)
         self.model.save(self.directory.tuned(self.config))
         summary = self._summary(reason)
@@ -357,10 +381,12 @@ class Session:
         config, lines = self.config, self.lines
         traffic = [line["bytes"] for line in lines if "bytes" in line]
         shares = [line["changed_share"] for line in lines if "changed_share" in line]
+        zeros = [line["zero_gradients"] for line in lines if "zero_gradients" in line]
         example = dict(lines[0]["example"])
-        example["after"] = experiment.answer(self.model, self.tokenizer, example["prompt"])
+        example["after"] = self._answer(example["prompt"])
         return {
             "method": config.method.name,
+            "objective": config.method.objective,
             "model": config.model.path,
             "tune": config.model.tune,
             "dtype": config.model.dtype,
@@ -378,6 +404,11 @@ class Session:
                 "end": lines[-1]["heldout_loss"],
                 "lowest": min(line["heldout_loss"] for line in lines if "heldout_loss" in line),
             },
+            "metrics": {
+                name: {"start": value, "end": lines[-1]["metrics"][name]}
+                for name, value in lines[0].get("metrics", {}).items()
+            },
+            "zero_gradients": sum(zeros) / len(zeros) if zeros else None,
             "skipped_steps": sum(line.get("skipped_steps", 0) for line in lines),
             "changed_share": sum(shares) / len(shares) if shares else None,
             "bytes_per_client_round": {
@@ -401,6 +432,15 @@ class Session:
             "state_digest": self.model.digest().hex(),
             "example": example,
         }
+
+
+def _zero_gradients(reports: Sequence[Report]) -> dict[str, float]:
+    """The share of a round's projected gradients that are exactly 0: their probes told nothing.
+
+    Those of skipped steps are among them. Nothing for a method that sends none.
+    """
+    gradients = [gradient for report in reports for gradient in report.gradients.tolist()]
+    return {"zero_gradients": gradients.count(0.0) / len(gradients)} if gradients else {}
 
 
 def _backward(model: Any, batch: Any) -> None:

@@ -4,25 +4,62 @@ A client's batch is a pure function of (run seed, client, step count since the s
 so that a resumed run and an absent client's return need no state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedforward.data.templates import Example
-from fedforward.models.causal_lm import IGNORED, TokenBatch
+from fedforward.models.causal_lm import IGNORED, Batch, PromptBatch, TokenBatch
+from fedforward.models.scored import AnswerBatch, ChoiceBatch, Score
 from fedforward.seeds import generator
+
+Collate = Callable[[Sequence[Example]], Batch]
 
 
 def collate(examples: Sequence[Example]) -> TokenBatch:
     """Right-padded rows; only the answers' tokens keep their labels."""
-    length = max(len(example.tokens) for example in examples)
-    tokens = np.zeros((len(examples), length), np.int64)
-    labels = np.full((len(examples), length), IGNORED, np.int64)
-    for row, example in enumerate(examples):
-        tokens[row, : len(example.tokens)] = example.tokens
-        answer = slice(example.prompt_length, len(example.tokens))
-        labels[row, answer] = example.tokens[answer]
+    return _rows([(example.tokens, example.prompt_length) for example in examples])
+
+
+def collate_choices(examples: Sequence[Example]) -> ChoiceBatch:
+    """A row for each possible answer of each example."""
+    choices = [(choice, e.prompt_length) for e in examples for choice in e.choices]
+    return ChoiceBatch(_rows(choices), np.array([e.right for e in examples], np.int64))
+
+
+def collate_answers(
+    examples: Sequence[Example], tokenizer: Any, most_tokens: int, score: Score
+) -> AnswerBatch:
+    """The examples' prompts, whose answers are scored."""
+    prompts = collate_prompts(
+        [example.tokens[: example.prompt_length] for example in examples], tokenizer, most_tokens
+    )
+    return AnswerBatch(prompts, [example.reference for example in examples], tokenizer, score)
+
+
+def collate_prompts(
+    prompts: Sequence[NDArray[np.int64]], tokenizer: Any, most_tokens: int
+) -> PromptBatch:
+    """Left-padded rows, each int64 [length], to be continued by at most so many tokens."""
+    length = max(map(len, prompts))
+    tokens, mask = np.zeros((2, len(prompts), length), np.int64)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = 1
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return PromptBatch(tokens, mask, most_tokens, padding)
+
+
+def _rows(rows: Sequence[tuple[NDArray[np.int64], int]]) -> TokenBatch:
+    """Right-padded rows of (tokens, how many of them do not count)."""
+    length = max(len(whole) for whole, _ in rows)
+    tokens = np.zeros((len(rows), length), np.int64)
+    labels = np.full((len(rows), length), IGNORED, np.int64)
+    for row, (whole, prompt_length) in enumerate(rows):
+        tokens[row, : len(whole)] = whole
+        labels[row, prompt_length : len(whole)] = whole[prompt_length:]
     return TokenBatch(tokens, labels)
 
 
@@ -38,9 +75,16 @@ class Batches:
     """
 
     def __init__(
-        self, examples: Sequence[Example], *, batch_size: int, run_seed: int, client: int
+        self,
+        examples: Sequence[Example],
+        *,
+        batch_size: int,
+        run_seed: int,
+        client: int,
+        collate: Collate = collate,
     ) -> None:
         self.examples = examples
+        self.collate = collate
         self.batch_size = batch_size
         self.run_seed = run_seed
         self.client = client
@@ -50,10 +94,10 @@ class Batches:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, step: int) -> TokenBatch:
+    def __getitem__(self, step: int) -> Batch:
         """The batch of step `step` counted from the start of the run, from 0."""
         first = step * self.batch_size
-        return collate([self._example(first + place) for place in range(self.batch_size)])
+        return self.collate([self._example(first + place) for place in range(self.batch_size)])
 
     def _example(self, position: int) -> Example:
         epoch, place = divmod(position, len(self.examples))
@@ -78,10 +122,7 @@ class Batches:
         return order
 
 
-def by_length(examples: Sequence[Example], rows: int) -> list[TokenBatch]:
-    """Every example once, in batches of similar length (for evaluation)."""
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
-    return [
-        collate([examples[index] for index in order[begin : begin + rows]])
-        for begin in range(0, len(order), rows)
-    ]
+def by_length(examples: Sequence[Example], rows: int) -> list[list[Example]]:
+    """Every example once, in groups of similar length (for evaluation)."""
+    order = sorted(examples, key=lambda example: len(example.tokens))
+    return [order[begin : begin + rows] for begin in range(0, len(order), rows)]

@@ -18,10 +18,17 @@ class Example:
     Attributes:
         tokens: int64 [length], prompt, answer and end of sequence.
         prompt_length: how many of them are the prompt, whose loss does not count.
+        reference: the right answer as text.
+        choices: int64 [length] each, the tokens of every possible answer, where there are label
+            words.
+        right: the place of the right answer among them.
     """
 
     tokens: NDArray[np.int64]
     prompt_length: int
+    reference: str = ""
+    choices: tuple[NDArray[np.int64], ...] = ()
+    right: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,8 @@ def tokenise(
             continue
         whole = before + after + end
         cut += len(whole) > sequence_length
-        examples.append(Example(np.array(whole[:sequence_length], np.int64), max(1, len(before))))
+        tokens = np.array(whole[:sequence_length], np.int64)
+        examples.append(Example(tokens, max(1, len(before)), answers[index]))
         kept.append(index)
     return Tokenised(examples, kept, cut, dropped)
 

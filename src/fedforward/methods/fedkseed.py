@@ -66,7 +66,8 @@ class FedKSeed(Method):
         count = self.local_steps * self.directions
         drawn = draws(self.run_seed, "draw", count, round_number, client)
         if not len(odds):
-            return (drawn % np.uint64(self.pool)).astype(np.int64)
+            uniform: NDArray[np.int64] = (drawn % np.uint64(self.pool)).astype(np.int64)
+            return uniform
         ends = np.cumsum(odds.astype(np.uint64))
         return np.searchsorted(ends, drawn % ends[-1], side="right").astype(np.int64)
 

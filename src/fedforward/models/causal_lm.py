@@ -10,9 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -42,6 +43,43 @@ class TokenBatch:
 
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
+
+    @classmethod
+    def measure(cls, model: "CausalModel", probes: Sequence[Probe]) -> list[Evaluation]:
+        """See `Batch.measure`: the loss of an example's counted tokens."""
+        return model.evaluate_tokens(probes)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch:
+    """Left-padded prompts that are continued.
+
+    Attributes:
+        tokens: int64 [rows, length].
+        mask: int64 [rows, length]; 0 where a row is padded.
+        most_tokens: of a continuation.
+        padding: the token that follows a continuation which ended before others; may be None if
+            there is one row.
+    """
+
+    tokens: NDArray[np.int64]
+    mask: NDArray[np.int64]
+    most_tokens: int
+    padding: int | None
+
+
+class Batch(Protocol):
+    """What a probe is measured on: `TokenBatch`, or one of those in `scored`."""
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """int64 [rows, length], what the network is given."""
+        ...
+
+    @classmethod
+    def measure(cls, model: "CausalModel", probes: Sequence[Probe]) -> list[Evaluation]:
+        """Measure probes whose batches are all of this kind."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -117,6 +155,16 @@ class CausalModel(ABC):
         self.masks: dict[str, torch.Tensor] = {}
 
     def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
+        """Measure probes on their batches, each kind of `Batch` in its own way.
+
+        The weights stay, bit for bit.
+        """
+        results: list[Evaluation] = []
+        for kind, run in groupby(probes, key=lambda probe: type(probe.batch)):
+            results += kind.measure(self, list(run))
+        return results
+
+    def evaluate_tokens(self, probes: Sequence[Probe]) -> list[Evaluation]:
         """Measure probes on their `TokenBatch`es, some of them in each forward pass.
 
         How many is the plan's to say; neighbours go together. The weights stay, bit for bit.
@@ -222,6 +270,29 @@ class CausalModel(ABC):
         if some:
             return losses.new_zeros(counted.numel()).index_copy_(0, places.to(device), losses)
         return losses
+
+    @torch.inference_mode()
+    def generate(self, probes: Sequence[Probe]) -> list[NDArray[np.int64]]:
+        """Greedy continuations of `PromptBatch`es, a probe at a time.
+
+        Returns:
+            int64 [rows, new tokens] for each probe, padded after the end of a continuation.
+        """
+        continuations = []
+        for probe in probes:
+            prompts: PromptBatch = probe.batch
+            rows, length = prompts.tokens.shape
+            with self._displaced([probe], (rows, length)):
+                whole = self.network.generate(
+                    input_ids=torch.from_numpy(prompts.tokens).to(self.device),
+                    attention_mask=torch.from_numpy(prompts.mask).to(self.device),
+                    max_new_tokens=prompts.most_tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    pad_token_id=prompts.padding,
+                )
+            continuations.append(whole[:, length:].cpu().numpy())
+        return continuations
 
     @abstractmethod
     def _displaced(

@@ -64,14 +64,14 @@ class FullModel(CausalModel):
         self._copy: dict[str, torch.Tensor] = {}
         self._copied = NO_STEPS
 
-    def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
-        """See `CausalModel.evaluate`.
+    def evaluate_tokens(self, probes: Sequence[Probe]) -> list[Evaluation]:
+        """See `CausalModel.evaluate_tokens`.
 
         Raises:
             FedForwardError: the network reads a tuned tensor past its parameter, so that a probe
                 would not see it move.
         """
-        results = super().evaluate(probes)
+        results = super().evaluate_tokens(probes)
         unreached = self._moved - self._reached
         if unreached and self._reached:
             raise FedForwardError(

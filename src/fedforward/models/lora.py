@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from fedforward.directions import TILE, Distribution, Layout, Stream
@@ -134,13 +135,11 @@ class LoraModel(CausalModel):
             if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
                 self._replace_forward(name, layer)
 
-    def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
-        """See `CausalModel.evaluate`. A batch too long for one forward pass is cut by rows.
+    def evaluate_tokens(self, probes: Sequence[Probe]) -> list[Evaluation]:
+        """See `CausalModel.evaluate_tokens`. A batch too long for a forward pass is cut by rows.
 
         Another pass costs an adapter next to nothing, and what is worked on stays in the cache.
         """
-        # One sum for each client of the call, so that their number in it bounds the memory.
-        self._wanted = {id(probe.trajectory) for probe in probes}
         pieces: list[Probe] = []
         owners: list[int] = []
         for _, run in groupby(range(len(probes)), key=lambda place: id(probes[place].batch)):
@@ -149,9 +148,10 @@ class LoraModel(CausalModel):
                 pieces += [replace(probes[place], batch=part) for place in places]
                 owners += places
         results: list[list[Evaluation]] = [[] for _ in probes]
-        for owner, result in zip(owners, super().evaluate(pieces), strict=True):
+        with self._carrying(probes):
+            measured = super().evaluate_tokens(pieces)
+        for owner, result in zip(owners, measured, strict=True):
             results[owner].append(result)
-        self._carried = [entry for entry in self._carried if id(entry[0]) in self._wanted]
         return [
             Evaluation(
                 np.concatenate([part.sums for part in parts]),
@@ -159,6 +159,21 @@ class LoraModel(CausalModel):
             )
             for parts in results
         ]
+
+    def generate(self, probes: Sequence[Probe]) -> list[NDArray[np.int64]]:
+        """See `CausalModel.generate`."""
+        with self._carrying(probes):
+            return super().generate(probes)
+
+    @contextmanager
+    def _carrying(self, probes: Sequence[Probe]) -> Iterator[None]:
+        """Keep one sum for each client of the call, so that their number in it bounds the memory.
+
+        What other clients have left is dropped afterwards.
+        """
+        self._wanted = {id(probe.trajectory) for probe in probes}
+        yield
+        self._carried = [entry for entry in self._carried if id(entry[0]) in self._wanted]
 
     def _parts(self, batch: TokenBatch, probes: int) -> list[TokenBatch]:
         """A batch cut by rows, so that the probes that share it keep to the tokens of the plan."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedforward.errors import FedForwardError
-from fedforward.models.causal_lm import CausalModel, ProbePlan, TokenBatch
+from fedforward.models.causal_lm import Batch, CausalModel, ProbePlan
 from fedforward.planning.memory import peak_bytes
 from fedforward.steps import Probe, Steps
 from fedforward.units import format_bytes
@@ -50,7 +50,7 @@ def resolve(
 
 
 def step_probes(
-    batches: Sequence[TokenBatch],
+    batches: Sequence[Batch],
     count: int,
     probes_per_step: int,
     mu: float,
@@ -80,7 +80,7 @@ def step_probes(
 
 def fit(
     model: CausalModel,
-    batches: Sequence[TokenBatch],
+    batches: Sequence[Batch],
     budget: int,
     most: int,
     probes_per_step: int,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fedforward.config import Config
 from fedforward.errors import FedForwardError
 from fedforward.estimators import TwoPoint
-from fedforward.models.causal_lm import CausalModel, TokenBatch
+from fedforward.models.causal_lm import Batch, CausalModel
 from fedforward.planning.activation import UNLIMITED, Problem
 from fedforward.planning.allocation import Allocator
 from fedforward.planning.memory_model import MemoryModel, calibrate
@@ -43,7 +43,7 @@ class Resources:
     weights: NDArray[np.float64]
 
 
-def survey(config: Config, model: CausalModel, longest: Sequence[TokenBatch]) -> Resources:
+def survey(config: Config, model: CausalModel, longest: Sequence[Batch]) -> Resources:
     """Measure what the model needs, and read what the clients have.
 
     Args:
@@ -86,7 +86,7 @@ def memory_there(device: torch.device) -> int:
 
 
 def sensitivity(
-    model: CausalModel, batches: Sequence[TokenBatch], mu: float, run_seed: int
+    model: CausalModel, batches: Sequence[Batch], mu: float, run_seed: int
 ) -> NDArray[np.float64]:
     """How much the loss feels each block: E g² along directions within it, float64 [B], sum 1.
 

@@ -6,6 +6,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+#: Metrics between 0 and 1.
+SHARES = {"accuracy", "exact-match", "f1", "rougeL"}
+
 
 def quantity(size: float | None) -> str:
     """Bytes with a unit: 161 B, 42.3 kB, 17.3 MB (powers of ten)."""
@@ -16,6 +19,13 @@ def quantity(size: float | None) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError
+
+
+def figure(name: str, value: float | None) -> str:
+    """A metric's value: a share in per cent, anything else as a number."""
+    if value is None:
+        return "not finite"
+    return f"{100 * value:.1f} %" if name in SHARES else f"{value:.3f}"
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
@@ -35,6 +45,11 @@ def summary_table(summary: dict[str, Any]) -> Table:
             "held-out loss",
             f"{start:.3f} before, {end:.3f} after ({100 * (end / start - 1):+.1f} %)",
         ),
+        *(
+            (name, f"{figure(name, value['start'])} before, {figure(name, value['end'])} after")
+            for name, value in summary["metrics"].items()
+            if name != "loss"
+        ),
         ("prompt", example["prompt"].strip()),
         ("answer before", example["before"]),
         ("answer after", example["after"]),
@@ -53,7 +68,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
         ("time", f"{summary['seconds']:.1f} s"),
     ]
     if example["expected"]:
-        rows.insert(4, ("expected", example["expected"].strip()))
+        place = [name for name, _ in rows].index("answer after") + 1
+        rows.insert(place, ("expected", example["expected"].strip()))
     catch_up = summary["catch_up"]
     if catch_up["break_even_rounds"]:
         rows.append(
@@ -69,6 +85,9 @@ def summary_table(summary: dict[str, Any]) -> Table:
         rows.append(("reports that did not count", absences))
     if summary["skipped_steps"]:
         rows.append(("skipped steps", f"{summary['skipped_steps']} (loss not finite)"))
+    if summary["zero_gradients"]:
+        share = f"{100 * summary['zero_gradients']:.1f} % of the projected gradients"
+        rows.append(("exactly zero", share))
     if summary["changed_share"] is not None:
         rows.append(("weights changed a round", f"{100 * summary['changed_share']:.1f} %"))
     if summary["answers_cut"] or summary["rows_dropped"]:

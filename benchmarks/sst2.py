@@ -1,0 +1,123 @@
+"""SST-2 by forward passes: the loss and the accuracy as objectives, beside AdamW, per seed.
+
+    python benchmarks/sst2.py VARIANT … --model FOLDER --data FOLDER --out runs/sst2
+
+Variants: loss, accuracy, adamw. `--data` holds sst2_train.jsonl and sst2_test.jsonl with the fields
+sentence and label (0 or 1). Four clients IID; the accuracy is that of the whole test file, the
+more likely of two label words, before and after. `zero` is the share of projected gradients that
+are exactly 0: where both probes of a batch had as many right answers. Settings may be overridden
+with `--set section.key=value`, as on the command line of fedforward.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fedforward import cli, config
+from fedforward.session import Session
+
+SETTINGS: dict[str, dict[str, Any]] = {}
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {}
+
+
+class Plain:
+    """A listener that prints the rounds that were evaluated."""
+
+    def __init__(self, name: str, console: Console) -> None:
+        self.name, self.console = name, console
+
+    def phase(self, text: str) -> None:
+        self.console.print(f"{self.name}: {text}", highlight=False)
+
+    def progress(self, done: int, total: int, line: dict[str, Any]) -> None:
+        if "heldout_loss" in line:
+            text = f"{self.name}: round {done}/{total} held-out {line['heldout_loss']:.4f}"
+            accuracy = 100 * line["metrics"]["accuracy"]
+            text += f" accuracy {accuracy:.1f} % after {line['seconds']:.0f} s"
+            self.console.print(text, highlight=False)
+
+
+def configure(
+    name: str, seed: int, model: str, data: Path, overrides: Sequence[str]
+) -> config.Config:
+    content = {section: dict(values) for section, values in SETTINGS.items()}
+    content["model"]["path"] = model
+    content["data"]["source"] = str(data / "sst2_train.jsonl")
+    content["evaluation"]["source"] = str(data / "sst2_test.jsonl")
+    content["run"]["seed"] = seed
+    for section, values in VARIANTS[name].items():
+        content[section].update(values)
+    for override in overrides:
+        section, key, value = config.parse_override(override)
+        content.setdefault(section, {})[key] = value
+    return config.validate(content)
+
+
+def row(name: str, summaries: Sequence[dict[str, Any]]) -> list[str]:
+    """A variant's means over its seeds."""
+
+    def values(*keys: str) -> list[float]:
+        found: list[Any] = list(summaries)
+        for key in keys:
+            found = [part[key] for part in found]
+        return found
+
+    before, after = values("metrics", "accuracy", "start"), values("metrics", "accuracy", "end")
+    gains = [100 * (b - a) for a, b in zip(before, after, strict=True)]
+    zeros = [share for share in values("zero_gradients") if share is not None]
+    return [
+        name,
+        f"{100 * mean(before):.1f}",
+        f"{100 * mean(after):.1f}",
+        ", ".join(f"{gain:+.1f}" for gain in gains),
+        f"{mean(values('heldout_loss', 'start')):.3f}",
+        f"{mean(values('heldout_loss', 'end')):.3f}",
+        f"{100 * mean(zeros):.0f} %" if zeros else "",
+        f"{mean(values('rounds')):.0f}",
+        f"{mean(values('bytes_per_client_round', 'up')):,.0f}",
+        f"{mean(values('seconds')):.0f}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("variants", nargs="+", choices=list(VARIANTS))
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    cli.quiet_libraries()
+    console = Console(stderr=True)
+    summaries: dict[str, list[dict[str, Any]]] = {}
+    for name in arguments.variants:
+        summaries[name] = []
+        for seed in range(arguments.seeds):
+            settings = configure(name, seed, arguments.model, arguments.data, arguments.set)
+            run = f"{name}-{seed}"
+            session = Session(settings, arguments.out / run, False, Plain(run, console))
+            summaries[name].append(session.run())
+    if arguments.json:
+        print(json.dumps(summaries, indent=2))
+        return
+    table = Table(title=f"SST-2, 4 clients, {arguments.seeds} seeds; accuracy in per cent")
+    columns = ("variant", "before", "after", "gains", "loss before", "after", "zero", "rounds")
+    for column in (*columns, "up, bytes", "seconds"):
+        table.add_column(column, justify="right")
+    for name, of_seeds in summaries.items():
+        table.add_row(*row(name, of_seeds))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
