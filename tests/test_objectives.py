@@ -17,6 +17,7 @@ from fedforward.data.batches import collate, collate_choices, collate_prompts
 from fedforward.data.templates import Example, Tokenised
 from fedforward.directions import Distribution
 from fedforward.errors import FedForwardError
+from fedforward.estimators import TwoPoint
 from fedforward.messages import Task
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.models.causal_lm import IGNORED, CausalModel, PromptBatch
@@ -238,9 +239,9 @@ def test_probing_raises_an_accuracy(tiny_network: Make) -> None:
         def __getitem__(self, step: int) -> ChoiceBatch:
             return data
 
-    method = FedMeZO(local_steps=60, directions=2, mu=0.1)
+    method = FedMeZO(1, 60, TwoPoint(directions=2, mu=0.1))
     task = Task(0, 0, 0.05, False, (), np.empty(0, np.float32))
-    turn = method.local_round(task, Same(), run_seed=1)
+    turn = method.local_round(task, Same())
     evaluations: Any = None
     try:
         while True:

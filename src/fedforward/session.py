@@ -76,6 +76,7 @@ class Session:
         listener.phase(self._describe_plan())
         self.heldout = evaluation.prepare(config, self.corpus.heldout, self.tokenizer, self.plan)
         self.method = experiment.build_method(config)
+        allocate = self._allocator()
         with errors_of_the_disk(out):
             # Only now: a mistake in the configuration must not leave a run behind. On resume
             # the keys that may change are brought up to date.
@@ -84,7 +85,7 @@ class Session:
         self.replica = Replica(
             self.model, config.run.seed, config.method.directions, config.method.pool
         )
-        self.server = self._build_server()
+        self.server = self._build_server(allocate)
         batches = experiment.client_batches(config, self.corpus, self.collate)
         clients = [
             Client(number, stream, self.replica, self.method)
@@ -148,9 +149,9 @@ class Session:
         check_header(ledger, header)
         return ledger
 
-    def _build_server(self) -> Server:
+    def _build_server(self, allocate: Allocator | None) -> Server:
         settings = experiment.server_settings(
-            self.config, self.model, self.corpus.clients, self._allocator()
+            self.config, self.model, self.corpus.clients, allocate
         )
         if isinstance(self.method, FirstOrderMethod):
             return TensorServer(settings, self.method, self.ledger, self.directory.path)

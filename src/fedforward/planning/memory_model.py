@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -306,10 +307,9 @@ def calibrate(
 ) -> MemoryModel:
     """Measure the activations of a model's forward passes, and derive the rest.
 
-    The shortest and the longest rows are measured, one row and as many as the largest pass takes,
-    so that at most four passes are run with adapters and twelve where weights are displaced. The
-    model is left as it was; what it keeps between calls is dropped. If it has waiting probes in
-    flight, call this before.
+    The shortest and the longest rows are measured: one of them, as many as the largest pass takes,
+    and a number between. So at most six passes are run with adapters, and eighteen where weights
+    are displaced. The model is left as it was, but for what it keeps between calls (`forget`).
 
     Args:
         model: with the plan that is to be predicted.
@@ -369,7 +369,8 @@ def _tables(
     tokens: list[tuple[int, ...]] = []
     peaks: list[list[tuple[int, ...]]] = []
     for length in lengths:
-        heights = sorted({1, max(1, most // (groups * length))})
+        highest = max(1, most // (groups * length))
+        heights = sorted({1, isqrt(highest), highest})
         tokens.append(tuple(groups * height * (length - 1) for height in heights))
         found = [_peaks(model, derived, groups, height, length, way) for height in heights]
         peaks.append(list(zip(*found, strict=True)))
@@ -425,15 +426,17 @@ def _measure(model: "CausalModel", probes: Sequence[Probe]) -> dict[str, int]:
     blocks = transformer_blocks(model.network)
     with _meter(model.device) as take:
 
-        def ended(stage: str) -> Any:
+        def ended(stage: str, once: bool = False) -> Any:
             def hook(*_: Any) -> None:
-                found[stage] = max(found[stage], take())
+                # What follows the head may be asked for by running the network around it.
+                if not (once and found[stage]):
+                    found[stage] = max(found[stage], take())
 
             return hook
 
         hooks = [block.register_forward_hook(ended("block")) for block in blocks]
         hooks += [block.register_forward_pre_hook(ended("embeddings")) for block in blocks[:1]]
-        hooks.append(model.network.base_model.register_forward_hook(ended("norm")))
+        hooks.append(model.network.base_model.register_forward_hook(ended("norm", once=True)))
         try:
             model.evaluate(probes)
         finally:
@@ -565,9 +568,10 @@ def _logit_tile(model: "CausalModel") -> tuple[int, int]:
     weight: Any = model.head.module.weight
     rows = tile_rows(weight)
     at_once = LOGITS_AT_ONCE.get(weight.device.type, LOGITS_AT_ONCE["cuda"])
-    # Half precision is widened to float32 beside the tile.
     size = weight.element_size()
-    return rows * (size if size == 4 else size + 4), max(1, at_once // rows)
+    # A soft cap takes a tile before and one after it; half precision is widened beside the tile.
+    copies, wide = (3, 2) if model.head._after is not None else (1, 1)
+    return rows * max(copies * size, wide * size + (4 if size < 4 else 0)), max(1, at_once // rows)
 
 
 def _weights(model: "CausalModel") -> tuple[int, tuple[int, ...]]:

@@ -149,7 +149,7 @@ def allocator(
         costs=costs,
         budgets=budgets,
         dimension_penalty=planning.dimension_penalty,
-        client_names=tuple(f"client {number}" for number in range(clients)),
-        block_names=tuple(f"block {name}" for name in layout.blocks),
+        client_names=tuple(map(str, range(clients))),
+        block_names=layout.blocks,
     )
     return Allocator(problem, planning.epsilon, planning.objective)
