@@ -22,8 +22,38 @@ from rich.table import Table
 from fedforward import cli, config
 from fedforward.session import Session
 
-SETTINGS: dict[str, dict[str, Any]] = {}
-VARIANTS: dict[str, dict[str, dict[str, Any]]] = {}
+# One block, one kind of module: few parameters for the same steps, and what lies below the block is
+# computed once for the 32 probes of a step.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "model": {"blocks": [7]},
+    "lora": {"rank": 8, "alpha": 16, "targets": ["down_proj"]},
+    "data": {
+        "prompt": "{sentence} It 's",
+        "answer": "{label}",
+        "label_words": {"0": " bad", "1": " great"},
+        "sequence_length": 128,
+        "answer_tokens": 8,
+    },
+    "evaluation": {"metrics": ["accuracy"]},
+    "federation": {"clients": 4, "rounds": 8},
+    "method": {
+        "local_steps": 10,
+        "directions": 16,
+        "batch_size": 16,
+        "learning_rate": 0.2,
+        "schedule": "cosine",
+        "final": 0.1,
+        "mu": 1e-2,
+    },
+    "run": {"evaluate_every": 8, "tokens_per_call": 8192},
+}
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "loss": {},
+    "accuracy": {"method": {"objective": "accuracy", "mu": 5e-2, "batch_size": 32}},
+    "adamw": {
+        "method": {"name": "fedavg", "optimizer": "adamw", "learning_rate": 1e-2, "directions": 1}
+    },
+}
 
 
 class Plain:

@@ -533,6 +533,7 @@ def test_bad_input_gets_a_sentence(
     path = tmp_path / "c.toml"
     path.write_text(config.to_toml(classify()), encoding="utf-8")
     command("run", path, *overrides, "--out", tmp_path / "run").refused(*words)
+    assert not (tmp_path / "run/config.toml").exists()
 
 
 def test_evaluation_data_need_the_fields(classify: Configure, rows: Path, tmp_path: Path) -> None:

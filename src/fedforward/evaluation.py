@@ -55,7 +55,7 @@ def prepare(
     """See `HeldOut`.
 
     Raises:
-        FedForwardError: a metric's function cannot be found.
+        FedForwardError: a metric's function cannot be found, or fails on two references.
     """
     metrics = metrics_of(config)
     typed = dict.fromkeys(config.evaluation.metrics, "evaluation.metrics")
@@ -64,6 +64,10 @@ def prepare(
         for name in metrics
         if needs_answers(name)
     }
+    references = [example.reference for example in examples[:2]]
+    for score in scores.values():
+        # Before the run has left anything behind.
+        score(references, references)
     groups = by_length(examples, plan.evaluation_rows)
     return HeldOut(groups, metrics, scores, tokenizer, config.data.answer_tokens)
 
