@@ -40,8 +40,8 @@ from fedforward.methods.zorba import ZorBA
 
 SEED, H, CLIENTS, LATE = 1, 10, 8, 200
 ESTIMATOR = TwoPoint(1, 1e-3)
-#: Blocks of each client, of eight; every block is covered.
-ACTIVE = [[c, (c + 3) % 8, *range(8 - c, 8)] for c in range(CLIENTS)]
+#: Of the model; client c perturbs block c, the third after it, and the last c ones.
+BLOCKS = 8
 
 
 def method(name: str, steps: int = H) -> Method:
@@ -53,8 +53,12 @@ def method(name: str, steps: int = H) -> Method:
 
 
 def allocate(participants: Sequence[int]) -> Any:
-    rows = [[block in ACTIVE[client % CLIENTS] for block in range(8)] for client in participants]
-    return np.array(rows, np.bool_)
+    rows = np.zeros((len(participants), BLOCKS), np.bool_)
+    for row, client in enumerate(participants):
+        place = client % CLIENTS
+        rows[row, [place % BLOCKS, (place + 3) % BLOCKS]] = True
+        rows[row, max(0, BLOCKS - place) :] = True
+    return rows
 
 
 def server(folder: Path, own: Method, clients: int, layout: Layout, state_bytes: int) -> Server:
@@ -153,14 +157,15 @@ def model_of(path: str, tune: str) -> Any:
     network, _ = load(path, "float32", "cpu")
     plan = ProbePlan(2, 2, "generate", 8)
     if tune == "full":
-        return FullModel(network, plan=plan, blocks=range(8))
+        return FullModel(network, plan=plan, blocks=range(BLOCKS))
     return LoraModel(network, rank=8, alpha=16, plan=plan)
 
 
 def join(clients: int, steps: int) -> dict[str, Any]:
     """Seconds and bytes of taking so many reports and closing the round, per method."""
     found: dict[str, Any] = {}
-    layout = Layout.of({str(b): (100,) for b in range(8)}, {str(b): [str(b)] for b in range(8)})
+    names = list(map(str, range(BLOCKS)))
+    layout = Layout.of(dict.fromkeys(names, (100,)), {name: [name] for name in names})
     for name in ("fedmezo", "zorba", "fedkseed"):
         with tempfile.TemporaryDirectory() as folder:
             side = server(Path(folder), method(name, steps), clients, layout, 0)

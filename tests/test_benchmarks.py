@@ -177,3 +177,35 @@ def test_the_machine_has_no_name() -> None:
     described = json.dumps(load("common").machine(1, "cpu"))
     assert platform.node() not in described
     assert "/" not in described
+
+
+def test_memory_model(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = results(capsys, "memory_model", "--tune", "lora")["rows"]
+    assert all(abs(row["whole_error"]) < 0.1 for row in rows if "whole_error" in row)
+
+
+def test_prefix(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = results(capsys, "prefix")["rows"]
+    assert {row["tune"] for row in rows} == {"lora", "full"}
+    for row in rows:
+        assert row["upper_over_all"] == row["upper_seconds"] / row["all_seconds"]
+
+
+def test_activation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert results(capsys, "activation")["rows"]
+
+
+def test_federation(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demonstration's model, few rounds: sizes are those of the real thing."""
+    from tests.conftest import DEMO_MODEL
+
+    module = load("federation")
+    monkeypatch.setattr(module, "LATE", 12)
+    monkeypatch.setattr(module, "BLOCKS", 3)
+    arguments = ["federation.py", "--model", str(DEMO_MODEL), "--parts", "bytes", "late", "--json"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    module.main()
+    content = json.loads(capsys.readouterr().out)
+    up = {row["method"]: row["up"] for row in content["bytes"]}
+    assert up["zorba"] <= 128 and up["decomfl"] <= 128 and up["fedavg"] > 100 * up["zorba"]
+    assert all(row["same_state"] for row in content["late"])

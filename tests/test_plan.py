@@ -57,7 +57,8 @@ def test_the_rounds_use_the_plan(configure: Any, carry_out: Any, tmp_path: Path)
     ledger = Ledger(tmp_path / "run/ledger.sqlite")
     for record in ledger.rounds():
         rows = {
-            origin.report.client: int(unpack_blocks(origin.blocks, 3).sum()) for origin in record.origins
+            origin.report.client: int(unpack_blocks(origin.blocks, 3).sum())
+            for origin in record.origins
         }
         assert all(1 <= count <= client + 1 for client, count in rows.items())
     ledger.close()

@@ -63,7 +63,7 @@ class Preview:
     def peaks(self, client: int) -> list[int]:
         """Predicted bytes of a client's step with 0, 1, … active blocks, the last ones first.
 
-        The order is that of the forward pass from its end, where activation costs least.
+        Those take the least time: what lies below the first of them is shared by all probes.
         """
         memory, shape = self.resources.memory, self.resources.shapes[client]
         count = len(self.blocks)
