@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.optimize
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedforward.errors import FedForwardError
-from fedforward.planning import activation
 from fedforward.planning.activation import (
     SAME,
     UNLIMITED,
@@ -157,7 +157,7 @@ def test_bounds_hold_without_a_program(
 ) -> None:
     """What large instances rely on alone: relaxation, rounding and exchanges."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(activation, "_SMALL", 0)
+        patch.setattr(Problem, "small", False)
         found = solve(problem, epsilon, objective)
     check_valid(problem, found)
     least, _ = brute_force(problem, epsilon, objective)
@@ -186,7 +186,7 @@ def test_program_and_decomposition_agree(
     """Two independent exact methods, on instances too large to try everything."""
     problem = random_problem(5, 6, "equal shares, equal costs", seed)
     fast = solve(problem, 0.05, objective)
-    monkeypatch.setattr(activation._Instance, "flat", False)
+    monkeypatch.setattr(Problem, "flat", False)
     slow = solve(problem, 0.05, objective, time_limit=60)
     check_valid(problem, slow)
     assert slow.gap <= SAME
@@ -289,8 +289,8 @@ def test_nothing_is_printed(
         calls.append(os.write(1, b"HighsMipSolverData"))
         return milp(*arguments, **options)
 
-    milp = activation.milp
-    monkeypatch.setattr(activation, "milp", talkative)
+    milp = scipy.optimize.milp
+    monkeypatch.setattr(scipy.optimize, "milp", talkative)
     solve(random_problem(6, 5, "equal costs"), 0.1)
     assert calls
     assert capfd.readouterr() == ("", "")

@@ -69,7 +69,8 @@ class FedKSeed(Method):
             uniform: NDArray[np.int64] = (drawn % np.uint64(self.pool)).astype(np.int64)
             return uniform
         ends = np.cumsum(odds.astype(np.uint64))
-        return np.searchsorted(ends, drawn % ends[-1], side="right").astype(np.int64)
+        weighted: NDArray[np.int64] = np.searchsorted(ends, drawn % ends[-1], side="right")
+        return weighted.astype(np.int64)
 
     def seeds(self, round_number: int, client: int, odds: NDArray[np.uint16]) -> NDArray[np.uint64]:
         """The seeds of the candidates that were drawn.

@@ -1,0 +1,224 @@
+"""Matrices near a relaxation's fractions: rounding, and exchanges of blocks that improve f₁."""
+
+import math
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedforward.planning.activation.problem import SAME, Bools, Floats, Ints, Problem
+
+#: f₁ is at least 1: a gain below this is rounding, or not worth the time.
+_LEAST = 1e-11
+#: All subsets of 12 items, by their binary digits; the first 2**k rows are those of k items.
+_SUBSETS = ((np.arange(1 << 12)[:, None] >> np.arange(12)) & 1).astype(np.float64)
+
+
+def round_within_budgets(problem: Problem, fractions: Floats) -> Bools:
+    """A matrix within the budgets near the fractions, bool [N, L]; blocks may be left uncovered.
+
+    Clients of large shares come first; what one has too much or too little of a block is passed on
+    to the next ones, as in error diffusion.
+    """
+    matrix = np.zeros(fractions.shape, bool)
+    owed = np.zeros(fractions.shape[1])
+    for client in np.argsort(-problem.shares, kind="stable"):
+        share = problem.shares[client]
+        wished = fractions[client] + owed / share
+        wished[~problem.allowed[client]] = -np.inf
+        count = int(np.floor(fractions[client].sum() + 0.5))
+        room = problem.capacity[client]
+        for block in np.argsort(-wished, kind="stable")[: max(count, 1)]:
+            if problem.allowed[client, block] and problem.costs[client, block] <= room:
+                matrix[client, block] = True
+                room -= problem.costs[client, block]
+        owed += share * (fractions[client] - matrix[client])
+    return matrix
+
+
+def _knapsack(gains: Floats, costs: Ints, room: int) -> NDArray[np.intp]:
+    """Places of items that fit and gain much; exact for equal costs.
+
+    By gain per byte up to the first that does not fit; around that one all subsets are tried.
+    """
+    with np.errstate(divide="ignore"):
+        order = np.argsort(-gains / costs, kind="stable")
+    filled = np.cumsum(costs[order])
+    end = int(np.searchsorted(filled, room, side="right"))
+    if end == order.size or (costs == costs[0]).all():
+        return order[:end]
+    width = _SUBSETS.shape[1]
+    begin = max(0, min(end - width // 2, order.size - width))
+    core = order[begin : begin + width]
+    sets = _SUBSETS[: 1 << core.size, : core.size]
+    left = room - (int(filled[begin - 1]) if begin else 0)
+    worth = np.where(sets @ costs[core].astype(np.float64) <= left, sets @ gains[core], -np.inf)
+    return np.append(order[:begin], core[sets[int(worth.argmax())] > 0])
+
+
+class Search:
+    """A matrix that exchanges of blocks improve, in f₁ + byte_price · bytes for blocks."""
+
+    def __init__(self, problem: Problem, matrix: Bools, byte_price: float = 0.0) -> None:
+        self.problem = problem
+        self.matrix = matrix.copy()
+        # A last column stands for no block, so that adding and dropping are exchanges too.
+        clients = matrix.shape[0]
+        self.costs = np.hstack([problem.costs, np.zeros((clients, 1), np.int64)])
+        self.prices = byte_price * self.costs
+        self.penalty = 1e6 * float((problem.weights / problem.shares.min()).sum())
+        self._recount()
+
+    def _recount(self) -> None:
+        """Coverage and bytes from the matrix."""
+        self.coverage = self.problem.shares @ self.matrix
+        self.counts = self.matrix.sum(axis=0)
+        active = np.where(self.matrix, self.problem.costs, 0)
+        self.room = self.problem.capacity - active.sum(axis=1)
+        self.each = self._surrogates(self.coverage)
+
+    def _surrogates(self, coverage: Floats) -> Floats:
+        """Each block's part of f₁, with a penalty in place of infinity."""
+        empty = coverage < 0.5 * self.problem.shares.min()
+        parts = self.problem.surrogates(np.where(empty, 1.0, coverage))
+        return np.where(empty, self.penalty, parts)
+
+    @property
+    def value(self) -> float:
+        """f₁, infinite if a block is nowhere active."""
+        return float(self.each.sum()) if self.counts.all() else math.inf
+
+    @property
+    def objective(self) -> float:
+        """f₁ + byte_price · bytes for blocks."""
+        return float(self.each.sum() + self.prices[:, :-1][self.matrix].sum())
+
+    def polish(self, deadline: float, enough: float = -math.inf) -> None:
+        """Exchange until nothing helps, or the objective is `enough`.
+
+        The rounds are counted, so that large problems end in seconds without asking the clock.
+        """
+        order = np.argsort(self.problem.shares, kind="stable")
+        clients = order.size
+        # All pairs of few clients; of many those whose shares are near each other's in order.
+        strides = range(1, clients) if clients <= 24 else [1 << k for k in range(20)]
+        if clients > 200 and not self.problem.flat:
+            # Each client's own knapsack leaves little to gain between so many.
+            strides = []
+        for _ in range(min(30, max(2, 600 // clients))):
+            before = self.objective
+            for client in range(clients):
+                self._within(client)
+            for stride in strides:
+                if stride >= clients or self.objective <= enough:
+                    break
+                pairs = np.column_stack([order[:-stride], order[stride:]])
+                for first, second in pairs[self._promising(pairs)]:
+                    self._between(int(first), int(second))
+                if time.perf_counter() > deadline:
+                    break
+            after = self.objective
+            if after > before * (1 - SAME) or after <= enough or time.perf_counter() > deadline:
+                break
+
+    def _promising(self, pairs: NDArray[np.intp]) -> Bools:
+        """Which pairs [P, 2] of clients might exchange with gain, were there no budgets."""
+        allowed, shares = self.problem.allowed, self.problem.shares
+        first, second = pairs.T
+        rise = (shares[second] - shares[first])[:, None]
+        dearer = (self.prices[second] - self.prices[first])[:, :-1]
+        here, there = self.matrix[first], self.matrix[second]
+        up = self._surrogates(self.coverage + rise) - self.each + dearer
+        down = self._surrogates(self.coverage - rise) - self.each - dearer
+        giving = np.where(here & ~there & allowed[second], up, 0.0).min(axis=1)
+        taking = np.where(there & ~here & allowed[first], down, 0.0).min(axis=1)
+        gaining: Bools = giving + taking < -_LEAST
+        return gaining
+
+    def _within(self, client: int) -> None:
+        """Choose a client's blocks anew with all others as they are: a knapsack."""
+        problem, share = self.problem, self.problem.shares[client]
+        active = self.matrix[client]
+        kept = active & (self.counts == 1)
+        others = np.where(active, self.coverage - share, self.coverage)
+        others[kept] = 0.0
+        gains = self._surrogates(others) - self._surrogates(others + share)
+        gains -= self.prices[client, :-1]
+        items = np.flatnonzero(problem.allowed[client] & ~kept & (gains > 0))
+        if not items.size and (active == kept).all():
+            return
+        costs = problem.costs[client]
+        room = int(problem.capacity[client] - costs[kept].sum())
+        row = kept.copy()
+        if items.size:
+            row[items[_knapsack(gains[items], costs[items], room)]] = True
+        if gains[row & ~kept].sum() <= gains[active & ~kept].sum() + _LEAST:
+            return
+        for block in np.flatnonzero(row != active):
+            self._set(client, int(block), bool(row[block]))
+
+    def _between(self, first: int, second: int) -> None:
+        """Give one block of the first client for one of the second; either may be none."""
+        rise = self.problem.shares[second] - self.problem.shares[first]
+        none = self.matrix.shape[1]
+        here, there = self.matrix[first], self.matrix[second]
+        given = np.append(np.flatnonzero(here & ~there & self.problem.allowed[second]), none)
+        taken = np.append(np.flatnonzero(there & ~here & self.problem.allowed[first]), none)
+        up = np.append(self._surrogates(self.coverage + rise) - self.each, 0.0)
+        down = np.append(self._surrogates(self.coverage - rise) - self.each, 0.0)
+        dearer = self.prices[second] - self.prices[first]
+        change = (up + dearer)[given][:, None] + (down - dearer)[taken]
+        mine, theirs = self.costs[first], self.costs[second]
+        change[mine[taken] - mine[given][:, None] > self.room[first]] = np.inf
+        change[theirs[given][:, None] - theirs[taken] > self.room[second]] = np.inf
+        best = int(change.argmin())
+        if not change.flat[best] < -_LEAST:
+            return
+        for block, gives in ((given[best // taken.size], True), (taken[best % taken.size], False)):
+            if block != none:
+                self._set(first, int(block), not gives)
+                self._set(second, int(block), gives)
+
+    def trim(self, target: float) -> None:
+        """Drop what frees most bytes for its f₁ while f₁ stays at most `target`."""
+        shares, costs = self.problem.shares[:, None], self.problem.costs
+        dropped = True
+        while dropped and self.value <= target:
+            dropped = False
+            droppable = self.matrix & (self.counts > 1) & (costs > 0)
+            rest = np.where(droppable, self.coverage - shares, 1.0)
+            loss = np.where(droppable, self.problem.surrogates(rest) - self.each, np.inf)
+            possible = np.flatnonzero(self.value + loss <= target)
+            worth = costs.flat[possible] / np.maximum(loss.flat[possible], 1e-12)
+            # Losses grow with every drop, so only a part is taken by one reckoning.
+            for cell in possible[np.argsort(-worth, kind="stable")[: 1 + possible.size // 50]]:
+                client, block = divmod(int(cell), self.matrix.shape[1])
+                self._set(client, block, False)
+                if self.value <= target:
+                    dropped = True
+                else:
+                    self._set(client, block, True)
+
+    def extend(self, target: float) -> None:
+        """Add what gives most f₁ for its bytes until f₁ is at most `target`, if that can be."""
+        shares, costs = self.problem.shares[:, None], self.problem.costs
+        while self.value > target:
+            addable = ~self.matrix & self.problem.allowed & (costs <= self.room[:, None])
+            gain = np.where(addable, self.each - self._surrogates(self.coverage + shares), 0.0)
+            worth = gain / np.maximum(costs, 1)
+            client, block = np.unravel_index(int(worth.argmax()), worth.shape)
+            if not gain[client, block] > 0:
+                return
+            self._set(int(client), int(block), True)
+
+    def _set(self, client: int, block: int, active: bool) -> None:
+        """Change one cell; its block's coverage is summed anew, so that no rounding piles up."""
+        sign = 1 if active else -1
+        self.matrix[client, block] = active
+        self.counts[block] += sign
+        self.room[client] -= sign * self.costs[client, block]
+        problem, covered = self.problem, self.counts[block] > 0
+        coverage = float(problem.shares @ self.matrix[:, block])
+        value = problem.weights[block] / coverage if covered else self.penalty
+        self.coverage[block] = coverage
+        self.each[block] = value + problem.slopes[block] * coverage
