@@ -33,7 +33,7 @@ def class_heads(network: nn.Module) -> list[str]:
         return []
     base = getattr(network, "base_model", network)
     children = network.named_children()
-    return [name for name, part in children if part is not base and any(part.parameters())]
+    return [name for name, part in children if part is not base and list(part.parameters())]
 
 
 def names_in_blocks(network: nn.Module, wanted: Collection[int]) -> list[str]:
