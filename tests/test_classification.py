@@ -310,6 +310,26 @@ def test_a_model_without_padding_gets_one(folder: Path) -> None:
     np.testing.assert_allclose(result.sums, losses, rtol=2e-6)
 
 
+def test_the_padding_token_is_the_networks_own() -> None:
+    """Batches are filled with 0, which may be a token of a text."""
+    network = classifier()
+    network.config.pad_token_id = 96
+    texts = [Example(np.array(tokens), len(tokens)) for tokens in ([5, 0], [0, 7, 8, 0, 9], [0])]
+    losses, _ = one_by_one(network, texts)
+    (result,) = lora(network).evaluate([Probe(collate_classes(texts))])
+    np.testing.assert_allclose(result.sums, losses, rtol=2e-6)
+
+
+def test_a_quantised_base_keeps_a_plain_head() -> None:
+    pytest.importorskip("bitsandbytes")
+    network = load(str(DEMO_MODEL), "float32", "cpu", classes=CLASSES, quantization="nf4")[0]
+    model = lora(network)
+    model.commit([Update(TRAJECTORY, 0)])
+    (tuned,) = model.evaluate([Probe(batch())])
+    losses, _ = one_by_one(model.merge(), examples())
+    np.testing.assert_allclose(tuned.sums, losses, rtol=1e-5)
+
+
 def test_classes_and_their_order() -> None:
     rows = [{"a": text} for text in ("10", " 9", "2", "9", None, "-1")]
     assert labels.classes(rows, "{a}", None) == ("-1", "2", "9", "10")
@@ -399,8 +419,8 @@ def test_what_is_exported_answers_alike_elsewhere(
         assert not torch.allclose(unlike, expected, **near)
 
 
-@pytest.mark.parametrize("kind", ["roberta", "distilbert"])
-def test_an_encoders_adapter_loads_through_peft(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_and_its_head_loads_through_peft(kind: str, tmp_path: Path) -> None:
     from peft import PeftModel
 
     model = lora(classifier(kind))
