@@ -62,7 +62,9 @@ def rebuild(directory: RunDirectory) -> Rebuilt:
     """Base model plus ledger; checks on the way the digests that clients proved."""
     config, plan = directory.load()
     ledger = Ledger(directory.ledger)
-    model, tokenizer = experiment.build_model(config, plan)
+    # The data need not be there any more.
+    classes = ledger.header.get("classes") or ()
+    model, tokenizer = experiment.build_model(config, plan, classes)
     check_header(ledger, experiment.ledger_header(config, model))
     proofs, differences = 0, []
     method = experiment.build_method(config)

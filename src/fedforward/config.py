@@ -47,6 +47,9 @@ class ModelSection(_Section):
         "float32", description="of the weights as they are held in memory"
     )
     tune: Literal["lora", "full"] = Field("lora", description="what the run changes")
+    head: Literal["causal", "classification"] = Field(
+        "causal", description="what the network ends in: the next token, or a text's class"
+    )
     blocks: str | list[int] = Field(
         "all", description='transformer blocks that are tuned: "all", "8-15" or [0, 5], from 0'
     )
@@ -482,7 +485,28 @@ class Config(_Section):
         return self
 
     @model_validator(mode="after")
+    def _a_classifier_gives_classes(self) -> "Config":
+        if self.model.head == "causal":
+            return self
+        given = [("method.objective", self.method.objective)]
+        given += [("evaluation.metrics", metric) for metric in self.evaluation.metrics]
+        for key, found in given:
+            if found not in ("loss", "accuracy"):
+                raise ValueError(
+                    f"{key} = {found!r} looks at tokens of an answer, and model.head = "
+                    "'classification' gives a class; allowed are 'loss' and 'accuracy'"
+                )
+        if self.planning.budgets is not None:
+            raise ValueError(
+                f"planning.budgets = {self.planning.budgets!r} needs predictions of memory, which "
+                "there are none of for model.head = 'classification'; use planning.active"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _accuracy_has_its_choices(self) -> "Config":
+        if self.model.head == "classification":
+            return self
         for key, wanted in (
             ("method.objective = 'accuracy'", self.method.objective == "accuracy"),
             ("evaluation.metrics with 'accuracy'", "accuracy" in self.evaluation.metrics),
@@ -491,7 +515,8 @@ class Config(_Section):
                 raise ValueError(
                     f"{key} needs data.label_words, the possible answers, as in "
                     'data.label_words = { 0 = " terrible", 1 = " great" }; for free answers there '
-                    "are 'exact-match', 'f1' and 'rougeL'"
+                    "are 'exact-match', 'f1' and 'rougeL', and for classes model.head = "
+                    "'classification'"
                 )
         return self
 

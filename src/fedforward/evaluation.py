@@ -5,7 +5,7 @@ Answers are generated once for all the metrics that look at them.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from fedforward.data.batches import Collate, by_length, collate, collate_choices
 from fedforward.data.templates import Example
 from fedforward.models.causal_lm import CausalModel, ProbePlan
 from fedforward.models.scored import Score, texts
-from fedforward.objectives import needs_answers, score_of
+from fedforward.objectives import class_batches_of, needs_answers, score_of
 from fedforward.steps import Probe
 
 #: Seconds after which an evaluation says how far it is, and between its saying so.
@@ -33,6 +33,8 @@ class HeldOut:
         scores: of generated answers, by metric.
         tokenizer: reads generated answers.
         most_tokens: of a generated answer.
+        loss: how examples become batches that measure it.
+        accuracy: likewise.
     """
 
     groups: list[list[Example]]
@@ -40,6 +42,8 @@ class HeldOut:
     scores: dict[str, Score]
     tokenizer: Any
     most_tokens: int
+    loss: Collate = collate
+    accuracy: Collate = collate_choices
 
 
 def metrics_of(config: Config) -> tuple[str, ...]:
@@ -69,7 +73,11 @@ def prepare(
         # Before the run has left anything behind.
         score(references, references)
     groups = by_length(examples, plan.evaluation_rows)
-    return HeldOut(groups, metrics, scores, tokenizer, config.data.answer_tokens)
+    heldout = HeldOut(groups, metrics, scores, tokenizer, config.data.answer_tokens)
+    if config.model.head == "classification":
+        loss, accuracy = map(class_batches_of, ("loss", "accuracy"))
+        heldout = replace(heldout, loss=loss, accuracy=accuracy)
+    return heldout
 
 
 def measure(model: CausalModel, heldout: HeldOut, notice: Notice) -> dict[str, Any]:
@@ -79,18 +87,19 @@ def measure(model: CausalModel, heldout: HeldOut, notice: Notice) -> dict[str, A
         notice: told how far the evaluation is where it takes more than two seconds.
 
     Returns:
-        `heldout_loss`, the mean loss per answer token in nats; and, if there are any, `metrics` by
-        name: `perplexity` is exp(loss), the others are means over the examples.
+        `heldout_loss`, the mean loss per answer token (or text, of a classifier) in nats; and, if
+        there are any, `metrics` by name: `perplexity` is exp(loss), the others are means over the
+        examples.
     """
     progress = _Progress(notice)
-    loss = _mean(model, progress.over(heldout.groups, "loss"), collate)
+    loss = _mean(model, progress.over(heldout.groups, "loss"), heldout.loss)
     values = {"loss": loss}
     if "perplexity" in heldout.metrics:
         with np.errstate(over="ignore"):
             values["perplexity"] = float(np.exp(loss))
     if "accuracy" in heldout.metrics:
         groups = progress.over(heldout.groups, "accuracy")
-        values["accuracy"] = 1.0 - _mean(model, groups, collate_choices)
+        values["accuracy"] = 1.0 - _mean(model, groups, heldout.accuracy)
     if heldout.scores:
         values |= _scores(model, heldout, progress.over(heldout.groups, "answers"))
     figures: dict[str, Any] = {"heldout_loss": loss}

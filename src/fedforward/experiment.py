@@ -35,7 +35,7 @@ from fedforward.models.loading import load, longest_sequence
 from fedforward.models.lora import LoraModel
 from fedforward.models.masks import random_mask, small_weights_mask
 from fedforward.models.scored import texts
-from fedforward.objectives import batches_of, needs_answers
+from fedforward.objectives import batches_of, class_batches_of, needs_answers
 from fedforward.planning import probes
 from fedforward.runtimes.faults import Faults
 from fedforward.seeds import derive, generator
@@ -50,6 +50,7 @@ class Corpus:
         clients: each client's training examples.
         heldout: the examples kept for evaluation.
         example: the prompt that is answered before and after, and its expected answer if known.
+        classes: of a sequence classifier, in the order of its head; else empty.
         cut: answers cut at the sequence length.
         dropped: rows without room for an answer.
     """
@@ -59,13 +60,33 @@ class Corpus:
     example: tuple[str, str | None]
     cut: int
     dropped: int
+    classes: tuple[str, ...] = ()
 
 
-def read_corpus(config: Config, tokenizer: Any, positions: int | None) -> Corpus:
+def read_classes(config: Config) -> tuple[str, ...]:
+    """The classes of a run: those of training and held-out data, or the label words.
+
+    Empty for a causal model.
+
+    Raises:
+        FedForwardError: see `labels.classes`, and for whatever is wrong with the data.
+    """
+    if config.model.head == "causal":
+        return ()
+    if config.data.label_words:
+        return labels.classes((), config.data.answer, config.data.label_words)
+    rows, heldout_rows = _read_rows(config)
+    return labels.classes([*rows, *heldout_rows], config.data.answer, None)
+
+
+def read_corpus(
+    config: Config, tokenizer: Any, positions: int | None, classes: Sequence[str] = ()
+) -> Corpus:
     """Read, split, tokenise and partition the data.
 
     Args:
         positions: the longest sequence that the model takes, or None.
+        classes: of a sequence classifier, in the order of its head.
 
     Raises:
         FedForwardError: for whatever is wrong with the data or their keys.
@@ -78,23 +99,10 @@ def read_corpus(config: Config, tokenizer: Any, positions: int | None) -> Corpus
         )
     if data.label_words:
         labels.check_template(data.answer)
-    table = sources.read(data.source, split=data.split, subset=data.subset, key="data.source")
-    _check_templates(config, table, "")
-    field = config.federation.field if config.federation.partition != "iid" else None
-    if field is not None and field not in table.column_names:
-        raise FedForwardError(
-            f"federation.field = {field!r} is not a field of the data. Their fields are "
-            f"{', '.join(table.column_names)}."
-        )
-    order = generator(config.run.seed, "heldout").permutation(len(table)).tolist()
-    rows = [table[index] for index in order[: data.limit]]
-    if config.evaluation.source is None:
-        kept = _heldout_count(data.heldout, len(rows))
-        heldout_rows, rows = rows[:kept][: config.evaluation.limit], rows[kept:]
-    else:
-        heldout_rows = _evaluation_rows(config)
-    heldout = _tokenise(config, heldout_rows, tokenizer)
-    train = _tokenise(config, rows, tokenizer)
+    rows, heldout_rows = _read_rows(config)
+    field = _field(config)
+    heldout = _tokenise(config, heldout_rows, tokenizer, classes)
+    train = _tokenise(config, rows, tokenizer, classes)
     if not heldout.examples or not train.examples:
         raise FedForwardError(
             f"data.sequence_length = {data.sequence_length} leaves no "
@@ -118,7 +126,32 @@ def read_corpus(config: Config, tokenizer: Any, positions: int | None) -> Corpus
         example=(data.example, None) if data.example else example,
         cut=heldout.cut + train.cut,
         dropped=heldout.dropped + train.dropped,
+        classes=tuple(classes),
     )
+
+
+def _read_rows(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows to train on and those to evaluate on, each in an order of the run's seed."""
+    data = config.data
+    table = sources.read(data.source, split=data.split, subset=data.subset, key="data.source")
+    _check_templates(config, table, "")
+    field = _field(config)
+    if field is not None and field not in table.column_names:
+        raise FedForwardError(
+            f"federation.field = {field!r} is not a field of the data. Their fields are "
+            f"{', '.join(table.column_names)}."
+        )
+    order = generator(config.run.seed, "heldout").permutation(len(table)).tolist()
+    rows = [table[index] for index in order[: data.limit]]
+    if config.evaluation.source is not None:
+        return rows, _evaluation_rows(config)
+    kept = _heldout_count(data.heldout, len(rows))
+    return rows[kept:], rows[:kept][: config.evaluation.limit]
+
+
+def _field(config: Config) -> str | None:
+    """The field that the data are divided by, if any."""
+    return config.federation.field if config.federation.partition != "iid" else None
 
 
 def _check_templates(config: Config, table: Any, where: str) -> None:
@@ -138,7 +171,7 @@ def _evaluation_rows(config: Config) -> list[dict[str, Any]]:
 
 
 def _tokenise(
-    config: Config, rows: Sequence[dict[str, Any]], tokenizer: Any
+    config: Config, rows: Sequence[dict[str, Any]], tokenizer: Any, classes: Sequence[str]
 ) -> templates.Tokenised:
     data = config.data
     options: dict[str, Any] = {
@@ -146,6 +179,8 @@ def _tokenise(
         "answer": data.answer,
         "sequence_length": data.sequence_length,
     }
+    if classes:
+        return labels.classify(rows, tokenizer, words=data.label_words, classes=classes, **options)
     if data.label_words:
         return labels.tokenise(rows, tokenizer, words=data.label_words, **options)
     return templates.tokenise(rows, tokenizer, **options)
@@ -225,7 +260,7 @@ def resolve_device(wish: str) -> str:
     return wish
 
 
-def _load(config: Config, device: str) -> tuple[Any, Any]:
+def _load(config: Config, device: str, classes: Sequence[str]) -> tuple[Any, Any]:
     """The network at its base weights, and its tokenizer."""
     return load(
         config.model.path,
@@ -233,12 +268,21 @@ def _load(config: Config, device: str) -> tuple[Any, Any]:
         device,
         quantization=config.model.quantization,
         device_map=config.model.device_map,
+        classes=classes,
+        run_seed=config.run.seed,
     )
 
 
-def build_model(config: Config, plan: ProbePlan) -> tuple[CausalModel, Any]:
-    """The model at its base weights, ready to probe, and its tokenizer."""
-    model, tokenizer = _tuned_model(config, plan)
+def build_model(
+    config: Config, plan: ProbePlan, classes: Sequence[str] | None = None
+) -> tuple[CausalModel, Any]:
+    """The model at its base weights, ready to probe, and its tokenizer.
+
+    Args:
+        classes: of a sequence classifier, where they are known; None reads them from the data.
+    """
+    classes = read_classes(config) if classes is None else classes
+    model, tokenizer = _tuned_model(config, plan, classes)
     density = config.method.density
     if config.method.mask == "random":
         model.masks = random_mask(model.tensors, model.layout, density, config.run.seed)
@@ -247,14 +291,16 @@ def build_model(config: Config, plan: ProbePlan) -> tuple[CausalModel, Any]:
     return model, tokenizer
 
 
-def _tuned_model(config: Config, plan: ProbePlan) -> tuple[CausalModel, Any]:
+def _tuned_model(
+    config: Config, plan: ProbePlan, classes: Sequence[str]
+) -> tuple[CausalModel, Any]:
     import torch
 
     torch.set_num_threads(plan.threads)
     device = resolve_device(config.run.device)
     if ":" in device:
         torch.cuda.set_device(device)
-    network, tokenizer = _load(config, device)
+    network, tokenizer = _load(config, device, classes)
     distribution = Distribution(config.method.distribution)
     if config.model.tune == "full":
         full = FullModel(
@@ -263,7 +309,7 @@ def _tuned_model(config: Config, plan: ProbePlan) -> tuple[CausalModel, Any]:
             plan=plan,
             blocks=config.model.tuned_blocks,
             tokenizer=tokenizer,
-            reload=lambda: _load(config, device)[0],
+            reload=lambda: _load(config, device, classes)[0],
         )
         return full, tokenizer
     model = LoraModel(
@@ -282,6 +328,8 @@ def _tuned_model(config: Config, plan: ProbePlan) -> tuple[CausalModel, Any]:
 
 def collate_of(config: Config, tokenizer: Any) -> Collate:
     """How training examples become the batches of the run's objective."""
+    if config.model.head == "classification":
+        return class_batches_of(config.method.objective)
     return batches_of(config.method.objective, tokenizer, config.data.answer_tokens)
 
 
@@ -343,6 +391,7 @@ def ledger_header(config: Config, model: CausalModel) -> dict[str, Any]:
         "method": config.method.name,
         "candidates": config.method.pool,
         "mask": None if config.method.mask == "none" else [config.method.mask, density],
+        "classes": list(model.classes) or None,
         "layout": model.layout.fingerprint,
         "base": model.base_fingerprint,
         "lora": lora,
@@ -350,7 +399,7 @@ def ledger_header(config: Config, model: CausalModel) -> dict[str, Any]:
 
 
 def corpus_fingerprint(corpus: Corpus) -> str:
-    """SHA-256 of every client's and the held-out examples' tokens, hexadecimal."""
+    """SHA-256 of every client's and the held-out examples' tokens and classes, hexadecimal."""
     state = hashlib.sha256()
     for part in (*corpus.clients, corpus.heldout):
         state.update(f"{len(part)}\n".encode())
@@ -358,6 +407,8 @@ def corpus_fingerprint(corpus: Corpus) -> str:
             state.update(f"{example.prompt_length} {len(example.tokens)}\n".encode())
             for tokens in (example.tokens, *example.choices):
                 state.update(tokens.astype("<i8").tobytes())
+            if corpus.classes:
+                state.update(f"class {example.right}\n".encode())
     return state.hexdigest()
 
 
@@ -429,7 +480,11 @@ def widest_steps(config: Config, corpus: Corpus, collate: Collate = collate) -> 
 
 
 def answer(model: CausalModel, tokenizer: Any, prompt: str, most_tokens: int) -> str:
-    """The greedy continuation of a prompt at the model's current weights."""
+    """The greedy continuation of a prompt at the model's current weights; a classifier's class."""
+    if model.classes:
+        limits = {"truncation": True, "max_length": longest_sequence(model.network)}
+        given = tokenizer(prompt, verbose=False, **(limits if limits["max_length"] else {}))
+        return model.classify(np.array(given["input_ids"], np.int64))
     begin = templates.begin_tokens(tokenizer) if tokenizer.bos_token_id is not None else []
     ids = begin + tokenizer(prompt, add_special_tokens=False)["input_ids"]
     limit = longest_sequence(model.network)

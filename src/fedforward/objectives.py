@@ -14,8 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from fedforward.data import metrics
-from fedforward.data.batches import Collate, collate, collate_answers, collate_choices
+from fedforward.data.batches import (
+    Collate,
+    collate,
+    collate_answers,
+    collate_choices,
+    collate_classes,
+)
 from fedforward.errors import FedForwardError
+from fedforward.models.causal_lm import WrongClassBatch
 from fedforward.models.scored import Score
 
 PAIRWISE: dict[str, Callable[[str, str], float]] = {
@@ -28,6 +35,17 @@ PAIRWISE: dict[str, Callable[[str, str], float]] = {
 def needs_answers(name: str) -> bool:
     """Whether a metric or objective looks at generated answers."""
     return name in PAIRWISE or ":" in name
+
+
+def class_batches_of(name: str) -> Collate:
+    """How examples become batches that measure a sequence classifier.
+
+    Args:
+        name: "loss" or "accuracy".
+    """
+    if name == "loss":
+        return collate_classes
+    return partial(collate_classes, kind=WrongClassBatch)
 
 
 def batches_of(name: str, tokenizer: Any, most_tokens: int) -> Collate:

@@ -133,6 +133,11 @@ def preview(config: Config, listener: Listener) -> Preview:
             f"method.name = {config.method.name!r} trains by backpropagation; `fedforward plan` "
             "is for methods of forward passes."
         )
+    if config.model.head == "classification":
+        raise FedForwardError(
+            "model.head = 'classification' has no predictions of memory, and `fedforward plan` is "
+            "made of them. `fedforward run` measures what it takes."
+        )
     listener.phase("loading the model")
     model, tokenizer = experiment.build_model(config, experiment.resolve_plan(config))
     listener.phase("reading the data")

@@ -67,7 +67,7 @@ class Session:
         self.model, self.tokenizer = experiment.build_model(config, self.plan)
         listener.phase("reading the data")
         positions = longest_sequence(self.model.network)
-        self.corpus = experiment.read_corpus(config, self.tokenizer, positions)
+        self.corpus = experiment.read_corpus(config, self.tokenizer, positions, self.model.classes)
         self.collate = experiment.collate_of(config, self.tokenizer)
         if not self.directory.started and config.run.memory_budget:
             listener.phase("fitting probes to the memory budget")
@@ -203,18 +203,14 @@ class Session:
         """Peak bytes of the widest step and of plain inference on one of its batches."""
         self.listener.phase("measuring memory")
         longest = experiment.longest_batches(self.config, self.corpus, self.collate)
-        network, model = self.model.network, self.model
-        import torch
-
+        model = self.model
         widest = max(longest, key=lambda batch: batch.tokens.shape[1])
-        tokens = torch.from_numpy(widest.tokens).to(model.device)
 
         def inference() -> None:
             if isinstance(widest, AnswerBatch):
                 model.generate([Probe(widest.prompts)])
                 return
-            with torch.inference_mode():
-                network(input_ids=tokens, use_cache=False)
+            model.infer(widest)
 
         def step() -> None:
             if isinstance(self.method, FirstOrderMethod):
@@ -390,6 +386,7 @@ class Session:
             "objective": config.method.objective,
             "model": config.model.path,
             "tune": config.model.tune,
+            "classes": list(self.model.classes) or None,
             "dtype": config.model.dtype,
             "tuned_parameters": self.model.layout.parameters,
             "clients": config.federation.clients,
@@ -462,6 +459,7 @@ def check_header(ledger: Ledger, header: dict[str, Any]) -> None:
             what = {
                 "base": "the base model's weights have changed since the run started",
                 "data": "the data have changed since the run started",
+                "classes": "the data have other classes than when the run started",
                 "lora": "the adapters are set up in another way",
                 "layout": "the model's tuned tensors are not those of the run",
                 "direction_version": "it was made with another version of the directions",

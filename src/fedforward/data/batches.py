@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedforward.data.templates import Example
-from fedforward.models.causal_lm import IGNORED, Batch, PromptBatch, TokenBatch
+from fedforward.models.causal_lm import IGNORED, Batch, ClassBatch, PromptBatch, TokenBatch
 from fedforward.models.scored import AnswerBatch, ChoiceBatch, Score
 from fedforward.seeds import generator
 
@@ -27,6 +27,14 @@ def collate_choices(examples: Sequence[Example]) -> ChoiceBatch:
     """A row for each possible answer of each example."""
     choices = [(choice, e.prompt_length) for e in examples for choice in e.choices]
     return ChoiceBatch(_rows(choices), np.array([e.right for e in examples], np.int64))
+
+
+def collate_classes(examples: Sequence[Example], kind: type[ClassBatch] = ClassBatch) -> ClassBatch:
+    """Right-padded texts; the last token's label is the number of the class."""
+    rows = _rows([(example.tokens, len(example.tokens)) for example in examples])
+    for row, example in enumerate(examples):
+        rows.labels[row, len(example.tokens) - 1] = example.right
+    return kind(rows.tokens, rows.labels)
 
 
 def collate_answers(

@@ -1,6 +1,11 @@
-"""Classification: words that stand for the values of a field, all of them possible answers."""
+"""Classification: the possible answers, as words for a causal model or as a classifier's classes.
 
-from collections.abc import Mapping, Sequence
+The classes and their order follow from the data or from the words alone, so that all parties name
+the rows of a head alike.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +22,94 @@ def check_template(answer: str) -> None:
             f"data.label_words stand for the values of the field in data.answer, and data.answer = "
             f"{answer!r} names {len(names)} fields. Name one, as in '{{label}}'."
         )
+
+
+#: More different answers than this are free text and no classes.
+MOST_CLASSES = 1000
+
+
+def classes(
+    rows: Iterable[Mapping[str, Any]], answer: str, words: Mapping[str, str] | None
+) -> tuple[str, ...]:
+    """The classes of a run: the words in their order, or the different answers in the data.
+
+    Answers are sorted, by value where all of them are whole numbers.
+
+    Raises:
+        FedForwardError: there are fewer than two, or too many, or two words name one class.
+    """
+    if words is not None:
+        named = tuple(word.strip() for word in words.values())
+        if "" in named or len(set(named)) < len(named):
+            raise FedForwardError(
+                f"data.label_words = {dict(words)!r} names the classes of model.head = "
+                "'classification', and without outer spaces the words must be different and not "
+                "empty."
+            )
+        return named
+    found = {fill(answer, row).strip() for row in rows} - {""}
+    if not 2 <= len(found) <= MOST_CLASSES:
+        many = "only " if len(found) < 2 else ""
+        raise FedForwardError(
+            f"data.answer = {answer!r} has {many}{len(found)} different values in the data, and "
+            f"model.head = 'classification' needs 2 to {MOST_CLASSES} classes. Name the field of "
+            "the classes, as in '{label}', or use model.head = 'causal'."
+        )
+    if all(re.fullmatch(r"-?\d+", name) for name in found):
+        return tuple(sorted(found, key=lambda name: (int(name), name)))
+    return tuple(sorted(found))
+
+
+def classify(
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    prompt: str,
+    answer: str,
+    sequence_length: int,
+    words: Mapping[str, str] | None,
+    classes: Sequence[str],
+) -> Tokenised:
+    """Prompts with the numbers of their classes, tokenised as the tokenizer does with a text.
+
+    A row without an answer, or whose prompt is empty or too long, is dropped.
+
+    Args:
+        words: by the field's values as text, in place of the answers.
+        classes: in the order of the head.
+
+    Raises:
+        FedForwardError: a row's value has no word.
+    """
+    if not rows:
+        return Tokenised([], [], 0, 0)
+    places = {name: place for place, name in enumerate(classes)}
+    examples: list[Example] = []
+    kept: list[int] = []
+    prompts = tokenizer([fill(prompt, row) for row in rows], verbose=False)["input_ids"]
+    for index, (row, tokens) in enumerate(zip(rows, prompts, strict=True)):
+        if words is None:
+            name = fill(answer, row).strip()
+        else:
+            (field,) = set(fields(answer, "data.answer"))
+            name = _word(words, field, row).strip()
+        if not name or not 0 < len(tokens) <= sequence_length:
+            continue
+        whole = np.array(tokens, np.int64)
+        examples.append(Example(whole, len(whole), name, right=places[name]))
+        kept.append(index)
+    return Tokenised(examples, kept, 0, len(rows) - len(kept))
+
+
+def _word(words: Mapping[str, str], field: str, row: Mapping[str, Any]) -> str:
+    """The word for a row's value."""
+    value = str(row[field])
+    if value not in words:
+        raise FedForwardError(
+            f"data.label_words has no word for {field} = {value!r}, which is in the data. It "
+            f"has words for {', '.join(map(repr, words))}."
+        )
+    return words[value]
 
 
 def tokenise(
@@ -46,24 +139,18 @@ def tokenise(
     _check_endings(words, endings)
     if not rows:
         return Tokenised([], [], 0, 0)
-    places = {value: place for place, value in enumerate(words)}
+    places = {word: place for place, word in enumerate(words.values())}
     begin = [] if tokenizer.bos_token_id is None else begin_tokens(tokenizer)
     room = sequence_length - max(map(len, endings))
     examples: list[Example] = []
     kept: list[int] = []
     prompts = tokenizer([fill(prompt, row) for row in rows], **options)["input_ids"]
     for index, (row, before) in enumerate(zip(rows, prompts, strict=True)):
-        value = str(row[field])
-        if value not in places:
-            raise FedForwardError(
-                f"data.label_words has no word for {field} = {value!r}, which is in the data. It "
-                f"has words for {', '.join(map(repr, words))}."
-            )
+        right = places[_word(words, field, row)]
         before = begin + before
         if not 0 < len(before) <= room:
             continue
         choices = tuple(np.array(before + ending, np.int64) for ending in endings)
-        right = places[value]
         examples.append(Example(choices[right], len(before), answers[right], choices, right))
         kept.append(index)
     return Tokenised(examples, kept, 0, len(rows) - len(kept))

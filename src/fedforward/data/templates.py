@@ -21,7 +21,7 @@ class Example:
         reference: the right answer as text.
         choices: int64 [length] each, the tokens of every possible answer, where there are label
             words.
-        right: the place of the right answer among them.
+        right: the place of the right answer among them, or the number of a classifier's class.
     """
 
     tokens: NDArray[np.int64]

@@ -23,6 +23,19 @@ def transformer_blocks(network: nn.Module) -> Sequence[nn.Module]:
     return list(lists[sizes.index(max(sizes))]) if lists else []
 
 
+def class_heads(network: nn.Module) -> list[str]:
+    """Names of the modules that a sequence classifier has on top of its base model.
+
+    Empty for other networks. Transformers names its classes by what they do, and says nowhere else
+    which they are.
+    """
+    if not type(network).__name__.endswith("ForSequenceClassification"):
+        return []
+    base = getattr(network, "base_model", network)
+    children = network.named_children()
+    return [name for name, part in children if part is not base and list(part.parameters())]
+
+
 def names_in_blocks(network: nn.Module, wanted: Collection[int]) -> list[str]:
     """Prefixes of the names of everything in some blocks, such as "model.layers.3.".
 
@@ -44,12 +57,15 @@ def names_by_block(network: Any, tensors: Mapping[str, torch.Tensor]) -> dict[st
     """The tuned tensors' names under the names of their blocks, in the order of the forward pass.
 
     Transformer blocks are called by their numbers. What lies before them is "embeddings", what
-    comes after is "norm", and an output layer that is not tied to the embeddings is "head".
+    comes after is "norm", and an output layer that is not tied to the embeddings is "head", as is
+    all that a sequence classifier has on top of its base model.
     """
     blocks = transformer_blocks(network)
     inside = {p.data_ptr(): str(n) for n, b in enumerate(blocks) for p in b.parameters()}
     head = network.get_output_embeddings()
-    last = set() if head is None else {p.data_ptr() for p in head.parameters()}
+    heads = [network.get_submodule(name) for name in class_heads(network)]
+    heads += [] if head is None else [head]
+    last = {p.data_ptr() for module in heads for p in module.parameters()}
     first = network.get_input_embeddings()
     last -= {p.data_ptr() for p in first.parameters()}
     before: set[int] = set()
@@ -75,12 +91,17 @@ class Prefix:
     """
 
     def __init__(self, network: nn.Module, blocks: Sequence[str]) -> None:
-        """`blocks`: of the layout (see `names_by_block`)."""
+        """`blocks`: of the layout (see `names_by_block`).
+
+        A sequence classifier shares nothing: it picks a position for each row that it was given,
+        which must then be the rows that arrive.
+        """
         self._blocks = transformer_blocks(network)
         # The last block is where rows can still be told apart for what follows all of them.
         after = max(0, len(self._blocks) - 1)
         outside = {"embeddings": 0, "norm": after, "head": after}
-        self.depths = tuple(outside[b] if b in outside else int(b) for b in blocks)
+        depths = tuple(outside[b] if b in outside else int(b) for b in blocks)
+        self.depths = (0,) * len(depths) if class_heads(network) else depths
         self._hooked = False
         self._first = 0
         self._rows = 0

@@ -1,4 +1,4 @@
-"""What all tuned causal language models share: probes in one batch, the loss, commit and digest.
+"""What all tuned language models share: probes in one batch, the loss, commit and digest.
 
 How a probe's displacement reaches the weights is left to `lora` (a batched adapter bank) and
 `full` (tiles beside the weights).
@@ -9,7 +9,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -22,8 +22,9 @@ from torch import nn
 
 from fedforward.directions import Distribution, Layout
 from fedforward.directions.kernels import commit
+from fedforward.errors import FedForwardError
 from fedforward.messages import MessageError
-from fedforward.models.blocks import Prefix, names_by_block
+from fedforward.models.blocks import Prefix, class_heads, names_by_block
 from fedforward.models.head import Head, VocabularyTile, losses_of
 from fedforward.models.loading import input_device
 from fedforward.steps import Evaluation, Probe, Update
@@ -48,6 +49,35 @@ class TokenBatch:
     def measure(cls, model: "CausalModel", probes: Sequence[Probe]) -> list[Evaluation]:
         """See `Batch.measure`: the loss of an example's counted tokens."""
         return model.evaluate_tokens(probes)
+
+
+@dataclass(frozen=True, eq=False)
+class ClassBatch(TokenBatch):
+    """Right-padded texts, for a sequence classifier: the last token's label is the text's class.
+
+    Nothing else is labelled, so that a row's label also says where it ends.
+    """
+
+    @staticmethod
+    def values(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        """What a probe yields for each row, float64 [rows]: -log p of its class.
+
+        Args:
+            logits: [rows, classes].
+            classes: int64 [rows], the right ones.
+        """
+        return nn.functional.cross_entropy(logits.double(), classes, reduction="none")
+
+
+@dataclass(frozen=True, eq=False)
+class WrongClassBatch(ClassBatch):
+    """The same, where a probe yields 0 for a text whose class is the likeliest, 1 for another."""
+
+    @staticmethod
+    def values(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        """See `ClassBatch.values`; NaN where a logit is not finite."""
+        wrong = (logits.argmax(dim=1) != classes).double()
+        return wrong.masked_fill(~logits.isfinite().all(dim=1), torch.nan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +149,11 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 class CausalModel(ABC):
     """A causal language model with tuned tensors: the `ForwardModel` of real work.
 
+    A sequence classifier on such a model, or on an encoder, is measured through the same passes.
+
     Attributes:
         network: the transformers model that runs.
+        classes: names of a sequence classifier's classes, in the order of its logits; else empty.
         tensors: the tuned tensors by canonical name, in the layout's order.
         layout: their place in the tunable space.
         plan: how probes are grouped.
@@ -149,6 +182,9 @@ class CausalModel(ABC):
         self.changed_share: float | None = None
         forward = inspect.signature(network.forward).parameters
         self._selects_logits = "logits_to_keep" in forward
+        self._plain_options = {"use_cache": False} if "use_cache" in forward else {}
+        named = network.config.id2label if class_heads(network) else {}
+        self.classes = tuple(named[place] for place in range(len(named)))
         self.head = Head(network)
         self.prefix = Prefix(network, self.layout.blocks)
         self._base: dict[str, torch.Tensor] = {}
@@ -222,6 +258,8 @@ class CausalModel(ABC):
             tokens: int64 [rows below the first block that moves, length].
             labels: int64 [rows, length], equally many of each probe.
         """
+        if self.classes:
+            return self._class_values(tokens, labels, probes)
         targets = labels[:, 1:]
         counted = targets != IGNORED
         positions = counted.any(dim=0).nonzero()[:, 0]
@@ -248,6 +286,57 @@ class CausalModel(ABC):
                 losses = self.head.losses_whole(given, targets.to(given.device))
         per_token = losses.cpu().double().view(counted.shape).masked_fill(~counted, 0.0)
         return per_token.sum(dim=1), counted.sum(dim=1)
+
+    def _class_values(
+        self, tokens: torch.Tensor, labels: torch.Tensor, probes: Sequence[Probe]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `_losses`: one value for each row, of the kind that the probes' batches ask for."""
+        kind = type(probes[0].batch)
+        if not issubclass(kind, ClassBatch):
+            raise FedForwardError(
+                f"A sequence classifier is measured on a ClassBatch, not on a {kind.__name__}."
+            )
+        with self._displaced(probes, (labels.shape[0], labels.shape[1])):
+            logits = self.class_logits(tokens, labels)
+        classes, counted = _classes(labels)
+        values = kind.values(logits, classes.to(logits.device)).cpu()
+        return values.masked_fill(~counted, 0.0), counted.long()
+
+    def class_logits(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """A sequence classifier's logits, [rows, classes], of the rows of a `ClassBatch`.
+
+        What follows a row's labelled token is hidden by the mask, and is the network's own padding
+        token: decoders look for the last token that is another one.
+        """
+        place = torch.arange(labels.shape[1])
+        there = place <= (place * (labels != IGNORED)).amax(dim=1, keepdim=True)
+        padded = tokens.masked_fill(~there, self.network.config.get_text_config().pad_token_id)
+        logits: torch.Tensor = self.network(
+            input_ids=padded.to(self.device),
+            attention_mask=there.long().to(self.device),
+            **self._plain_options,
+        ).logits
+        return logits
+
+    @torch.inference_mode()
+    def infer(self, batch: Batch) -> None:
+        """One plain forward pass over the rows of a batch."""
+        tokens = torch.from_numpy(batch.tokens)
+        if isinstance(batch, ClassBatch):
+            self.class_logits(tokens, torch.from_numpy(batch.labels))
+        else:
+            self.network(input_ids=tokens.to(self.device), use_cache=False)
+
+    @torch.inference_mode()
+    def classify(self, tokens: NDArray[np.int64]) -> str:
+        """The name of the likeliest class of one text, int64 [length]."""
+        labels = np.full((1, len(tokens)), IGNORED, np.int64)
+        labels[0, -1] = 0
+        batch = ClassBatch(tokens[None], labels)
+        with self._displaced([Probe(batch)], (1, len(tokens))):
+            logits = self.class_logits(torch.from_numpy(batch.tokens), torch.from_numpy(labels))
+        name: str = self.classes[int(logits.argmax())]
+        return name
 
     def _losses_by_tiles(
         self,
@@ -424,6 +513,10 @@ class CausalModel(ABC):
 
     def loss(self, batch: TokenBatch) -> torch.Tensor:
         """Mean loss per counted token with gradients to the tuned tensors (first-order methods)."""
+        if self.classes:
+            labels = torch.from_numpy(batch.labels)
+            logits = self.class_logits(torch.from_numpy(batch.tokens), labels)
+            return ClassBatch.values(logits, _classes(labels)[0].to(logits.device)).mean()
         tokens = torch.from_numpy(batch.tokens).to(self.device)
         targets = torch.from_numpy(batch.labels)[:, 1:].to(self.device)
         counted = targets != IGNORED
@@ -452,6 +545,12 @@ def stack(batches: Sequence[TokenBatch]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(tokens.reshape(flat)), torch.from_numpy(labels.reshape(flat))
 
 
+def _classes(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The class of each row of a `ClassBatch`, and whether the row is one and not padding."""
+    counted = (labels != IGNORED).any(dim=1)
+    return labels.amax(dim=1).clamp(min=0), counted
+
+
 def _height_and_length(batches: Sequence[TokenBatch]) -> tuple[int, int]:
     return (
         max(len(batch.tokens) for batch in batches),
@@ -466,5 +565,5 @@ def cut(batch: TokenBatch, rows: int) -> list[TokenBatch]:
         tokens, labels = batch.tokens[begin : begin + rows], batch.labels[begin : begin + rows]
         used = np.flatnonzero((labels != IGNORED).any(axis=0))
         length = max(2, int(used[-1]) + 1) if len(used) else tokens.shape[1]
-        parts.append(TokenBatch(tokens[:, :length], labels[:, :length]))
+        parts.append(replace(batch, tokens=tokens[:, :length], labels=labels[:, :length]))
     return parts

@@ -15,7 +15,7 @@ from torch import nn
 from fedforward.directions import Distribution
 from fedforward.directions.kernels import accumulate
 from fedforward.errors import FedForwardError
-from fedforward.models.blocks import names_in_blocks
+from fedforward.models.blocks import class_heads, names_in_blocks
 from fedforward.models.causal_lm import CausalModel, ProbePlan, fingerprint
 from fedforward.models.displaced import DisplacedTensor, Displacement
 from fedforward.models.head import VocabularyTile, tile_rows
@@ -37,12 +37,17 @@ class FullModel(CausalModel):
     ) -> None:
         """Tune all parameters, or only those of some transformer blocks, numbered from 0.
 
+        The head of a sequence classifier is tuned in any case.
+
         Args:
             reload: loads the network again, for `reset`.
         """
         parameters = dict(network.named_parameters())
         base = fingerprint(sorted(parameters.items()))
-        inside = ("",) if blocks is None else tuple(names_in_blocks(network, blocks))
+        inside: tuple[str, ...] = ("",)
+        if blocks is not None:
+            heads = [f"{name}." for name in class_heads(network)]
+            inside = (*names_in_blocks(network, blocks), *heads)
         tensors = {n: p.data for n, p in parameters.items() if n.startswith(inside)}
         super().__init__(network, tensors, distribution, plan, base)
         self.tokenizer = tokenizer

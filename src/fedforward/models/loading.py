@@ -7,7 +7,8 @@ and its way back to plain weights, are here too.
 import importlib.util
 import logging
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,7 +16,12 @@ from urllib.request import getproxies
 
 import torch
 
+from fedforward.directions import Distribution, Layout, Stream
+from fedforward.directions.kernels import accumulate
 from fedforward.errors import FedForwardError
+from fedforward.models.blocks import class_heads
+from fedforward.seeds import derive
+from fedforward.steps import Steps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,8 +33,13 @@ def load(
     *,
     quantization: str = "none",
     device_map: str = "none",
+    classes: Sequence[str] = (),
+    run_seed: int = 0,
 ) -> tuple[Any, Any]:
     """The network (evaluation mode, no gradients) and the tokenizer of a folder or a hub name.
+
+    With `classes` it is a sequence classifier. Where the folder is one for classes of these names,
+    they keep its order; a head that it lacks is made from the run seed.
 
     Args:
         path: a folder in Hugging Face format, or a hub name.
@@ -37,6 +48,8 @@ def load(
         quantization: "nf4" holds the linear layers in 4 bits through bitsandbytes. They are
             quantised on the CPU, so that every party has the same base, unless `device_map` places
             them first.
+        classes: their names; none makes a causal language model.
+        run_seed: of a head that the folder lacks.
         device_map: "auto" spreads the layers over all CUDA devices and then host memory.
 
     Raises:
@@ -44,7 +57,12 @@ def load(
             cannot be quantised or placed like that.
     """
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
 
     folder = Path(path).expanduser()
     local = folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
@@ -77,9 +95,15 @@ def load(
         stored = AutoConfig.from_pretrained(name, local_files_only=kept)
         if quantization != _stored_quantization(path, stored, quantization):
             options["quantization_config"] = _settings(dtype)
-        network, loading = AutoModelForCausalLM.from_pretrained(
-            name, output_loading_info=True, local_files_only=kept, **options
-        )
+        kind: Any = AutoModelForCausalLM
+        if classes:
+            kind = AutoModelForSequenceClassification
+            _name_classes(path, stored, classes)
+            options["config"] = stored
+        with _without_report(bool(classes)):
+            network, loading = kind.from_pretrained(
+                name, output_loading_info=True, local_files_only=kept, **options
+            )
     except (
         OSError,
         ValueError,
@@ -101,12 +125,16 @@ def load(
         if not local and kept:
             reason = f"there is no such folder here, and the hub cannot be reached. {reason}"
         raise FedForwardError(f"model.path = {path!r} cannot be loaded: {reason}") from error
-    if loading["missing_keys"]:
+    heads = tuple(f"{name}." for name in class_heads(network))
+    missing = {name for name in loading["missing_keys"] if not name.startswith(heads)}
+    if missing:
         raise FedForwardError(
-            f"model.path = {path!r}: the weights lack {len(loading['missing_keys'])} tensors that "
-            f"its config.json asks for, such as {min(loading['missing_keys'])}. Give a complete "
-            "model."
+            f"model.path = {path!r}: the weights lack {len(missing)} tensors that "
+            f"its config.json asks for, such as {min(missing)}. Give a complete model."
         )
+    if classes:
+        _initialise_head(network, loading["missing_keys"], run_seed)
+        _choose_padding(path, network, tokenizer)
     if quantization != "none":
         _settle(path, network, quantization, dtype)
     if device_map == "auto":
@@ -115,6 +143,90 @@ def load(
         network.to(device)
     network.eval().requires_grad_(False)
     return network, tokenizer
+
+
+def _name_classes(path: str, stored: Any, classes: Sequence[str]) -> None:
+    """Write the classes into a configuration, in the order of the head that the folder has.
+
+    Raises:
+        FedForwardError: that head is for another number of classes.
+    """
+    made = any(name.endswith("ForSequenceClassification") for name in stored.architectures or ())
+    if made and stored.num_labels != len(classes):
+        raise FedForwardError(
+            f"model.path = {path!r} has a head for {stored.num_labels} classes, and the data have "
+            f"{len(classes)}: {', '.join(classes[:8])}. Give a model without a head, or data of "
+            "its classes."
+        )
+    known = [stored.id2label[place] for place in sorted(stored.id2label)]
+    names = known if made and set(known) == set(classes) else list(classes)
+    stored.id2label = dict(enumerate(names))
+    stored.label2id = {name: place for place, name in enumerate(names)}
+
+
+@contextmanager
+def _without_report(hidden: bool) -> Iterator[None]:
+    """Leave out transformers' table of the head's missing tensors; they are looked at here."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not (hidden and "LOAD REPORT" in record.getMessage())
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
+
+
+def _initialise_head(network: Any, missing: Collection[str], run_seed: int) -> None:
+    """A head's missing matrices from the initialisation stream, its missing biases 0.
+
+    The width is the network's own (`initializer_range`); what is neither stays as transformers made
+    it, which draws nothing for it.
+    """
+    tensors = {name: network.get_parameter(name).data for name in missing}
+    layout = Layout.of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    width = getattr(network.config.get_text_config(), "initializer_range", None) or 0.02
+    seed = derive(run_seed, "class-head")
+    for name, first_tile in zip(layout.names, layout.first_tiles, strict=True):
+        tensor = tensors[name]
+        if name.endswith(".bias"):
+            tensor.zero_()
+        elif tensor.dim() > 1:
+            drawn = torch.zeros(tensor.shape)
+            draw_normal(drawn, seed, first_tile, width)
+            tensor.copy_(drawn)
+
+
+def draw_normal(tensor: torch.Tensor, seed: int, first_tile: int, width: float) -> None:
+    """Fill a float32 tensor with normal numbers of the initialisation stream, of this width."""
+    scale = Steps.of([seed], [width])
+    accumulate(
+        torch.zeros_like(tensor),
+        scale.seeds,
+        scale.coefficients,
+        first_tile=first_tile,
+        distribution=Distribution.GAUSSIAN,
+        out=tensor,
+        stream=Stream.INITIALISATION,
+    )
+
+
+def _choose_padding(path: str, network: Any, tokenizer: Any) -> None:
+    """Tell a classifier which token pads, where its configuration does not."""
+    config = network.config.get_text_config()
+    if config.pad_token_id is not None:
+        return
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            config.pad_token_id = token
+            return
+    raise FedForwardError(
+        f"model.path = {path!r} names no token that pads, neither in config.json nor in its "
+        "tokenizer, and a classifier needs one to know where a text ends. Set pad_token_id in its "
+        "config.json."
+    )
 
 
 def _check_package(quantization: str) -> None:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from operator import is_
 from pathlib import Path
@@ -19,12 +20,18 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedforward.directions import TILE, Distribution, Layout, Stream
+from fedforward.directions import TILE, Distribution, Layout
 from fedforward.directions.kernels import accumulate, displace
 from fedforward.errors import FedForwardError
-from fedforward.models.blocks import names_in_blocks
+from fedforward.models.blocks import class_heads, names_in_blocks, transformer_blocks
 from fedforward.models.causal_lm import CausalModel, ProbePlan, TokenBatch, cut, fingerprint
-from fedforward.models.loading import dequantize, input_device, is_quantized, weights
+from fedforward.models.loading import (
+    dequantize,
+    draw_normal,
+    input_device,
+    is_quantized,
+    weights,
+)
 from fedforward.seeds import derive
 from fedforward.steps import NO_STEPS, Evaluation, Probe, Steps
 
@@ -36,9 +43,11 @@ ACTIVATIONS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}
 class LoraModel(CausalModel):
     """A frozen base with PEFT LoRA adapters, tuned in float32.
 
+    The head of a sequence classifier is tuned itself, in a float32 copy (PEFT's `modules_to_save`).
+
     Attributes:
         peft: the `PeftModel` around the network.
-        flat: float32 [tiles * 2048], the storage that all tuned adapter tensors are views of.
+        flat: float32 [tiles * 2048], the storage that all tuned tensors are views of.
     """
 
     def __init__(
@@ -59,12 +68,14 @@ class LoraModel(CausalModel):
         A is normal with variance 1/(3 · inputs), the variance of PEFT's own default.
 
         Args:
-            network: a transformers causal language model; it is changed in place.
+            network: a transformers causal language model or sequence classifier; it is changed in
+                place.
             rank: LoRA r.
             alpha: LoRA α; the product BA is scaled by α / r.
             targets: "all-linear" or names of modules.
             factors: "both" tunes A and B, "B" freezes A.
-            blocks: only modules in these transformer blocks, numbered from 0; None is all.
+            blocks: only modules in these transformer blocks, numbered from 0; None is all. The
+                head of a sequence classifier is tuned in any case.
             run_seed: of the initial A.
             distribution: of the directions.
             plan: how probes are grouped.
@@ -76,6 +87,9 @@ class LoraModel(CausalModel):
         from peft import LoraConfig, get_peft_model
 
         base = fingerprint(weights(network))
+        heads = class_heads(network)
+        # These two are PEFT's to add.
+        others = [name for name in heads if name not in ("classifier", "score")]
         settings = LoraConfig(
             r=rank,
             lora_alpha=alpha,
@@ -84,10 +98,11 @@ class LoraModel(CausalModel):
             bias="none",
             # GPT-2's Conv1D stores its weight transposed.
             fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in network.modules()),
-            task_type="CAUSAL_LM",
+            task_type="SEQ_CLS" if heads else "CAUSAL_LM",
+            modules_to_save=others or None,
         )
         try:
-            settings.target_modules = _targets(network, targets, blocks)
+            settings.target_modules = _targets(network, targets, blocks, heads)
             self.peft = get_peft_model(network, settings, autocast_adapter_dtype=True)
             if not all(ADAPTER in m.lora_A for m in self.peft.modules() if hasattr(m, "lora_A")):
                 raise ValueError("a target is not a linear module")
@@ -112,7 +127,20 @@ class LoraModel(CausalModel):
             if ".lora_" in name
         }
         initialise(adapters, run_seed)
+        saved = f".modules_to_save.{ADAPTER}."
+        self._heads = {
+            name.replace(saved, "."): parameter
+            for name, parameter in self.peft.named_parameters()
+            if saved in name
+        }
+        # In the wrapper around it, the head as it was loaded lies beside its copy.
+        self._base_heads = {
+            name.replace(".original_module.", "."): parameter
+            for name, parameter in self.peft.named_parameters()
+            if ".original_module." in name
+        }
         tuned = {n: p for n, p in adapters.items() if factors == "both" or ".lora_B." in n}
+        tuned |= self._heads
         layout = Layout.of({name: tuple(p.shape) for name, p in tuned.items()})
         self.flat = torch.zeros(layout.tiles * TILE, dtype=torch.float32, device=device)
         self.peft.requires_grad_(False)
@@ -131,9 +159,13 @@ class LoraModel(CausalModel):
         self._wanted: set[int] = set()
         self._filled: list[Steps] = []
         self._last_bank = self._bank
+        inside = {id(m) for block in transformer_blocks(network) for m in block.modules()}
         for name, layer in self.peft.named_modules():
             if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
-                self._replace_forward(name, layer)
+                # Beyond its blocks a classifier may have pooled a row's tokens.
+                self._replace_forward(name, layer, bool(heads) and id(layer) not in inside)
+            elif f"{name}.".endswith(saved):
+                self._replace_head(name.removesuffix(saved[:-1]), layer)
 
     def evaluate_tokens(self, probes: Sequence[Probe]) -> list[Evaluation]:
         """See `CausalModel.evaluate_tokens`. A batch too long for a forward pass is cut by rows.
@@ -189,6 +221,8 @@ class LoraModel(CausalModel):
 
     def _start_again(self) -> None:
         initialise(self._adapters, self._run_seed)
+        for name, parameter in self._heads.items():
+            parameter.data.copy_(self._base_heads[name])
 
     @contextmanager
     def _displaced(self, probes: Sequence[Probe], shape: tuple[int, int]) -> Iterator[None]:
@@ -285,8 +319,12 @@ class LoraModel(CausalModel):
         self._carried = [*others, (trajectory, target)]
         return target
 
-    def _replace_forward(self, name: str, layer: Any) -> None:
-        """Give one PEFT layer a forward pass that uses the bank while there is one."""
+    def _replace_forward(self, name: str, layer: Any, pooled: bool) -> None:
+        """Give one PEFT layer a forward pass that uses the bank while there is one.
+
+        Args:
+            pooled: it may be given one vector for each row.
+        """
         if not _is_linear(layer.get_base_layer()):
             raise FedForwardError(
                 f"lora.targets takes in {name}, a {type(layer.get_base_layer()).__name__}, and "
@@ -306,7 +344,8 @@ class LoraModel(CausalModel):
             if b is None:
                 return _adapted(layer.base_layer, x, factor_a[None], factor_b[None], scaling)
             groups = len(b)
-            if groups > 1 and len(x) != self._rows[x.dim() == 2]:
+            expected = self._rows[x.dim() == 2]
+            if groups > 1 and len(x) != expected and not (pooled and len(x) == self._rows[0]):
                 raise FedForwardError(
                     f"{name} does not see the rows of a batch in their order, so that probes "
                     "cannot share a forward pass. Set run.probes_per_call = 1."
@@ -318,16 +357,51 @@ class LoraModel(CausalModel):
 
         layer.forward = forward
 
+    def _replace_head(self, name: str, head: nn.Module) -> None:
+        """Give the linear maps of a classifier's head a forward pass in float32, with the bank."""
+        for path, part in head.named_modules(prefix=name):
+            if not any(True for _ in part.parameters(recurse=False)):
+                continue
+            if type(part) is not nn.Linear:
+                raise FedForwardError(
+                    f"model.head = 'classification' with model.tune = 'lora' probes heads of "
+                    f"linear layers, and {path} of this model is a {type(part).__name__}. Use "
+                    "model.tune = 'full'."
+                )
+            part.__dict__["forward"] = partial(self._head_forward, path, part)
+
+    def _head_forward(self, path: str, part: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        """x Wᵀ + b in float32, each group of rows with its own W and b while there is a bank."""
+        weight = self._bank.get(id(part.weight))
+        bias = self._bank.get(id(part.bias))
+        x = x.to(part.weight.device, torch.float32)
+        if weight is None:
+            return nn.functional.linear(x, part.weight, part.bias)
+        if len(weight) > 1 and len(x) not in self._rows:
+            raise FedForwardError(
+                f"{path} does not see the rows of a batch in their order, so that probes cannot "
+                "share a forward pass. Set run.probes_per_call = 1."
+            )
+        out = torch.bmm(x.reshape(len(weight), -1, x.shape[-1]), weight.transpose(1, 2))
+        if bias is not None:
+            out += bias[:, None]
+        return out.view(*x.shape[:-1], out.shape[-1])
+
     def save(self, folder: Path) -> None:
         """Write the adapter in PEFT format."""
         self.peft.save_pretrained(str(folder))
 
     def saved_tensors(self) -> dict[str, torch.Tensor]:
-        """Both factors of every adapter, the frozen A included."""
-        return dict(self._adapters)
+        """Both factors of every adapter, the frozen A included, and a classifier's head."""
+        return {**self._adapters, **self._heads}
 
     def merge(self) -> Any:
         """The base with the adapters added in, a plain transformers model; this one is used up."""
+        for head in class_heads(self.network):
+            wrapper = self.network.get_submodule(head)
+            for part in wrapper.modules_to_save[ADAPTER].modules():
+                part.__dict__.pop("forward", None)
+            wrapper.modules_to_save[ADAPTER].to(self.network.dtype)
         if not any(is_quantized(module) for module in self.network.modules()):
             return self.peft.merge_and_unload()
         # PEFT would round the sum to 4 bits again, and the result would not be what was tuned.
@@ -413,25 +487,23 @@ def initialise(adapters: dict[str, torch.nn.Parameter], run_seed: int) -> None:
         if ".lora_B." in name:
             tensor.zero_()
             continue
-        scale = Steps.of([seed], [(3.0 * tensor.shape[1]) ** -0.5])
-        accumulate(
-            torch.zeros_like(tensor),
-            scale.seeds,
-            scale.coefficients,
-            first_tile=first_tile,
-            distribution=Distribution.GAUSSIAN,
-            out=tensor,
-            stream=Stream.INITIALISATION,
-        )
+        draw_normal(tensor, seed, first_tile, (3.0 * tensor.shape[1]) ** -0.5)
 
 
 def _targets(
-    network: Any, targets: str | Sequence[str], blocks: Collection[int] | None
+    network: Any,
+    targets: str | Sequence[str],
+    blocks: Collection[int] | None,
+    heads: Sequence[str],
 ) -> str | list[str]:
-    """What PEFT is to adapt: the targets as given, or full names of those in some blocks."""
-    if blocks is None:
+    """What PEFT is to adapt: the targets as given, or full names of those in some blocks.
+
+    Nothing in a sequence classifier's heads is adapted.
+    """
+    if blocks is None and not heads:
         return targets if isinstance(targets, str) else list(targets)
-    inside = tuple(names_in_blocks(network, blocks))
+    inside = ("",) if blocks is None else tuple(names_in_blocks(network, blocks))
+    outside = tuple(f"{name}." for name in heads)
 
     def wanted(name: str) -> bool:
         if isinstance(targets, str):
@@ -441,7 +513,10 @@ def _targets(
     return [
         name
         for name, module in network.named_modules()
-        if name.startswith(inside) and _is_linear(module) and wanted(name)
+        if name.startswith(inside)
+        and not f"{name}.".startswith(outside)
+        and _is_linear(module)
+        and wanted(name)
     ]
 
 
