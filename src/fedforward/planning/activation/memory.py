@@ -59,7 +59,7 @@ def _near(problem: Problem, priced: Priced, target: float, deadline: float) -> I
 
 
 def least_worst(problem: Problem, target: float, start: Stage, deadline: float) -> Stage:
-    """The least cap on every client's bytes; `start` meets the target, and its bound is not used."""
+    """The least cap on every client's bytes; `start` meets the target, its bound is not used."""
     everything = np.append(problem.fixed, problem.costs[problem.allowed])
     unit = max(int(np.gcd.reduce(everything)), 1)
     alone = np.where(problem.allowed, problem.fixed[:, None] + problem.costs, UNLIMITED)

@@ -143,7 +143,9 @@ class Problem:
         """Bytes for blocks, int64 [N], less what no set of blocks could use."""
         if self.flat:
             return self.most_blocks * self.costs[:, 0]
-        return np.clip(self.budgets - self.fixed, 0, np.where(self.allowed, self.costs, 0).sum(1))
+        most = np.where(self.allowed, self.costs, 0).sum(axis=1)
+        room: Ints = np.clip(self.budgets - self.fixed, 0, most)
+        return room
 
     @cached_property
     def most_blocks(self) -> Ints:

@@ -90,7 +90,7 @@ def relax(problem: Problem, byte_price: float = 0.0) -> Relaxed:
 def _newton(
     right: Floats, inverse: Floats, pull: Floats, row: Floats, ratio: Floats, curvature: Floats
 ) -> Floats:
-    """Solve (1 / inverse + one row of weight `ratio` per client + curvature of coverages) y = right.
+    """Solve (1 / inverse + a row of weight `ratio` per client + curvature of coverages) y = right.
 
     All are float64 [N, L] but `ratio`, [N, 1], and `curvature`, [L].
     """
