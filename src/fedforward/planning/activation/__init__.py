@@ -25,13 +25,7 @@ What is exact, and what is certified:
 The gaps that remain are reported.
 """
 
-from fedforward.planning.activation.problem import (
-    SAME,
-    UNLIMITED,
-    Activation,
-    Objective,
-    Problem,
-)
+from fedforward.planning.activation.problem import SAME, UNLIMITED, Activation, Objective, Problem
 from fedforward.planning.activation.stages import pareto, solve
 
 __all__ = ["SAME", "UNLIMITED", "Activation", "Objective", "Problem", "pareto", "solve"]

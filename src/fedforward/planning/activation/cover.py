@@ -8,11 +8,11 @@ from fedforward.planning.activation.program import run
 from fedforward.units import format_bytes
 
 
-def cover(problem: Problem, deadline: float) -> Bools:
-    """A matrix with every block on one client within the budgets, bool [N, L].
+def check_each(problem: Problem) -> None:
+    """Whether every client can run at all, and every block fits on some client alone.
 
     Raises:
-        FedForwardError: there is none; the sentence names client, block and missing bytes.
+        FedForwardError: not so; the sentence names client, block and missing bytes.
     """
     missing = problem.fixed - problem.budgets
     if (missing > 0).any():
@@ -27,31 +27,17 @@ def cover(problem: Problem, deadline: float) -> Bools:
     block = int(alone.min(axis=0).argmax())
     if alone[nearest[block], block] > 0:
         raise _uncovered(problem, block, int(nearest[block]), int(alone[nearest[block], block]))
-    matrix = _greedy(problem)
-    return _least_excess(problem, deadline) if matrix is None else matrix
 
 
-def _greedy(problem: Problem) -> Bools | None:
-    """The block with the fewest clients left first, each where most room stays."""
-    matrix = np.zeros(problem.costs.shape, bool)
-    room = problem.capacity.copy()
-    for _ in range(problem.weights.size):
-        fits = problem.costs <= room[:, None]
-        choices = np.where(matrix.any(axis=0), np.iinfo(np.int64).max, fits.sum(axis=0))
-        tied = np.flatnonzero(choices == choices.min())
-        # Of equally scarce blocks the dearest first, as in packing.
-        block = int(tied[problem.costs[:, tied].min(axis=0).argmax()])
-        if not choices[block]:
-            return None
-        left = np.where(fits[:, block], room - problem.costs[:, block], -1)
-        client = int(left.argmax())
-        matrix[client, block] = True
-        room[client] -= problem.costs[client, block]
-    return matrix
+def cover(problem: Problem, deadline: float) -> Bools:
+    """A matrix with every block on one client within the budgets, bool [N, L].
 
+    A mixed-integer program, which misses as few bytes in all as possible; to try first what is
+    quicker is the caller's part.
 
-def _least_excess(problem: Problem, deadline: float) -> Bools:
-    """A cover by mixed-integer programming, which misses as few bytes in all as possible."""
+    Raises:
+        FedForwardError: there is none; the sentence names client, block and missing bytes.
+    """
     from scipy.sparse import block_diag, coo_array, eye_array, hstack
 
     clients, blocks = problem.costs.shape

@@ -10,6 +10,12 @@ import numpy as np
 from fedforward.planning.activation.problem import Bools, Floats, Ints, Problem, Stage
 
 
+def applies(problem: Problem) -> bool:
+    """Whether this is such a problem, with room for every block."""
+    room = problem.flat and problem.most_blocks.sum() >= problem.weights.size
+    return problem.equal and bool(room)
+
+
 def least_surrogate(problem: Problem) -> Stage:
     """The least f₁."""
     matrix = _matrix(problem, int(problem.most_blocks.sum()))

@@ -100,40 +100,23 @@ class Search:
         """
         order = np.argsort(self.problem.shares, kind="stable")
         clients = order.size
-        # All pairs of few clients; of many those whose shares are near each other's in order.
-        strides = range(1, clients) if clients <= 24 else [1 << k for k in range(20)]
-        if clients > 200 and not self.problem.flat:
-            # Each client's own knapsack leaves little to gain between so many.
+        # All pairs of few clients; of more those whose shares are near each other's in order;
+        # and of very many none, because each client's own knapsack leaves little to gain.
+        strides = [k for k in range(1, clients) if clients <= 24 or k.bit_count() == 1]
+        if clients > 200:
             strides = []
         for _ in range(min(30, max(2, 600 // clients))):
             before = self.objective
             for client in range(clients):
                 self._within(client)
             for stride in strides:
-                if stride >= clients or self.objective <= enough:
+                if self.objective <= enough or time.perf_counter() > deadline:
                     break
-                pairs = np.column_stack([order[:-stride], order[stride:]])
-                for first, second in pairs[self._promising(pairs)]:
+                for first, second in zip(order[:-stride], order[stride:], strict=True):
                     self._between(int(first), int(second))
-                if time.perf_counter() > deadline:
-                    break
             after = self.objective
             if after > before * (1 - SAME) or after <= enough or time.perf_counter() > deadline:
                 break
-
-    def _promising(self, pairs: NDArray[np.intp]) -> Bools:
-        """Which pairs [P, 2] of clients might exchange with gain, were there no budgets."""
-        allowed, shares = self.problem.allowed, self.problem.shares
-        first, second = pairs.T
-        rise = (shares[second] - shares[first])[:, None]
-        dearer = (self.prices[second] - self.prices[first])[:, :-1]
-        here, there = self.matrix[first], self.matrix[second]
-        up = self._surrogates(self.coverage + rise) - self.each + dearer
-        down = self._surrogates(self.coverage - rise) - self.each - dearer
-        giving = np.where(here & ~there & allowed[second], up, 0.0).min(axis=1)
-        taking = np.where(there & ~here & allowed[first], down, 0.0).min(axis=1)
-        gaining: Bools = giving + taking < -_LEAST
-        return gaining
 
     def _within(self, client: int) -> None:
         """Choose a client's blocks anew with all others as they are: a knapsack."""

@@ -39,8 +39,7 @@ def least_total(problem: Problem, target: float, start: Stage, deadline: float) 
 def _near(problem: Problem, priced: Priced, target: float, deadline: float) -> Iterator[Bools]:
     """Matrices that meet the target, from the relaxation's fractions at prices near its own."""
     matrix, price = round_within_budgets(problem, priced.relaxed.fractions), priced.price
-    change, last = 0.04, 0
-    for _ in range(8 if problem.shares.size <= 200 else 3):
+    for _ in range(4):
         search = Search(problem, matrix, price)
         # The objective of the search is f₁ and all bytes for blocks, which the prices bound.
         bound = lower_bound(problem, priced.relaxed.prices, price)
@@ -53,9 +52,7 @@ def _near(problem: Problem, priced: Priced, target: float, deadline: float) -> I
             yield met.matrix
         if time.perf_counter() > deadline:
             return
-        side = 1 if search.value <= target else -1
-        change = change / 2 if side == -last else change
-        price, last = price * (1 + side * change), side
+        price *= 1.02 if search.value <= target else 0.98
 
 
 def least_worst(problem: Problem, target: float, start: Stage, deadline: float) -> Stage:
@@ -72,7 +69,7 @@ def least_worst(problem: Problem, target: float, start: Stage, deadline: float) 
             break
         relaxed = relax(problem.capped(bound))
     low, cap, matrix = bound, bound, start.matrix
-    for _ in range(14):
+    for _ in range(10):
         if low >= high or time.perf_counter() > deadline:
             break
         capped = problem.capped(cap)

@@ -7,7 +7,7 @@ from typing import get_args
 
 from fedforward.errors import FedForwardError
 from fedforward.planning.activation import exact
-from fedforward.planning.activation.cover import cover
+from fedforward.planning.activation.cover import check_each, cover
 from fedforward.planning.activation.exchange import Search, round_within_budgets
 from fedforward.planning.activation.memory import least_total, least_worst
 from fedforward.planning.activation.problem import (
@@ -101,22 +101,18 @@ def _front(
 
 def _first_stage(problem: Problem, deadline: float) -> Stage:
     """The least f₁ and a lower bound on it."""
-    covering = cover(problem, deadline)
-    if problem.equal and problem.flat:
+    check_each(problem)
+    if exact.applies(problem):
         return exact.least_surrogate(problem)
     relaxed = relax(problem)
     bound = lower_bound(problem, relaxed.prices)
     enough = bound * (1 + (SAME if problem.small else 1e-7))
-    best: Stage | None = None
-    for start in (round_within_budgets(problem, relaxed.fractions), covering):
-        search = Search(problem, start)
+    search = Search(problem, round_within_budgets(problem, relaxed.fractions))
+    search.polish(deadline, enough)
+    if math.isinf(search.value):
+        search = Search(problem, cover(problem, deadline))
         search.polish(deadline, enough)
-        if best is None or search.value < best.value:
-            best = Stage(search.matrix, search.value, bound)
-        if math.isfinite(best.value) and not problem.small:
-            break
-    assert best is not None
-    best = Stage(best.matrix, problem.surrogate(best.matrix), bound)
+    best = Stage(search.matrix, problem.surrogate(search.matrix), bound)
     if best.gap > SAME and problem.small:
         best = Program(problem).least_surrogate(best, deadline)
     return Stage(best.matrix, best.value, min(best.bound, best.value))
@@ -128,11 +124,10 @@ def _second_stage(
     """The least memory with f₁ at most `target`, and a lower bound on it."""
     best = min(known, key=lambda matrix: problem.used(matrix, objective))
     start = Stage(best, problem.used(best, objective), 0.0)
-    if problem.equal and problem.flat:
-        if objective == "worst":
-            return exact.least_worst(problem, target, int(start.value))
-        if exact.same_cost(problem):
-            return exact.least_total(problem, target)
+    if exact.applies(problem) and objective == "worst":
+        return exact.least_worst(problem, target, int(start.value))
+    if exact.applies(problem) and exact.same_cost(problem):
+        return exact.least_total(problem, target)
     stage = least_total if objective == "total" else least_worst
     found = stage(problem, target, start, deadline)
     if found.bound < found.value and problem.small:
