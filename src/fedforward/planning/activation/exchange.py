@@ -1,4 +1,7 @@
-"""Matrices near a relaxation's fractions: rounding, and exchanges of blocks that improve f₁."""
+"""Exchanges of blocks within a client and between two clients, which improve a matrix.
+
+From no block at all they lead to matrices about as good as those from rounding the relaxation.
+"""
 
 import math
 import time
@@ -10,30 +13,8 @@ from fedforward.planning.activation.problem import SAME, Bools, Floats, Ints, Pr
 
 #: f₁ is at least 1: a gain below this is rounding, or not worth the time.
 _LEAST = 1e-11
-#: All subsets of 12 items, by their binary digits; the first 2**k rows are those of k items.
-_SUBSETS = ((np.arange(1 << 12)[:, None] >> np.arange(12)) & 1).astype(np.float64)
-
-
-def round_within_budgets(problem: Problem, fractions: Floats) -> Bools:
-    """A matrix within the budgets near the fractions, bool [N, L]; blocks may be left uncovered.
-
-    Clients of large shares come first; what one has too much or too little of a block is passed on
-    to the next ones, as in error diffusion.
-    """
-    matrix = np.zeros(fractions.shape, bool)
-    owed = np.zeros(fractions.shape[1])
-    for client in np.argsort(-problem.shares, kind="stable"):
-        share = problem.shares[client]
-        wished = fractions[client] + owed / share
-        wished[~problem.allowed[client]] = -np.inf
-        count = int(np.floor(fractions[client].sum() + 0.5))
-        room = problem.capacity[client]
-        for block in np.argsort(-wished, kind="stable")[: max(count, 1)]:
-            if problem.allowed[client, block] and problem.costs[client, block] <= room:
-                matrix[client, block] = True
-                room -= problem.costs[client, block]
-        owed += share * (fractions[client] - matrix[client])
-    return matrix
+#: All subsets of 10 items, by their binary digits; the first 2**k rows are those of k items.
+_SUBSETS = ((np.arange(1 << 10)[:, None] >> np.arange(10)) & 1).astype(np.float64)
 
 
 def _knapsack(gains: Floats, costs: Ints, room: int) -> NDArray[np.intp]:
@@ -57,24 +38,25 @@ def _knapsack(gains: Floats, costs: Ints, room: int) -> NDArray[np.intp]:
 
 
 class Search:
-    """A matrix that exchanges of blocks improve, in f₁ + byte_price · bytes for blocks."""
+    """A matrix within the budgets, improved in f₁ + byte_price · bytes for blocks.
 
-    def __init__(self, problem: Problem, matrix: Bools, byte_price: float = 0.0) -> None:
+    Attributes:
+        matrix: bool [N, L]; a block that no client has counts with a high penalty.
+    """
+
+    def __init__(
+        self, problem: Problem, matrix: Bools | None = None, byte_price: float = 0.0
+    ) -> None:
         self.problem = problem
-        self.matrix = matrix.copy()
+        self.matrix = np.zeros(problem.costs.shape, bool) if matrix is None else matrix.copy()
         # A last column stands for no block, so that adding and dropping are exchanges too.
-        clients = matrix.shape[0]
-        self.costs = np.hstack([problem.costs, np.zeros((clients, 1), np.int64)])
+        self.costs = np.pad(problem.costs, ((0, 0), (0, 1)))
         self.prices = byte_price * self.costs
         self.penalty = 1e6 * float((problem.weights / problem.shares.min()).sum())
-        self._recount()
-
-    def _recount(self) -> None:
-        """Coverage and bytes from the matrix."""
-        self.coverage = self.problem.shares @ self.matrix
+        self.coverage = problem.shares @ self.matrix
         self.counts = self.matrix.sum(axis=0)
-        active = np.where(self.matrix, self.problem.costs, 0)
-        self.room = self.problem.capacity - active.sum(axis=1)
+        active = np.where(self.matrix, problem.costs, 0)
+        self.room = problem.capacity - active.sum(axis=1)
         self.each = self._surrogates(self.coverage)
 
     def _surrogates(self, coverage: Floats) -> Floats:
@@ -181,18 +163,6 @@ class Search:
                     dropped = True
                 else:
                     self._set(client, block, True)
-
-    def extend(self, target: float) -> None:
-        """Add what gives most f₁ for its bytes until f₁ is at most `target`, if that can be."""
-        shares, costs = self.problem.shares[:, None], self.problem.costs
-        while self.value > target:
-            addable = ~self.matrix & self.problem.allowed & (costs <= self.room[:, None])
-            gain = np.where(addable, self.each - self._surrogates(self.coverage + shares), 0.0)
-            worth = gain / np.maximum(costs, 1)
-            client, block = np.unravel_index(int(worth.argmax()), worth.shape)
-            if not gain[client, block] > 0:
-                return
-            self._set(int(client), int(block), True)
 
     def _set(self, client: int, block: int, active: bool) -> None:
         """Change one cell; its block's coverage is summed anew, so that no rounding piles up."""

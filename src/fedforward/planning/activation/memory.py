@@ -7,9 +7,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fedforward.planning.activation.exchange import Search, round_within_budgets
+from fedforward.planning.activation.exchange import Search
 from fedforward.planning.activation.problem import UNLIMITED, Bools, Floats, Problem, Stage
-from fedforward.planning.activation.relaxation import Priced, lower_bound, price_bytes, relax
+from fedforward.planning.activation.relaxation import (
+    Priced,
+    coverage_prices,
+    lower_bound,
+    price_bytes,
+)
 
 
 def least_total(problem: Problem, target: float, start: Stage, deadline: float) -> Stage:
@@ -37,16 +42,14 @@ def least_total(problem: Problem, target: float, start: Stage, deadline: float) 
 
 
 def _near(problem: Problem, priced: Priced, target: float, deadline: float) -> Iterator[Bools]:
-    """Matrices that meet the target, from the relaxation's fractions at prices near its own."""
-    matrix, price = round_within_budgets(problem, priced.relaxed.fractions), priced.price
+    """Matrices that meet the target, from exchanges at prices of a byte near the best one."""
+    matrix, price = None, priced.byte_price
     for _ in range(4):
         search = Search(problem, matrix, price)
         # The objective of the search is f₁ and all bytes for blocks, which the prices bound.
-        bound = lower_bound(problem, priced.relaxed.prices, price)
-        search.polish(deadline, bound * (1 + 1e-7))
+        search.polish(deadline, lower_bound(problem, priced.prices, price) * (1 + 1e-7))
         matrix = search.matrix
         met = Search(problem, matrix)
-        met.extend(target)
         met.trim(target)
         if met.value <= target:
             yield met.matrix
@@ -61,26 +64,26 @@ def least_worst(problem: Problem, target: float, start: Stage, deadline: float) 
     unit = max(int(np.gcd.reduce(everything)), 1)
     alone = np.where(problem.allowed, problem.fixed[:, None] + problem.costs, UNLIMITED)
     bound, high = max(int(problem.fixed.max()), int(alone.min(axis=0).max())), int(start.value)
-    relaxed = relax(problem)
+    prices = coverage_prices(problem)
     for _ in range(8):
         # Prices rule out the caps below one; at that one they are taken anew.
-        before, bound = bound, _bound_cap(problem, relaxed.prices, target, bound, high, unit)
+        before, bound = bound, _bound_cap(problem, prices, target, bound, high, unit)
         if bound - before <= 1e-7 * bound or time.perf_counter() > deadline:
             break
-        relaxed = relax(problem.capped(bound))
+        prices = coverage_prices(problem.capped(bound))
     low, cap, matrix = bound, bound, start.matrix
-    for _ in range(10):
+    for _ in range(6):
         if low >= high or time.perf_counter() > deadline:
             break
         capped = problem.capped(cap)
-        search = Search(capped, round_within_budgets(capped, relaxed.fractions))
+        search = Search(capped)
         search.polish(deadline, target)
         if search.value <= target:
             matrix, high = search.matrix, problem.used(search.matrix, "worst")
         else:
             low = cap + unit
         # The bound is rarely far off.
-        cap = low + (high - low) // 4 // unit * unit
+        cap = low + (high - low) // 8 // unit * unit
     tidy = Search(problem.capped(high), matrix)
     tidy.trim(target)
     return Stage(tidy.matrix, high, bound)

@@ -8,7 +8,7 @@ from typing import get_args
 from fedforward.errors import FedForwardError
 from fedforward.planning.activation import exact
 from fedforward.planning.activation.cover import check_each, cover
-from fedforward.planning.activation.exchange import Search, round_within_budgets
+from fedforward.planning.activation.exchange import Search
 from fedforward.planning.activation.memory import least_total, least_worst
 from fedforward.planning.activation.problem import (
     SAME,
@@ -19,7 +19,7 @@ from fedforward.planning.activation.problem import (
     Stage,
 )
 from fedforward.planning.activation.program import Program
-from fedforward.planning.activation.relaxation import lower_bound, relax
+from fedforward.planning.activation.relaxation import coverage_prices, lower_bound
 
 
 def solve(
@@ -104,10 +104,9 @@ def _first_stage(problem: Problem, deadline: float) -> Stage:
     check_each(problem)
     if exact.applies(problem):
         return exact.least_surrogate(problem)
-    relaxed = relax(problem)
-    bound = lower_bound(problem, relaxed.prices)
+    bound = lower_bound(problem, coverage_prices(problem))
     enough = bound * (1 + (SAME if problem.small else 1e-7))
-    search = Search(problem, round_within_budgets(problem, relaxed.fractions))
+    search = Search(problem)
     search.polish(deadline, enough)
     if math.isinf(search.value):
         search = Search(problem, cover(problem, deadline))
