@@ -49,7 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "loss": {},
-    "accuracy": {"method": {"objective": "accuracy", "mu": 5e-2, "batch_size": 32}},
+    "accuracy": {"method": {"objective": "accuracy", "mu": 0.2, "batch_size": 32}},
     "adamw": {
         "method": {"name": "fedavg", "optimizer": "adamw", "learning_rate": 1e-2, "directions": 1}
     },
