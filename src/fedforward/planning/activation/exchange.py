@@ -53,6 +53,7 @@ class Search:
         self.costs = np.pad(problem.costs, ((0, 0), (0, 1)))
         self.prices = byte_price * self.costs
         self.penalty = 1e6 * float((problem.weights / problem.shares.min()).sum())
+        self.blocks = np.arange(problem.weights.size)
         self.coverage = problem.shares @ self.matrix
         self.counts = self.matrix.sum(axis=0)
         active = np.where(self.matrix, problem.costs, 0)
@@ -119,8 +120,7 @@ class Search:
             row[items[_knapsack(gains[items], costs[items], room)]] = True
         if gains[row & ~kept].sum() <= gains[active & ~kept].sum() + _LEAST:
             return
-        for block in np.flatnonzero(row != active):
-            self._set(client, int(block), bool(row[block]))
+        self._give(client, row)
 
     def _between(self, first: int, second: int) -> None:
         """Give one block of the first client for one of the second; either may be none."""
@@ -139,10 +139,11 @@ class Search:
         best = int(change.argmin())
         if not change.flat[best] < -_LEAST:
             return
-        for block, gives in ((given[best // taken.size], True), (taken[best % taken.size], False)):
-            if block != none:
-                self._set(first, int(block), not gives)
-                self._set(second, int(block), gives)
+        give, take = given[best // taken.size], taken[best % taken.size]
+        for client, gone, come in ((first, give, take), (second, take, give)):
+            row = np.append(self.matrix[client], False)
+            row[gone], row[come] = False, True
+            self._give(client, row[:-1])
 
     def trim(self, target: float) -> None:
         """Drop what frees most bytes for its f₁ while f₁ stays at most `target`."""
@@ -158,20 +159,19 @@ class Search:
             # Losses grow with every drop, so only a part is taken by one reckoning.
             for cell in possible[np.argsort(-worth, kind="stable")[: 1 + possible.size // 50]]:
                 client, block = divmod(int(cell), self.matrix.shape[1])
-                self._set(client, block, False)
+                before = self.matrix[client].copy()
+                self._give(client, before & (self.blocks != block))
                 if self.value <= target:
                     dropped = True
                 else:
-                    self._set(client, block, True)
+                    self._give(client, before)
 
-    def _set(self, client: int, block: int, active: bool) -> None:
-        """Change one cell; its block's coverage is summed anew, so that no rounding piles up."""
-        sign = 1 if active else -1
-        self.matrix[client, block] = active
-        self.counts[block] += sign
-        self.room[client] -= sign * self.costs[client, block]
-        problem, covered = self.problem, self.counts[block] > 0
-        coverage = float(problem.shares @ self.matrix[:, block])
-        value = problem.weights[block] / coverage if covered else self.penalty
-        self.coverage[block] = coverage
-        self.each[block] = value + problem.slopes[block] * coverage
+    def _give(self, client: int, row: Bools) -> None:
+        """Change a client's blocks; coverages are summed anew, so that no rounding piles up."""
+        changed = np.flatnonzero(row != self.matrix[client])
+        self.matrix[client] = row
+        columns = self.matrix[:, changed]
+        self.counts[changed] = columns.sum(axis=0)
+        self.coverage[changed] = self.problem.shares @ columns
+        self.room[client] = self.problem.capacity[client] - self.problem.costs[client][row].sum()
+        self.each = self._surrogates(self.coverage)

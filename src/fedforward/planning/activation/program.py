@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ def silent_output() -> Iterator[None]:
         return
     try:
         _flush_compiled()
-        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a file descriptor is needed
+        with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), 1)
         yield
     finally:
