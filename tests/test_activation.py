@@ -1,8 +1,11 @@
 """Block activation against every possible matrix, its certificates, and what it refuses."""
 
 import dataclasses
+import io
 import itertools
 import os
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -22,6 +25,7 @@ from fedforward.planning.activation import (
     pareto,
     solve,
 )
+from fedforward.planning.activation.program import silent_output
 
 OBJECTIVES: tuple[Objective, ...] = ("total", "worst")
 FEW = settings(max_examples=40, derandomize=True)
@@ -179,6 +183,18 @@ def test_greedy_is_not_enough() -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("blocks", [8, 9, 10])
+def test_nearly_equal_shares_take_little(blocks: int, objective: Objective) -> None:
+    """Which of the like clients makes a sum is worth 1e-7 of f₁, and not the time to prove."""
+    shares = [248, 248, 248, 247, 247, 247, 247, 248]
+    begin = time.process_time()
+    found = solve(make(shares, blocks, budgets=[2, 3, 4, 5, 6, 7, 8, 8]), 0, objective, 60)
+    assert time.process_time() - begin < 10
+    assert found.gap <= 1e-6
+    assert found.memory_gap == 0
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("seed", range(3))
 def test_program_and_decomposition_agree(
     seed: int, objective: Objective, monkeypatch: pytest.MonkeyPatch
@@ -294,6 +310,33 @@ def test_nothing_is_printed(
     solve(random_problem(6, 5, "equal costs"), 0.1)
     assert calls
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("stream", [None, io.StringIO()])
+def test_output_comes_back(
+    stream: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an error too, and when Python's own stream is no file."""
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(ValueError, match="stop"), silent_output():
+        os.write(1, b"hidden")
+        raise ValueError("stop")
+    os.write(1, b"shown")
+    assert capfd.readouterr() == ("shown", "")
+
+
+def test_a_process_without_output() -> None:
+    code = """
+import os, sys
+import numpy as np
+from fedforward.planning.activation import Problem, solve
+os.close(1)
+one = np.ones(3, np.int64)
+found = solve(Problem(np.array([3, 4, 5]), one, one, 0 * one, np.ones((3, 3), np.int64), 2 * one))
+sys.exit(found.gap > 1e-9)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def refusal(problem: Problem) -> str:

@@ -343,3 +343,60 @@ def test_a_step_that_does_not_move_a_block_leaves_its_bits() -> None:
     model.commit([Update(steps, 0)])
     assert np.signbit(model.theta.numpy()[0]), "adding 0 would have turned -0 into 0"
     assert model.theta[SIZE : 2 * SIZE].all() and not model.theta[2 * SIZE :].any()
+
+
+# Aggregation, whatever is reported.
+
+rounds = st.integers(1, 5).flatmap(
+    lambda clients: st.tuples(
+        st.lists(st.floats(0.05, 1.0), min_size=clients, max_size=clients),
+        st.lists(st.floats(1e-6, 1e-1), min_size=clients, max_size=clients),
+        st.lists(
+            st.lists(st.booleans(), min_size=BLOCKS, max_size=BLOCKS).filter(any),
+            min_size=clients,
+            max_size=clients,
+        ),
+        st.lists(
+            st.lists(st.floats(-50, 50, width=32), min_size=4, max_size=4),
+            min_size=clients,
+            max_size=clients,
+        ),
+    )
+)
+
+
+@given(rounds)
+def test_aggregates_are_weighted_means_block_by_block(drawn: Any) -> None:
+    """Against the definitions in float64; seeds of one entry are one stretch for each method."""
+    weights, rates, active, gradients = (np.array(part) for part in drawn)
+    shares = weights / weights.sum()
+    parts = [
+        Returned(share, rate, Report(3, client, 1, 1.0, 0, own.astype(np.float32)), blocks)
+        for client, (share, rate, own, blocks) in enumerate(
+            zip(shares, rates, gradients, active, strict=True)
+        )
+    ]
+    moves = -(shares * rates)[:, None] * gradients / 2
+    estimator = TwoPoint(2, MU)
+    update = ZorBA(5, 2, estimator).aggregate(3, parts, NO_ODDS).update(5, 2, BLOCKS)
+    for block in range(BLOCKS):
+        on = active[:, block].astype(bool)
+        steps = update.steps.block(block)
+        found = dict(zip(steps.seeds.tolist(), steps.coefficients.tolist(), strict=True))
+        wanted = moves[on].sum(axis=0) / shares[on].sum() if on.any() else np.zeros(4)
+        for place in range(4):
+            seed = direction_seed(5, 3, SHARED, *divmod(place, 2))
+            assert found.pop(seed, 0.0) == pytest.approx(wanted[place], rel=1e-4, abs=1e-9)
+        assert not found
+    mean = DeComFL(5, 2, estimator).aggregate(3, parts, NO_ODDS).contributions[0].coefficients
+    np.testing.assert_allclose(mean, moves.sum(axis=0), rtol=1e-4, atol=1e-9)
+    own = FedMeZO(5, 2, estimator).aggregate(3, parts, NO_ODDS).contributions
+    for part, wanted in zip(own, moves, strict=True):
+        np.testing.assert_allclose(part.coefficients, wanted, rtol=1e-5, atol=1e-9)
+    method = FedKSeed(5, 2, estimator, 6)
+    increments = method.aggregate(3, parts, NO_ODDS).increments
+    assert increments is not None and (np.diff(increments.places.astype(int)) > 0).all()
+    assert increments.amounts.sum() * 2.0**-40 == pytest.approx(moves.sum(), abs=1e-10)
+    # Whoever comes first: the order of reports is without effect.
+    again = method.aggregate(3, parts[::-1], NO_ODDS).increments
+    assert again is not None and (again.amounts == increments.amounts).all()

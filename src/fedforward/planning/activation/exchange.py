@@ -111,16 +111,12 @@ class Search:
         gains = self._surrogates(others) - self._surrogates(others + share)
         gains -= self.prices[client, :-1]
         items = np.flatnonzero(problem.allowed[client] & ~kept & (gains > 0))
-        if not items.size and (active == kept).all():
-            return
         costs = problem.costs[client]
         room = int(problem.capacity[client] - costs[kept].sum())
         row = kept.copy()
-        if items.size:
-            row[items[_knapsack(gains[items], costs[items], room)]] = True
-        if gains[row & ~kept].sum() <= gains[active & ~kept].sum() + _LEAST:
-            return
-        self._give(client, row)
+        row[items[_knapsack(gains[items], costs[items], room)]] = True
+        if gains[row & ~kept].sum() > gains[active & ~kept].sum() + _LEAST:
+            self._give(client, row)
 
     def _between(self, first: int, second: int) -> None:
         """Give one block of the first client for one of the second; either may be none."""

@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,6 @@ _SCALE = 1e4
 
 #: A matrix with what lies below and above its products.
 Rows = tuple[Any, Any, Any]
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """Where a program ends; unlike a clock, at the same place every time."""
-
-    gap: float
-    nodes: int = 20_000
-    rounds: int = 100
 
 
 def run(
@@ -152,17 +142,13 @@ class Program:
         """
         goal = np.zeros(self.width)
         goal[self.cells : -1] = 1.0
-        for limits in (_Limits(CLOSE), _Limits(0.0, nodes=50, rounds=10)):
-            known = self._minimise(
-                goal,
-                [],
-                known,
-                lambda units: units / _SCALE,
-                self.problem.surrogate,
-                deadline,
-                limits,
-            )
-        return known
+        value_of = self.problem.surrogate
+
+        def unscaled(units: float) -> float:
+            return units / _SCALE
+
+        known = self._minimise(goal, [], known, value_of, unscaled, deadline, CLOSE)
+        return self._minimise(goal, [], known, value_of, unscaled, deadline, nodes=50, rounds=10)
 
     def least_memory(
         self, known: Stage, target: float, objective: Objective, deadline: float
@@ -186,23 +172,27 @@ class Program:
             return self.problem.used(matrix, objective) if met else math.inf
 
         limit = (reach, -np.inf, _SCALE * target)
-        return self._minimise(goal, [limit], known, bytes_of, used, deadline, _Limits(0.0))
+        return self._minimise(goal, [limit], known, used, bytes_of, deadline)
 
     def _minimise(
         self,
         goal: Floats,
         more: list[Rows],
         best: Stage,
-        bound_of: Callable[[float], float],
         value_of: Callable[[Bools], float],
+        bound_of: Callable[[float], float],
         deadline: float,
-        limits: _Limits,
+        gap: float = 0.0,
+        nodes: int = 20_000,
+        rounds: int = 100,
     ) -> Stage:
-        """Solve and cut where the solution lies, until value and bound meet."""
-        problem = self.problem
-        options = {"mip_rel_gap": limits.gap, "node_limit": limits.nodes}
-        for _ in range(limits.rounds):
-            if best.gap <= max(limits.gap, 1e-2 * SAME) or time.perf_counter() > deadline:
+        """Solve and cut where the solution lies, until value and bound meet but for the gap.
+
+        Nodes and rounds are counted, which unlike a clock ends at the same place every time.
+        """
+        problem, options = self.problem, {"mip_rel_gap": gap, "node_limit": nodes}
+        for _ in range(rounds):
+            if best.gap <= max(gap, 1e-2 * SAME) or time.perf_counter() > deadline:
                 break
             answer = run(goal, self.cells, self.upper, self.rows + more, deadline, options)
             bound, matrix = best.bound, best.matrix
