@@ -179,11 +179,13 @@ def test_the_machine_has_no_name() -> None:
     assert "/" not in described
 
 
+@pytest.mark.slow
 def test_memory_model(capsys: pytest.CaptureFixture[str]) -> None:
     rows = results(capsys, "memory_model", "--tune", "lora")["rows"]
     assert all(abs(row["whole_error"]) < 0.1 for row in rows if "whole_error" in row)
 
 
+@pytest.mark.slow
 def test_prefix(capsys: pytest.CaptureFixture[str]) -> None:
     rows = results(capsys, "prefix")["rows"]
     assert {row["tune"] for row in rows} == {"lora", "full"}
@@ -191,10 +193,12 @@ def test_prefix(capsys: pytest.CaptureFixture[str]) -> None:
         assert row["upper_over_all"] == row["upper_seconds"] / row["all_seconds"]
 
 
+@pytest.mark.slow
 def test_activation(capsys: pytest.CaptureFixture[str]) -> None:
     assert results(capsys, "activation")["rows"]
 
 
+@pytest.mark.slow
 def test_federation(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The demonstration's model, few rounds: sizes are those of the real thing."""
     from tests.conftest import DEMO_MODEL

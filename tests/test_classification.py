@@ -33,6 +33,8 @@ from tests.conftest import DEMO_MODEL
 from tests.helpers_cli import command
 from tests.test_models import PERTURBATION, TRAJECTORY, displace, lora, plan
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Any]
 Configure = Callable[..., config.Config]
 CarryOut = Callable[..., dict[str, Any]]

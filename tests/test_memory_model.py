@@ -21,6 +21,8 @@ from fedforward.planning.probes import step_probes
 from tests.test_models import lora
 from tests.test_probing import make
 
+pytestmark = pytest.mark.slow
+
 SEEN = ((1, 8), (2, 40))
 NEW = ((3, 16), (9, 40))
 #: "few" takes one probe at a time for the largest batches, and cuts them under LoRA.

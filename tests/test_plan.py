@@ -125,6 +125,7 @@ def test_budgets_are_kept_and_impossible_ones_refused(
     assert not (tmp_path / "refused/ledger.sqlite").exists()
 
 
+@pytest.mark.slow
 def test_measured_budgets_and_sensitive_blocks(configure: Any) -> None:
     settings = configure(**ZORBA, planning__budgets="measured", planning__weights="sensitivity")
     plan = preview(settings, Silent())
@@ -135,6 +136,7 @@ def test_measured_budgets_and_sensitive_blocks(configure: Any) -> None:
     assert np.abs(weights - sizes).max() > 0.02, "the loss does not feel all blocks alike"
 
 
+@pytest.mark.slow
 def test_sensitivity_is_the_squared_norm_of_a_blocks_gradient(configure: Any) -> None:
     """Against backpropagation, as a share; eight directions leave a good deal of noise."""
     settings = configure(**ZORBA, method__mu=1e-3)
