@@ -99,7 +99,7 @@ def test_seeds(case: dict[str, Any]) -> None:
 def test_layout() -> None:
     case = VECTORS["layout"]
     shapes = {name: tuple(shape) for name, shape in reversed(case["shapes"].items())}
-    layout = Layout.of(shapes)
+    layout = Layout.of(shapes, case["blocks"])
     assert list(layout.names) == case["names"]
     assert list(layout.first_tiles) == case["first_tiles"]
     assert (layout.tiles, layout.parameters) == (case["tiles"], case["parameters"])
