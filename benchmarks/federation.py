@@ -149,10 +149,10 @@ def late(folder: Path, path: str, tune: str, name: str, how: str) -> dict[str, A
 
 
 def model_of(path: str, tune: str) -> Any:
-    from fedforward.models.causal_lm import ProbePlan
     from fedforward.models.full import FullModel
     from fedforward.models.loading import load
     from fedforward.models.lora import LoraModel
+    from fedforward.steps import ProbePlan
 
     network, _ = load(path, "float32", "cpu")
     plan = ProbePlan(2, 2, "generate", 8)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from fedforward import cli, config, experiment
+from fedforward import cli, config
 from fedforward.estimators import TwoPoint
 from fedforward.messages import Entry
 from fedforward.methods import Returned
@@ -128,17 +128,17 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     data = with_steps(arguments.data, arguments.out / "data.jsonl")
     summaries = {}
-    build = experiment.build_method
+    build = assembly.build_method
     for name in arguments.variants:
         settings = configure(name, arguments.model, data, arguments.set)
         if name == "control":
             method = settings.method
             estimator = TwoPoint(method.directions, method.mu)
             permuted = Permuted(settings.run.seed, method.local_steps, estimator)
-            experiment.build_method = lambda _, permuted=permuted: permuted  # type: ignore[assignment]
+            assembly.build_method = lambda _, permuted=permuted: permuted  # type: ignore[assignment]
         session = Session(settings, arguments.out / name, False, Plain(name, console))
         summaries[name] = session.run()
-        experiment.build_method = build
+        assembly.build_method = build
     if arguments.json:
         print(json.dumps(summaries, indent=2))
         return

@@ -9,9 +9,9 @@ import torch
 
 from fedforward.directions import Distribution
 from fedforward.directions.kernels import accumulate
-from fedforward.models.causal_lm import ProbePlan, TokenBatch
+from fedforward.models.causal_lm import TokenBatch
 from fedforward.models.lora import LoraModel
-from fedforward.steps import Probe, Steps
+from fedforward.steps import Probe, ProbePlan, Steps
 
 pytestmark = [
     pytest.mark.gpu,

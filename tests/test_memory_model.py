@@ -13,11 +13,12 @@ import pytest
 
 from fedforward.errors import FedForwardError
 from fedforward.models.blocks import transformer_blocks
-from fedforward.models.causal_lm import CausalModel, ProbePlan, TokenBatch
+from fedforward.models.causal_lm import CausalModel, TokenBatch
 from fedforward.models.full import FullModel
 from fedforward.planning.memory import bytes_alive, peak_bytes
 from fedforward.planning.memory_model import Activations, MemoryModel, calibrate
 from fedforward.planning.probes import step_probes
+from fedforward.steps import ProbePlan
 from tests.test_models import lora
 from tests.test_probing import make
 

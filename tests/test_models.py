@@ -9,10 +9,10 @@ import torch
 
 from fedforward.directions import TILE, Distribution, Layout, reference
 from fedforward.errors import FedForwardError
-from fedforward.models.causal_lm import IGNORED, CausalModel, ProbePlan, TokenBatch
+from fedforward.models.causal_lm import IGNORED, CausalModel, TokenBatch
 from fedforward.models.full import FullModel
 from fedforward.models.lora import LoraModel
-from fedforward.steps import NO_STEPS, Probe, Steps, Update
+from fedforward.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 
 Make = Callable[..., Any]
 TRAJECTORY = Steps.of([5, 6, 7], [0.02, -0.01, 0.015])

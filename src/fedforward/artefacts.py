@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fedforward import experiment
+from fedforward.assembly import build_method, ledger_header, server_settings
 from fedforward.config import Config
 from fedforward.errors import FedForwardError
 from fedforward.federation.client import Replica
@@ -65,12 +66,12 @@ def rebuild(directory: RunDirectory) -> Rebuilt:
     # The data need not be there any more.
     classes = ledger.header.get("classes") or ()
     model, tokenizer = experiment.build_model(config, plan, classes)
-    check_header(ledger, experiment.ledger_header(config, model))
+    check_header(ledger, ledger_header(config, experiment.identity(model)))
     proofs, differences = 0, []
-    method = experiment.build_method(config)
+    method = build_method(config)
     if isinstance(method, FirstOrderMethod):
         if ledger.length:
-            settings = experiment.server_settings(config, model, [])
+            settings = server_settings(config, experiment.identity(model), [])
             server = TensorServer(settings, method, ledger, directory.path)
             model.assign_state(server.state)
         return Rebuilt(model, tokenizer, ledger, 0, [])

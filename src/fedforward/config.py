@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -35,11 +35,13 @@ OBJECTIVES = ("loss", "accuracy", "exact-match", "f1", "rougeL")
 METRICS = ("loss", "perplexity", "accuracy", "exact-match", "f1", "rougeL")
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Keys of a configuration file, or its sections: nothing unknown, nothing converted."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """[model]"""
 
     path: str = Field(description="folder in Hugging Face format, or a hub name")
@@ -97,7 +99,7 @@ class ModelSection(_Section):
         return self
 
 
-class LoraSection(_Section):
+class LoraSection(Section):
     """[lora]"""
 
     rank: Count = Field(8, description="r")
@@ -108,7 +110,7 @@ class LoraSection(_Section):
     factors: Literal["both", "B"] = Field("both", description='"B" keeps the initial A')
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """[data]"""
 
     source: str = Field(description="file (.jsonl .json .csv .tsv .parquet) or hub data set")
@@ -135,6 +137,11 @@ class DataSection(_Section):
     example: str | None = Field(
         None, description="prompt to answer before and after; default the first held-out one"
     )
+    fields: dict[str, str] | None = Field(
+        None,
+        description="what the templates' fields are called in this source, where that differs: "
+        '{ instruction = "question" }',
+    )
 
     @field_validator("label_words")
     @classmethod
@@ -147,7 +154,7 @@ class DataSection(_Section):
         return words
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """[evaluation]"""
 
     metrics: list[str] = Field(
@@ -162,6 +169,11 @@ class EvaluationSection(_Section):
     subset: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("test", description="split of a hub data set")
     limit: Count | None = Field(None, description="evaluate on only so many examples")
+    site: str | None = Field(
+        None,
+        description="across machines: the site that evaluates; default all, weighted by their "
+        "held-out answers",
+    )
 
     @field_validator("metrics")
     @classmethod
@@ -173,7 +185,7 @@ class EvaluationSection(_Section):
         return metrics
 
 
-class FederationSection(_Section):
+class FederationSection(Section):
     """[federation]"""
 
     clients: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
@@ -203,7 +215,7 @@ class FederationSection(_Section):
         return self
 
 
-class MethodSection(_Section):
+class MethodSection(Section):
     """[method]"""
 
     name: Literal["fedmezo", "decomfl", "zorba", "fedkseed", "fedkseed-pro", "fedavg"] = Field(
@@ -320,7 +332,7 @@ class MethodSection(_Section):
         return self
 
 
-class ServerSection(_Section):
+class ServerSection(Section):
     """[server]"""
 
     learning_rate: Positive = Field(1.0, description="multiplies the clients' average update")
@@ -343,7 +355,7 @@ class ServerSection(_Section):
         return self.learning_rate == 1 and self.decay == 1 and not self.momentum
 
 
-class PlanningSection(_Section):
+class PlanningSection(Section):
     """[planning], of the blocks that zorba allots to clients"""
 
     budgets: str | list[str] | None = Field(
@@ -390,7 +402,7 @@ class PlanningSection(_Section):
         return [self.budgets] if isinstance(self.budgets, str) else self.budgets or []
 
 
-class SimulationSection(_Section):
+class SimulationSection(Section):
     """[simulation], of what goes wrong with clients; every choice follows from run.seed"""
 
     failing: Chance = Field(0.0, description="chance that a client is gone for a round")
@@ -405,7 +417,7 @@ class SimulationSection(_Section):
     late_round: Count = Field(1, description="see late")
 
 
-class RunSection(_Section):
+class RunSection(Section):
     """[run]"""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of every random choice")
@@ -451,7 +463,7 @@ class RunSection(_Section):
         return None if self.memory_budget is None else parse_bytes(self.memory_budget)
 
 
-class Config(_Section):
+class Config(Section):
     """A whole configuration."""
 
     model: ModelSection
@@ -606,18 +618,15 @@ class Config(_Section):
         return self
 
 
-SECTIONS: dict[str, type[_Section]] = {
-    "model": ModelSection,
-    "lora": LoraSection,
-    "data": DataSection,
-    "evaluation": EvaluationSection,
-    "federation": FederationSection,
-    "method": MethodSection,
-    "server": ServerSection,
-    "planning": PlanningSection,
-    "simulation": SimulationSection,
-    "run": RunSection,
-}
+Sections = TypeVar("Sections", bound=Section)
+
+
+def sections_of(kind: type[Section]) -> dict[str, type[Section]]:
+    """The sections of a configuration file, by name."""
+    return {name: cast(type[Section], f.annotation) for name, f in kind.model_fields.items()}
+
+
+SECTIONS = sections_of(Config)
 
 
 def _check_name(name: str, known: Sequence[str]) -> None:
@@ -639,6 +648,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         FedForwardError: no such file, not TOML, or a key or value that is not legal.
     """
+    return validate(read_toml(path, overrides), str(path))
+
+
+def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The content of a TOML file with `section.key=value` overrides, nothing checked yet.
+
+    Raises:
+        FedForwardError: no such file, not TOML, or an override that is none.
+    """
     if not path.is_file():
         raise FedForwardError(
             f"{path}: no such configuration file. `fedforward init` writes a commented example."
@@ -655,7 +673,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         if not isinstance(content.setdefault(section, {}), dict):
             raise FedForwardError(f"{path}: {section} must be a section, written [{section}].")
         content[section][key] = value
-    return validate(content, str(path))
+    return content
 
 
 def parse_override(text: str) -> tuple[str, str, Any]:
@@ -680,24 +698,32 @@ def validate(content: Mapping[str, Any], origin: str = "configuration") -> Confi
     Raises:
         FedForwardError: with a line for each thing that is wrong.
     """
+    return validate_as(Config, content, origin)
+
+
+def validate_as(kind: type[Sections], content: Mapping[str, Any], origin: str) -> Sections:
+    """A file of sections of any kind; see `validate`."""
     try:
-        return Config.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
+        sections = sections_of(kind)
         # A value that fits no branch of a union is a problem for each branch; one is enough.
         problems = list(
-            {problem["loc"][:2]: _sentence(problem) for problem in error.errors()[::-1]}.values()
+            {
+                problem["loc"][:2]: _sentence(problem, sections) for problem in error.errors()[::-1]
+            }.values()
         )[::-1]
         head = f"{origin}: " if len(problems) == 1 else f"{origin}:\n  "
         raise FedForwardError(head + "\n  ".join(problems)) from error
 
 
-def _sentence(problem: Any) -> str:
+def _sentence(problem: Any, sections: Mapping[str, type[Section]]) -> str:
     """One validation problem in the user's words."""
     # What follows section and key is pydantic's: a branch of a union, a place in a list.
     location = [str(part) for part in problem["loc"][:2]]
     key, kind, found = ".".join(location), problem["type"], problem["input"]
     if kind == "extra_forbidden":
-        legal = list(SECTIONS) if len(location) == 1 else list(_fields(location[0]))
+        legal = list(sections if len(location) == 1 else sections[location[0]].model_fields)
         near = difflib.get_close_matches(location[-1], legal, n=1)
         hint = f" Did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
         what = "section" if len(location) == 1 else "key"
@@ -705,17 +731,18 @@ def _sentence(problem: Any) -> str:
     if kind == "missing":
         if len(location) == 1:
             return f"the section [{key}] is missing. `fedforward init` writes a commented example."
-        return f"{key} is missing ({_fields(location[0])[location[1]].description})."
+        field = sections[location[0]].model_fields[location[1]]
+        return f"{key} is missing ({field.description})."
     if kind == "value_error":
         return f"{key}: {problem['ctx']['error']}." if key else f"{problem['ctx']['error']}."
     if kind in ("model_type", "model_attributes_type"):
         return f"{key} = {found!r} must be a section, written [{key}]."
-    return f"{key} = {found!r} is not allowed: {_allowed(location)}."
+    field = sections[location[0]].model_fields[location[1]]
+    return f"{key} = {found!r} is not allowed: {_allowed(field)}."
 
 
-def _allowed(location: Sequence[str]) -> str:
+def _allowed(field: Any) -> str:
     """What a key takes, from its declared type."""
-    field = _fields(location[0])[location[1]]
     annotation = field.annotation
     choices = [a for a in get_args(annotation) if isinstance(a, str)]
     if get_origin(annotation) is Literal and choices:
@@ -745,10 +772,6 @@ def _constraints(field: Any) -> list[Any]:
         for extra in getattr(argument, "__metadata__", ()):
             found += getattr(extra, "metadata", [extra])
     return found
-
-
-def _fields(section: str) -> dict[str, Any]:
-    return dict(SECTIONS[section].model_fields)
 
 
 def to_toml(config: Config) -> str:

@@ -13,10 +13,10 @@ import numpy as np
 from fedforward.config import Config
 from fedforward.data.batches import Collate, by_length, collate, collate_choices, collate_prompts
 from fedforward.data.templates import Example
-from fedforward.models.causal_lm import CausalModel, ProbePlan
+from fedforward.models.causal_lm import CausalModel
 from fedforward.models.scored import Score, texts
 from fedforward.objectives import class_batches_of, needs_answers, score_of
-from fedforward.steps import Probe
+from fedforward.steps import Probe, ProbePlan
 
 #: Seconds after which an evaluation says how far it is, and between its saying so.
 FIRST_NOTICE, NEXT_NOTICE = 2.0, 10.0

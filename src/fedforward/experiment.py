@@ -5,31 +5,23 @@ verifies a run builds them here.
 """
 
 import hashlib
-import math
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from fedforward.assembly import ModelIdentity
 from fedforward.config import Config, SimulationSection
 from fedforward.data import labels, sources, templates
 from fedforward.data.batches import Batches, Collate, collate, collate_prompts
 from fedforward.data.partition import partition
 from fedforward.data.templates import Example
-from fedforward.directions import VERSION, Distribution
+from fedforward.directions import Distribution
 from fedforward.errors import FedForwardError
-from fedforward.estimators import FZOO, TwoPoint
-from fedforward.federation.learning_rates import RateSettings
-from fedforward.federation.server import Allocate, ServerSettings
-from fedforward.federation.server_optimizer import ServerOptimizer
-from fedforward.methods import FirstOrderMethod, Method
-from fedforward.methods.decomfl import DeComFL
-from fedforward.methods.fedkseed import FedKSeed
-from fedforward.methods.fedmezo import FedMeZO
-from fedforward.methods.zorba import ZorBA
-from fedforward.models.causal_lm import Batch, CausalModel, ProbePlan
+from fedforward.models.causal_lm import Batch, CausalModel
 from fedforward.models.full import FullModel
 from fedforward.models.loading import load, longest_sequence
 from fedforward.models.lora import LoraModel
@@ -39,7 +31,7 @@ from fedforward.objectives import batches_of, class_batches_of, needs_answers
 from fedforward.planning import probes
 from fedforward.runtimes.faults import Faults
 from fedforward.seeds import derive, generator
-from fedforward.steps import Probe
+from fedforward.steps import Probe, ProbePlan
 
 
 @dataclass(frozen=True)
@@ -134,6 +126,7 @@ def _read_rows(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any
     """The rows to train on and those to evaluate on, each in an order of the run's seed."""
     data = config.data
     table = sources.read(data.source, split=data.split, subset=data.subset, key="data.source")
+    table = _with_own_names(config, table)
     _check_templates(config, table, "")
     field = _field(config)
     if field is not None and field not in table.column_names:
@@ -147,6 +140,20 @@ def _read_rows(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any
         return rows, _evaluation_rows(config)
     kept = _heldout_count(data.heldout, len(rows))
     return rows[kept:], rows[:kept][: config.evaluation.limit]
+
+
+def _with_own_names(config: Config, table: Any) -> Any:
+    """The data with their fields called what the templates call them."""
+    for wanted, found in (config.data.fields or {}).items():
+        if found not in table.column_names:
+            raise FedForwardError(
+                f"data.fields: {wanted} = {found!r} is not a field of {config.data.source}. Their "
+                f"fields are {', '.join(table.column_names)}."
+            )
+        if wanted != found:
+            table = table.remove_columns([wanted]) if wanted in table.column_names else table
+            table = table.rename_column(found, wanted)
+    return table
 
 
 def _field(config: Config) -> str | None:
@@ -326,6 +333,29 @@ def _tuned_model(
     return model, tokenizer
 
 
+def identity(model: CausalModel, tokenizer: Any = None) -> ModelIdentity:
+    """What other parties must have in common with this model, and with a tokenizer if given."""
+    return ModelIdentity(
+        layout=model.layout,
+        base=model.base_fingerprint,
+        classes=tuple(model.classes),
+        state_bytes=model.state_bytes,
+        tokenizer="" if tokenizer is None else tokenizer_fingerprint(tokenizer),
+    )
+
+
+#: What a tokenizer is tried on, beside its vocabulary.
+_PROBE_TEXTS = ("Hello, world! 3.14 = 22/7", "Größe  naïve\tℝ 你好 🙂", "def f(x):\n    return x")
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer's vocabulary and of what it makes of a few texts, hexadecimal."""
+    tried = [tokenizer(text)["input_ids"] for text in _PROBE_TEXTS]
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    content = json.dumps([sorted(tokenizer.get_vocab().items()), tried, special])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
 def collate_of(config: Config, tokenizer: Any) -> Collate:
     """How training examples become the batches of the run's objective."""
     if config.model.head == "classification":
@@ -346,22 +376,6 @@ def fit_plan(
     return probes.fit(model, batches, budget, step * clients, step)
 
 
-def build_method(config: Config) -> Method | FirstOrderMethod:
-    """The method that the configuration names."""
-    method = config.method
-    if method.name == "fedavg":
-        from fedforward.methods.fedavg import FedAvg
-
-        return FedAvg(method.local_steps, method.optimizer)
-    kind = TwoPoint if method.estimator == "two-point" else FZOO
-    parts = (config.run.seed, method.local_steps, kind(method.directions, method.mu))
-    if method.name in ("fedkseed", "fedkseed-pro"):
-        return FedKSeed(*parts, method.candidates, importance=method.name == "fedkseed-pro")
-    kinds: dict[str, Callable[..., Method]]
-    kinds = {"fedmezo": FedMeZO, "decomfl": DeComFL, "zorba": ZorBA}
-    return kinds[method.name](*parts)
-
-
 def faults(config: Config) -> Faults:
     """What goes wrong in the simulation."""
     given = config.simulation
@@ -377,27 +391,6 @@ def faults(config: Config) -> Faults:
     )
 
 
-def ledger_header(config: Config, model: CausalModel) -> dict[str, Any]:
-    """What the ledger of a run is bound to: enough to replay it, and to refuse another's."""
-    density = config.method.density
-    lora = config.lora.model_dump() if config.model.tune == "lora" else None
-    return {
-        # 3: contributions may be of some blocks; entries may hold increments of candidate seeds.
-        "format": 3,
-        "direction_version": VERSION,
-        "distribution": config.method.distribution,
-        "directions": config.method.directions,
-        "run_seed": config.run.seed,
-        "method": config.method.name,
-        "candidates": config.method.pool,
-        "mask": None if config.method.mask == "none" else [config.method.mask, density],
-        "classes": list(model.classes) or None,
-        "layout": model.layout.fingerprint,
-        "base": model.base_fingerprint,
-        "lora": lora,
-    }
-
-
 def corpus_fingerprint(corpus: Corpus) -> str:
     """SHA-256 of every client's and the held-out examples' tokens and classes, hexadecimal."""
     state = hashlib.sha256()
@@ -410,44 +403,6 @@ def corpus_fingerprint(corpus: Corpus) -> str:
             if corpus.classes:
                 state.update(f"class {example.right}\n".encode())
     return state.hexdigest()
-
-
-def server_settings(
-    config: Config,
-    model: CausalModel,
-    examples: Sequence[Sequence[Example]],
-    allocate: Allocate | None = None,
-) -> ServerSettings:
-    """The server's view of the run."""
-    method = config.method
-    return ServerSettings(
-        run_seed=config.run.seed,
-        examples=tuple(len(part) for part in examples),
-        participation=config.federation.participation,
-        weights=config.federation.weights,
-        rates=RateSettings(
-            base=method.learning_rate,
-            spread=method.alpha,
-            strategy=method.strategy,
-            schedule=method.schedule,
-            warmup=method.warmup,
-            rounds=config.federation.rounds,
-            final=method.final,
-        ),
-        layout=model.layout,
-        distribution=Distribution(method.distribution),
-        quorum=config.federation.quorum,
-        deadline=config.federation.deadline or math.inf,
-        optimizer=ServerOptimizer(
-            learning_rate=config.server.learning_rate,
-            decay=config.server.decay,
-            momentum=config.server.momentum,
-            window=config.server.window,
-            normalise=config.server.normalise,
-        ),
-        allocate=allocate,
-        state_bytes=model.state_bytes,
-    )
 
 
 def client_batches(config: Config, corpus: Corpus, collate: Collate = collate) -> list[Batches]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedforward import experiment
+from fedforward.assembly import build_method
 from fedforward.config import Config
 from fedforward.errors import FedForwardError
 from fedforward.messages import NO_ODDS, Entry, Report, Task, pack_blocks
@@ -19,7 +20,7 @@ from fedforward.models.loading import longest_sequence
 from fedforward.planning.activation import UNLIMITED, Activation, pareto
 from fedforward.planning.allocation import Allocator
 from fedforward.planning.resources import Resources, allocator, survey
-from fedforward.session import Listener
+from fedforward.progress import Listener
 
 #: How much of the surrogate may be given up, for the Pareto front.
 EPSILONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -127,7 +128,7 @@ def preview(config: Config, listener: Listener) -> Preview:
     Raises:
         FedForwardError: for whatever the run would refuse, and for budgets that cannot be kept.
     """
-    method = experiment.build_method(config)
+    method = build_method(config)
     if isinstance(method, FirstOrderMethod):
         raise FedForwardError(
             f"method.name = {config.method.name!r} trains by backpropagation; `fedforward plan` "

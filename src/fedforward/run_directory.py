@@ -19,7 +19,7 @@ from typing import Any
 from fedforward import config as configuration
 from fedforward.config import Config
 from fedforward.errors import FedForwardError
-from fedforward.models.causal_lm import ProbePlan
+from fedforward.steps import ProbePlan
 
 #: Keys that may change on resume: no committed step depends on them.
 FREE_KEYS = {"run.patience", "run.evaluate_every"}

@@ -6,49 +6,29 @@ round until done, and write what was tuned. A `Listener` is told of progress; no
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from fedforward import evaluation, experiment, run_directory
+from fedforward import assembly, evaluation, experiment, progress, run_directory
 from fedforward.config import Config
 from fedforward.errors import FedForwardError, UpdateNotFiniteError
 from fedforward.federation.client import Client, Replica
 from fedforward.federation.ledger import Ledger, Round
 from fedforward.federation.server import Server
 from fedforward.federation.tensor_server import TensorServer
-from fedforward.messages import Report
 from fedforward.methods import FirstOrderMethod
-from fedforward.models.causal_lm import ProbePlan
 from fedforward.models.loading import longest_sequence
 from fedforward.models.scored import AnswerBatch
 from fedforward.planning.allocation import Allocator
 from fedforward.planning.memory import peak_bytes, peak_resident_bytes
 from fedforward.planning.probes import step_probes
+from fedforward.progress import DivergenceError, Listener
 from fedforward.run_directory import RunDirectory
 from fedforward.runtimes.local import Attendance, LocalRuntime, Traffic
-from fedforward.steps import Probe
-
-#: A held-out loss above this multiple of the loss at the start counts as divergence.
-DIVERGED = 1.5
-
-
-class Listener(Protocol):
-    """Whoever shows the progress of a run."""
-
-    def phase(self, text: str) -> None:
-        """A preparation step begins."""
-        ...
-
-    def progress(self, done: int, total: int, line: dict[str, Any]) -> None:
-        """A round is done; `line` is its metrics line."""
-        ...
-
-
-class DivergenceError(FedForwardError):
-    """The run stopped because its loss rose too far or was not a number."""
+from fedforward.steps import Probe, ProbePlan
 
 
 class Session:
@@ -75,7 +55,7 @@ class Session:
             self.model.plan = self.plan
         listener.phase(self._describe_plan())
         self.heldout = evaluation.prepare(config, self.corpus.heldout, self.tokenizer, self.plan)
-        self.method = experiment.build_method(config)
+        self.method = assembly.build_method(config)
         allocate = self._allocator()
         with errors_of_the_disk(out):
             # Only now: a mistake in the configuration must not leave a run behind. On resume
@@ -141,7 +121,7 @@ class Session:
         return experiment.resolve_plan(self.config)
 
     def _open_ledger(self) -> Ledger:
-        header = experiment.ledger_header(self.config, self.model)
+        header = assembly.ledger_header(self.config, experiment.identity(self.model))
         header["data"] = experiment.corpus_fingerprint(self.corpus)
         if not self.directory.ledger.is_file():
             return Ledger.create(self.directory.ledger, header)
@@ -150,8 +130,11 @@ class Session:
         return ledger
 
     def _build_server(self, allocate: Allocator | None) -> Server:
-        settings = experiment.server_settings(
-            self.config, self.model, self.corpus.clients, allocate
+        settings = assembly.server_settings(
+            self.config,
+            experiment.identity(self.model),
+            [len(part) for part in self.corpus.clients],
+            allocate,
         )
         if isinstance(self.method, FirstOrderMethod):
             return TensorServer(settings, self.method, self.ledger, self.directory.path)
@@ -185,7 +168,7 @@ class Session:
         with errors_of_the_disk(self.directory.path):
             self._measure_memory()
             self._restore()
-            reason = self._reason_to_stop()
+            reason = progress.reason_to_stop(self.config, self.lines)
             while self.server.round < self.config.federation.rounds and not reason:
                 began = time.monotonic()
                 try:
@@ -196,7 +179,7 @@ class Session:
                 self.peak_memory = max(self.peak_memory, self._first_peak(record))
                 self._catch_up()
                 self._write_line(record, time.monotonic() - began, traffic, attendance)
-                reason = self._reason_to_stop()
+                reason = progress.reason_to_stop(self.config, self.lines)
             return self._finish(reason)
 
     def _measure_memory(self) -> None:
@@ -286,17 +269,9 @@ class Session:
         traffic: Traffic | None = None,
         attendance: Attendance | None = None,
     ) -> None:
-        done = record.entry.round + 1
-        reports = [origin.report for origin in record.origins]
-        losses = [report.loss for report in reports if math.isfinite(report.loss)]
-        line: dict[str, Any] = {
-            "round": done,
-            "training_loss": sum(losses) / len(losses) if losses else None,
-            "skipped_steps": sum(report.skipped for report in reports),
-            **_zero_gradients(reports),
-            "learning_rates": {o.report.client: o.learning_rate for o in record.origins},
-            "seconds": self.lines[-1]["seconds"] + seconds,
-        }
+        line = progress.round_line(record)
+        done = line["round"]
+        line["seconds"] = self.lines[-1]["seconds"] + seconds
         if traffic is not None:
             line["bytes"] = asdict(traffic)
         if attendance is not None and attendance.reported < attendance.asked:
@@ -313,39 +288,6 @@ class Session:
         self.lines.append(line)
         self.directory.append_metrics(line)
         self.listener.progress(done, self.config.federation.rounds, line)
-
-    def _reason_to_stop(self) -> str:
-        """Why the run ends before its last round, or nothing."""
-        if len(self.lines) == 1:
-            return ""
-        line, start = self.lines[-1], self.lines[0]["heldout_loss"]
-        steps = self.config.method.local_steps * len(line["learning_rates"])
-        if line["skipped_steps"] >= steps:
-            return "diverged: no step of the last round had a finite loss"
-        objective = self.config.method.objective
-        # Another objective may leave the loss behind as long as there is one.
-        limit = DIVERGED if objective == "loss" else math.inf
-        training = [entry["training_loss"] for entry in self.lines[1:]]
-        if training[-1] > limit * max(start, training[0]):
-            return f"diverged: the training loss is {training[-1]:.3f}, from {training[0]:.3f}"
-        if "heldout_loss" not in line:
-            return ""
-        if not line["heldout_loss"] <= limit * start:
-            return f"diverged: the held-out loss is {line['heldout_loss']:.3f}, from {start:.3f}"
-        patience = self.config.run.patience
-        evaluated = [entry for entry in self.lines if "heldout_loss" in entry]
-        values = [
-            entry["heldout_loss"] if objective == "loss" else -entry["metrics"][objective]
-            for entry in evaluated
-        ]
-        if (
-            patience
-            and len(values) > patience
-            and min(values[-patience:]) >= min(values[:-patience])
-        ):
-            better = "a lower held-out loss" if objective == "loss" else f"a better {objective}"
-            return f"patience: {patience} evaluations without {better}"
-        return ""
 
     def _finish(self, reason: str) -> dict[str, Any]:
         self.listener.phase("writing the results")
@@ -430,15 +372,6 @@ class Session:
             "state_digest": self.model.digest().hex(),
             "example": example,
         }
-
-
-def _zero_gradients(reports: Sequence[Report]) -> dict[str, float]:
-    """The share of a round's projected gradients that are exactly 0: their probes told nothing.
-
-    Those of skipped steps are among them. Nothing for a method that sends none.
-    """
-    gradients = [gradient for report in reports for gradient in report.gradients.tolist()]
-    return {"zero_gradients": gradients.count(0.0) / len(gradients)} if gradients else {}
 
 
 def _backward(model: Any, batch: Any) -> None:

@@ -164,3 +164,27 @@ class ForwardModel(Protocol):
     def digest(self) -> bytes:
         """SHA-256 of the tuned state (32 bytes)."""
         ...
+
+
+@dataclass(frozen=True)
+class ProbePlan:
+    """How probes are grouped into forward passes. Fixed when a run starts and stored with it.
+
+    Attributes:
+        probes_per_call: most probes that share one forward pass.
+        threads: PyTorch and kernel threads.
+        trajectory: "generate" adds a client's local steps to the weights in every probe; "copy"
+            keeps their sum in a float32 copy of the tuned weights. Both round once from the same
+            sum, so the bits are the same.
+        evaluation_rows: examples per forward pass of a held-out evaluation.
+        device: where the run was started; the last bits of losses depend on it.
+        tokens_per_call: tokens of a forward pass that fewer probes share, or with adapters fewer
+            rows, rather than exceed it; 0 is any number.
+    """
+
+    probes_per_call: int
+    threads: int
+    trajectory: str
+    evaluation_rows: int
+    device: str = "cpu"
+    tokens_per_call: int = 0

@@ -1,7 +1,7 @@
 """The methods, one short file each, that read like their papers' algorithm boxes.
 
 A method says along which directions a client probes in a round and how the server joins the
-reports. Adding one is a file with a `Method` and a line in `experiment.build_method`. No method
+reports. Adding one is a file with a `Method` and a line in `assembly.build_method`. No method
 imports PyTorch (`fedavg`, the first-order baseline, aside).
 """
 

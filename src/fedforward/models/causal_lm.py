@@ -27,7 +27,7 @@ from fedforward.messages import MessageError
 from fedforward.models.blocks import Prefix, class_heads, names_by_block
 from fedforward.models.head import Head, VocabularyTile, losses_of
 from fedforward.models.loading import input_device
-from fedforward.steps import Evaluation, Probe, Update
+from fedforward.steps import Evaluation, Probe, ProbePlan, Update
 
 #: Label of tokens that do not count (the prompt and the padding).
 IGNORED = -100
@@ -110,30 +110,6 @@ class Batch(Protocol):
     def measure(cls, model: "CausalModel", probes: Sequence[Probe]) -> list[Evaluation]:
         """Measure probes whose batches are all of this kind."""
         ...
-
-
-@dataclass(frozen=True)
-class ProbePlan:
-    """How probes are grouped into forward passes. Fixed when a run starts and stored with it.
-
-    Attributes:
-        probes_per_call: most probes that share one forward pass.
-        threads: PyTorch and kernel threads.
-        trajectory: "generate" adds a client's local steps to the weights in every probe; "copy"
-            keeps their sum in a float32 copy of the tuned weights. Both round once from the same
-            sum, so the bits are the same.
-        evaluation_rows: examples per forward pass of a held-out evaluation.
-        device: where the run was started; the last bits of losses depend on it.
-        tokens_per_call: tokens of a forward pass that fewer probes share, or with adapters fewer
-            rows, rather than exceed it; 0 is any number.
-    """
-
-    probes_per_call: int
-    threads: int
-    trajectory: str
-    evaluation_rows: int
-    device: str = "cpu"
-    tokens_per_call: int = 0
 
 
 def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -16,10 +16,10 @@ from fedforward.directions import Distribution
 from fedforward.directions.kernels import accumulate
 from fedforward.errors import FedForwardError
 from fedforward.models.blocks import class_heads, names_in_blocks
-from fedforward.models.causal_lm import CausalModel, ProbePlan, fingerprint
+from fedforward.models.causal_lm import CausalModel, fingerprint
 from fedforward.models.displaced import DisplacedTensor, Displacement
 from fedforward.models.head import VocabularyTile, tile_rows
-from fedforward.steps import NO_STEPS, Evaluation, Probe, Steps
+from fedforward.steps import NO_STEPS, Evaluation, Probe, ProbePlan, Steps
 
 
 class FullModel(CausalModel):

@@ -24,7 +24,7 @@ from fedforward.directions import TILE, Distribution, Layout
 from fedforward.directions.kernels import accumulate, displace
 from fedforward.errors import FedForwardError
 from fedforward.models.blocks import class_heads, names_in_blocks, transformer_blocks
-from fedforward.models.causal_lm import CausalModel, ProbePlan, TokenBatch, cut, fingerprint
+from fedforward.models.causal_lm import CausalModel, TokenBatch, cut, fingerprint
 from fedforward.models.loading import (
     dequantize,
     draw_normal,
@@ -33,7 +33,7 @@ from fedforward.models.loading import (
     weights,
 )
 from fedforward.seeds import derive
-from fedforward.steps import NO_STEPS, Evaluation, Probe, Steps
+from fedforward.steps import NO_STEPS, Evaluation, Probe, ProbePlan, Steps
 
 ADAPTER = "default"
 #: Activations that an adapter works on at once, by device: what fits a cache, or fills a GPU.

@@ -10,8 +10,51 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fedforward.config import PlanningSection
+from fedforward.directions import Layout
 from fedforward.errors import FedForwardError
 from fedforward.planning.activation import Activation, Objective, Problem, solve
+
+
+def counted(
+    planning: PlanningSection,
+    layout: Layout,
+    shares: Sequence[float],
+    active: Sequence[int],
+    names: Sequence[str],
+    key: str,
+) -> "Allocator":
+    """Plans activation where each client says how many blocks it can perturb.
+
+    Args:
+        shares: of each client in the average.
+        active: blocks that each client can perturb.
+        names: of the clients.
+        key: what set `active`, for the error.
+
+    Raises:
+        FedForwardError: the clients together cannot cover the blocks, or one has too many.
+    """
+    clients, blocks = len(active), len(layout.blocks)
+    if sum(active) < blocks or max(active) > blocks:
+        raise FedForwardError(
+            f"{key} = {list(active)} does not fit this model: its {blocks} blocks "
+            f"({', '.join(layout.blocks)}) must each be active on some client, and no client can "
+            f"have more than {blocks}."
+        )
+    sizes = np.array(layout.block_sizes, dtype=np.float64)
+    problem = Problem(
+        shares=np.array(shares, np.float64),
+        weights=sizes,
+        dimensions=sizes,
+        fixed=np.zeros(clients, np.int64),
+        costs=np.ones((clients, blocks), np.int64),
+        budgets=np.array(active, dtype=np.int64),
+        dimension_penalty=planning.dimension_penalty,
+        client_names=tuple(names),
+        block_names=layout.blocks,
+    )
+    return Allocator(problem, planning.epsilon, planning.objective)
 
 
 @dataclass

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedforward.errors import FedForwardError
-from fedforward.models.causal_lm import Batch, CausalModel, ProbePlan
+from fedforward.models.causal_lm import Batch, CausalModel
 from fedforward.planning.memory import peak_bytes
-from fedforward.steps import Probe, Steps
+from fedforward.steps import Probe, ProbePlan, Steps
 from fedforward.units import format_bytes
 
 #: Held-out examples per forward pass; more saves nothing on two cores and costs memory.

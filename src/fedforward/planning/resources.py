@@ -12,11 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from fedforward.config import Config
-from fedforward.errors import FedForwardError
 from fedforward.estimators import TwoPoint
 from fedforward.models.causal_lm import Batch, CausalModel
 from fedforward.planning.activation import UNLIMITED, Problem
-from fedforward.planning.allocation import Allocator
+from fedforward.planning.allocation import Allocator, counted
 from fedforward.planning.memory_model import MemoryModel, calibrate
 from fedforward.seeds import derive
 from fedforward.steps import NO_STEPS, Steps
@@ -123,33 +122,23 @@ def allocator(
         FedForwardError: the budgets cannot be kept.
     """
     planning, layout = config.planning, model.layout
-    clients, blocks = len(examples), len(layout.blocks)
-    sizes = np.array(layout.block_sizes, dtype=np.float64)
-    shares = np.array(examples, np.float64) if config.federation.weights == "examples" else None
+    clients = len(examples)
+    equal = config.federation.weights == "equal"
+    shares = np.ones(clients) if equal else np.array(examples, np.float64)
+    names = tuple(map(str, range(clients)))
     if resources is None:
         assert planning.active is not None
-        if sum(planning.active) < blocks or max(planning.active) > blocks:
-            raise FedForwardError(
-                f"planning.active = {planning.active} does not fit this model: its "
-                f"{blocks} blocks ({', '.join(layout.blocks)}) must each be active on some client, "
-                f"and no client can have more than {blocks}."
-            )
-        fixed, costs = np.zeros(clients, np.int64), np.ones((clients, blocks), np.int64)
-        budgets, weights = np.array(planning.active, dtype=np.int64), sizes
-    else:
-        memory = resources.memory
-        fixed = np.array([memory.fixed(*shape) for shape in resources.shapes], dtype=np.int64)
-        costs = np.tile(memory.cost, (clients, 1))
-        budgets, weights = resources.budgets, resources.weights
+        return counted(planning, layout, list(shares), planning.active, names, "planning.active")
+    memory = resources.memory
     problem = Problem(
-        shares=np.ones(clients) if shares is None else shares,
-        weights=weights,
-        dimensions=sizes,
-        fixed=fixed,
-        costs=costs,
-        budgets=budgets,
+        shares=shares,
+        weights=resources.weights,
+        dimensions=np.array(layout.block_sizes, dtype=np.float64),
+        fixed=np.array([memory.fixed(*shape) for shape in resources.shapes], dtype=np.int64),
+        costs=np.tile(memory.cost, (clients, 1)),
+        budgets=resources.budgets,
         dimension_penalty=planning.dimension_penalty,
-        client_names=tuple(map(str, range(clients))),
+        client_names=names,
         block_names=layout.blocks,
     )
     return Allocator(problem, planning.epsilon, planning.objective)
