@@ -800,17 +800,22 @@ def _toml_value(value: Any) -> str:
 
 def example() -> str:
     """A commented configuration with every key, for `fedforward init`."""
+    return example_of(
+        Config,
+        "# A fedforward run: `fedforward run THIS_FILE`. Commented keys show their defaults.",
+    )
+
+
+def example_of(kind: type[Section], head: str) -> str:
+    """A commented file with every key of a kind of configuration."""
     given = {
         "model.path": '"path/to/model"',
         "data.source": '"data.jsonl"',
     }
-    lines = [
-        "# A fedforward run: `fedforward run THIS_FILE`. Commented keys show their defaults.",
-        "",
-    ]
-    for section, kind in SECTIONS.items():
+    lines = [head, ""]
+    for section, part in sections_of(kind).items():
         lines.append(f"[{section}]")
-        for key, field in kind.model_fields.items():
+        for key, field in part.model_fields.items():
             choices = [a for a in get_args(field.annotation) if isinstance(a, str)]
             listed = "" if not choices else " (" + " | ".join(choices) + ")"
             lines.append(f"# {field.description}{listed}")

@@ -26,7 +26,7 @@ FREE_KEYS = {"run.patience", "run.evaluate_every"}
 #: What a start that was cut short may leave behind; nothing has been computed yet.
 _FIRST_FILES = {
     name + ending
-    for name in ("plan.json", "environment.json", "config.toml")
+    for name in ("plan.json", "environment.json", "config.toml", "federation.json")
     for ending in ("", ".partial")
 }
 _PACKAGES = ("fedforward", "torch", "transformers", "peft", "numba", "numpy", "datasets")
@@ -71,11 +71,29 @@ class RunDirectory:
         if not os.access(self.path, os.W_OK):
             raise FedForwardError(f"{self.path} cannot be written. Choose another --out.")
 
-    def start(self, config: Config, plan: ProbePlan) -> None:
-        """Write what the run is, before its first round."""
-        write_json(self.path / "plan.json", asdict(plan))
+    def start(self, config: Config, plan: ProbePlan | None = None) -> None:
+        """Write what the run is, before its first round.
+
+        Args:
+            plan: None for a run across machines, whose sites have their own.
+        """
+        if plan is not None:
+            write_json(self.path / "plan.json", asdict(plan))
         write_json(self.path / "environment.json", environment())
         write_text(self.path / "config.toml", configuration.to_toml(config))
+
+    def config(self) -> Config:
+        """The configuration of a run that was started here.
+
+        Raises:
+            FedForwardError: this is not a run directory, or its configuration is damaged.
+        """
+        if not self.started:
+            raise FedForwardError(
+                f"{self.path} is not a run directory: it has no config.toml. Give the --out "
+                "folder of a run."
+            )
+        return configuration.load(self.path / "config.toml")
 
     def load(self) -> tuple[Config, ProbePlan]:
         """The configuration and plan of a run that was started here.
@@ -83,12 +101,7 @@ class RunDirectory:
         Raises:
             FedForwardError: this is not a run directory, or its files are damaged.
         """
-        if not self.started:
-            raise FedForwardError(
-                f"{self.path} is not a run directory: it has no config.toml. Give the --out "
-                "folder of a run."
-            )
-        config = configuration.load(self.path / "config.toml")
+        config = self.config()
         try:
             content = json.loads((self.path / "plan.json").read_text(encoding="utf-8"))
             plan = ProbePlan(**content)
@@ -102,7 +115,7 @@ class RunDirectory:
 
     def check_same(self, wanted: Config) -> None:
         """Refuse to resume a run of another configuration, naming the keys that differ."""
-        found, _ = self.load()
+        found = self.config()
         free = set(FREE_KEYS)
         if found.method.schedule == wanted.method.schedule == "constant":
             free.add("federation.rounds")

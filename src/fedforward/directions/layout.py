@@ -52,6 +52,18 @@ class Layout:
             tuple(owner[name] for name in names),
         )
 
+    def check(self) -> None:
+        """Make sure that what another party calls its layout is one.
+
+        Raises:
+            ValueError: it has no tensors, is not in canonical order, or its parts do not fit.
+        """
+        counts = {len(self.names), len(self.shapes), len(self.owners)}
+        if len(counts) > 1 or not self.names or list(self.names) != sorted(set(self.names)):
+            raise ValueError("a layout without canonical names")
+        if max(self.owners) >= len(self.blocks) or not all(self.sizes):
+            raise ValueError("a layout with empty tensors or unknown blocks")
+
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Coordinates of each tensor, padding not counted."""

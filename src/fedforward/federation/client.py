@@ -142,7 +142,7 @@ class Client:
             raise MessageError(
                 f"A task for client {task.client} was refused by client {self.number}."
             )
-        self._prepare(task)
+        self.come_to(task)
         report: Report
         if isinstance(self.method, FirstOrderMethod):
             model = self.replica.model
@@ -155,8 +155,12 @@ class Client:
             report = yield from self.method.local_round(task, self.batches, active)
         return replace(report, digest=digest).encode()
 
-    def _prepare(self, task: Task) -> None:
-        """Bring the replica to the state that the task starts from."""
+    def come_to(self, task: Task) -> None:
+        """Bring the replica to the state that a task starts from.
+
+        Raises:
+            MessageError: the task does not hold what this client lacks, or is damaged.
+        """
         model = self.replica.model
         first_order = isinstance(self.method, FirstOrderMethod)
         if len(task.state) not in ((0, model.layout.parameters) if first_order else (0,)):

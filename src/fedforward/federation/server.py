@@ -6,7 +6,7 @@ server that was killed goes on from the file. It imports no PyTorch.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +43,7 @@ class ServerSettings:
 
     Attributes:
         run_seed: of every derived choice.
-        examples: training examples of each client; clients are numbered from 0.
+        examples: training examples of each client at the start; clients are numbered from 0.
         participation: share of the clients in each round, in (0, 1].
         weights: "equal" or "examples".
         rates: how learning rates are chosen.
@@ -78,6 +78,7 @@ class Server:
     """Opens rounds with tasks, checks reports, and closes rounds into the ledger.
 
     Attributes:
+        examples: training examples of each client.
         held: for each client, how many ledger rounds it has shown to hold.
         refused: reports that were refused since the server was built, late ones included.
         reset: clients whose state was refused, and that start again from the base next time.
@@ -89,6 +90,7 @@ class Server:
         self.settings = settings
         self.method = method
         self.ledger = ledger
+        self.examples = list(settings.examples)
         self.held = dict.fromkeys(range(len(settings.examples)), 0)
         self.refused = 0
         self.reset: set[int] = set()
@@ -133,7 +135,7 @@ class Server:
         Args:
             available: clients that can be reached; None is all.
         """
-        there = sorted(range(len(self.settings.examples)) if available is None else available)
+        there = sorted(range(len(self.examples)) if available is None else available)
         count = max(1, round(self.settings.participation * len(there)))
         if count >= len(there):
             return there
@@ -159,22 +161,62 @@ class Server:
         # Whoever catches up proves that it has arrived where the others are.
         behind = any(len(entries) > 1 or start for start, entries in lacking.values())
         self._digest_wanted = self.round % DIGEST_EVERY == 0 or behind or bool(self.reset)
-        tasks = {}
-        for client, (snapshot, entries) in lacking.items():
-            task = Task(
-                round=self.round,
-                client=client,
-                learning_rate=self._rates[client],
-                digest_wanted=self._digest_wanted,
-                entries=entries,
-                state=self._state(),
-                blocks=pack_blocks(self._active[client]) if self._active else b"",
-                odds=self._tracker.odds(),
-                reset=client in self.reset,
-                snapshot=snapshot,
-            )
-            tasks[client] = task.encode()
-        return tasks
+        return {client: self._task(client, *lacking[client]) for client in participants}
+
+    def _task(self, client: int, snapshot: bytes, entries: tuple[Entry, ...]) -> bytes:
+        return Task(
+            round=self.round,
+            client=client,
+            learning_rate=self._rates.get(client, 0.0),
+            digest_wanted=self._digest_wanted,
+            entries=entries,
+            state=self._state(),
+            blocks=pack_blocks(self._active[client]) if self._active else b"",
+            odds=self._tracker.odds(),
+            reset=client in self.reset,
+            snapshot=snapshot,
+        ).encode()
+
+    def task(self, client: int) -> bytes:
+        """The encoded task of a client of the open round once more, with what it lacks now.
+
+        For a client that was started again in the middle of a round.
+        """
+        return self._task(client, *self._lacking(client))
+
+    def visit(self, client: int) -> bytes:
+        """An encoded task that only brings a client to the coming round, for it to evaluate."""
+        snapshot, entries = self._lacking(client)
+        reset = client in self.reset
+        none = np.empty(0, np.float32)
+        visit = Task(self.round, client, 0.0, True, entries, none, reset=reset, snapshot=snapshot)
+        return visit.encode()
+
+    def arrived(self, client: int) -> None:
+        """Note that a client has shown to be where the coming round begins."""
+        self.held[client] = self.round
+        self.reset.discard(client)
+
+    def enrol(self, client: int, examples: int, rounds: int = 0) -> None:
+        """Take in a client that was not there at the start, or one that has come back.
+
+        Args:
+            client: its number; new clients get the next one.
+            examples: training examples that it holds.
+            rounds: ledger rounds that it says to hold.
+
+        Raises:
+            ValueError: numbers between the last client's and this one's have no client.
+        """
+        if client > len(self.examples):
+            raise ValueError(f"client {client} cannot follow {len(self.examples) - 1}")
+        if client == len(self.examples):
+            self.examples.append(examples)
+        self.examples[client] = examples
+        self.held[client] = min(rounds, self.round)
+        if rounds > self.round:
+            # It holds rounds that this ledger has not, so what it holds is another run's.
+            self.reset.add(client)
 
     def _learning_rates(self, participants: Sequence[int]) -> dict[int, float]:
         factor = self.settings.optimizer.rate_factor(self._first, self._history)
@@ -317,15 +359,21 @@ class Server:
                 f"{len(report.gradients)} projected gradients, not {expected}."
             )
 
-    def ready(self, seconds: float) -> bool:
-        """Whether the round is to be closed: everyone has reported, or the deadline is over.
+    def missing(self) -> list[int]:
+        """Clients with a task in the open round that have not reported, ascending."""
+        return sorted(self._rates.keys() - self._reports.keys())
+
+    def ready(self, seconds: float, gone: Collection[int] = ()) -> bool:
+        """Whether the round is to be closed: no one is waited for, or the deadline is over.
 
         Args:
             seconds: since the round was opened.
+            gone: clients that are not waited for, as long as there is a quorum without them.
         """
         if len(self._reports) == len(self._rates):
             return True
-        return seconds >= self.settings.deadline and len(self._reports) >= self.settings.quorum
+        enough = len(self._reports) >= self.settings.quorum
+        return enough and (seconds >= self.settings.deadline or set(self.missing()) <= set(gone))
 
     def close_round(self) -> Round:
         """Join the reports, append the round to the ledger, and return it.
@@ -383,7 +431,7 @@ class Server:
     def _weights(self, reports: Sequence[Report]) -> list[float]:
         if self.settings.weights == "equal":
             return [1.0 / len(reports)] * len(reports)
-        counts = [self.settings.examples[report.client] for report in reports]
+        counts = [self.examples[report.client] for report in reports]
         return [count / sum(counts) for count in counts]
 
 
