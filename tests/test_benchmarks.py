@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def importable() -> Iterator[None]:
+def importable(libraries_are_no_garbage: None) -> Iterator[None]:
     """The benchmarks import each other as they do when they are started from their folder."""
     threads = torch.get_num_threads()
     sys.path.insert(0, str(BENCHMARKS))

@@ -12,6 +12,8 @@ from fedforward.data import sources
 from fedforward.federation.ledger import Ledger
 from tests.helpers_cli import MODEL, command, limited, write_config, write_rows
 
+pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:

@@ -1,6 +1,6 @@
 """The Triton kernels equal the reference bit for bit, on a CUDA device or in Triton's interpreter.
 
-Where there is no device, one test runs the others of this file in a process of its own, with the
+Where there is no device, one test runs the others of this file in processes of their own, with the
 kernels interpreted on tensors in main memory.
 """
 
@@ -102,7 +102,7 @@ class TestAccumulate:
         self, cuda: Any, dtype: torch.dtype, distribution: Distribution
     ) -> None:
         for number, (out, dither) in enumerate(itertools.product(DTYPES, (None, 2**64 - 5))):
-            for size in SIZES if out is dtype else SIZES[-2:]:
+            for size in SIZES if out is dtype else (TILE + 1,):
                 same(
                     cuda,
                     some_weights(size, dtype),
@@ -420,16 +420,20 @@ def test_more_coordinates_than_32_bits_count(cuda: Any, distribution: Distributi
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted run")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests run on the device")
-def test_in_the_interpreter() -> None:
-    """All of the above; numpy's warnings about infinities and NaN are the interpreter's own."""
+@pytest.mark.parametrize("part", ["TestAccumulate", "not TestAccumulate"])
+def test_in_the_interpreter(part: str) -> None:
+    """All of the above; numpy's warnings about infinities and NaN are the interpreter's own.
+
+    Two halves, which take about as long and may run side by side.
+    """
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     release = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
     if release < (3, 9):
         pytest.skip(f"the interpreter of Triton {release} does not work with numpy 2.4")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "-W", "ignore"]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-x"]
     done = subprocess.run(
-        [*command, str(Path(__file__))],
+        [*command, "-W", "ignore", "-k", part, str(Path(__file__))],
         cwd=Path(__file__).parents[1],
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

@@ -567,6 +567,23 @@ def test_displacements_are_those_of_the_reference(
         assert torch.equal(*results)
 
 
+@by_distribution
+def test_displacements_do_not_depend_on_threads(
+    distribution: Distribution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, own = weights_of_every_kind(20 * TILE + 5, torch.bfloat16), [ONE, OTHER, THREE]
+    # Few enough tile-seeds would stay on one thread.
+    assert 21 * (len(THREE) + len(own) + 1) > cpu.THREADING_THRESHOLD
+    expected = torch.empty(len(own), len(weights), dtype=torch.bfloat16)
+    options: dict[str, Any] = {"first_tile": 3, "distribution": distribution}
+    reference.displace(weights, THREE, own, out=expected, **options)
+    for threads in (1, 2, 3, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        found = torch.full_like(expected, 77.0)
+        kernels.displace(weights, THREE, own, out=found, **options)
+        np.testing.assert_array_equal(bits(found), bits(expected))
+
+
 def test_pieces_that_do_not_fit_are_refused() -> None:
     weights, out = torch.zeros(100), torch.zeros(1, 30)
     for starts in ([80], [-1], [0, 1, 2, 3]):

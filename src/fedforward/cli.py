@@ -232,23 +232,195 @@ def plan(
                 _say(out_console, f"\nwrote {picture}")
 
 
+TlsOption = Annotated[
+    Path | None, typer.Option("--tls", help="folder of certificates", show_default=False)
+]
+InsecureOption = Annotated[
+    bool, typer.Option("--insecure", help="no certificates, no keys: to try out on one machine")
+]
+
+
+@app.command()
+def server(
+    config: Annotated[Path, typer.Argument(help="TOML file", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value …", show_default=False)
+    ] = None,
+    listen: Annotated[str, typer.Option("--listen", help="HOST:PORT")] = "0.0.0.0:9400",
+    tls: TlsOption = None,
+    insecure: InsecureOption = False,
+    out: OutOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="continue the run in --out, if there is one")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Carry out a run over sites on other machines; needs no model and no data."""
+    from fedforward.runtimes import supervision
+    from fedforward.sites import load_terms
+
+    out = out or Path("runs") / config.stem
+    again = ["fedforward", "server", str(config), *(overrides or []), "--listen", listen]
+    again += ["--tls", str(tls)] if tls else ["--insecure"]
+    again += ["--out", str(out), "--resume"]
+    with _friendly(f"Continue with: {shlex.join(again)}"):
+        settings = load_terms(config, overrides or [])
+        _check_flower()
+        from fedforward.runtimes.flower.server import Door, serve
+
+        door = Door.parse(listen, tls, insecure)
+        supervision.end_on_sigterm()
+        with _display() as display:
+            summary = serve(
+                settings,
+                out,
+                door,
+                resume=resume,
+                listener=display,
+                tell=lambda words: _say(console, words),
+            )
+    if as_json:
+        print(json.dumps(summary, indent=2))
+        return
+    from fedforward.report.table import federation_table
+
+    out_console.print(federation_table(summary))
+    _say(out_console, f"\neverything is in {out}; each site has what was tuned")
+
+
+@app.command()
+def client(
+    config: Annotated[Path, typer.Argument(help="site.toml", show_default=False)],
+    server: Annotated[str, typer.Option("--server", help="HOST:PORT", show_default=False)],
+    tls: TlsOption = None,
+    key: Annotated[
+        Path | None, typer.Option("--key", help="this site's key", show_default=False)
+    ] = None,
+    insecure: InsecureOption = False,
+    once: Annotated[bool, typer.Option("--once", help="end with the first run")] = False,
+) -> None:
+    """Take part in a server's runs with this site's own data and model, until interrupted."""
+    from fedforward.runtimes import supervision
+    from fedforward.sites import load_site
+
+    with _friendly():
+        settings = load_site(config)
+        _check_flower()
+        from fedforward.runtimes.flower import client as site
+
+        site.check(tls, key, insecure)
+        supervision.end_on_sigterm()
+        site.take_part(
+            config,
+            settings,
+            server,
+            tls=tls,
+            key=key,
+            once=once,
+            tell=lambda words: _say(console, words),
+        )
+
+
+@app.command()
+def certs(
+    folder: Annotated[Path, typer.Argument(help="folder to write", show_default=False)],
+    host: Annotated[
+        list[str] | None,
+        typer.Option("--host", help="name or address of the server", show_default=False),
+    ] = None,
+    site: Annotated[
+        list[str] | None, typer.Option("--site", help="name of a site", show_default=False)
+    ] = None,
+) -> None:
+    """Make certificates for a server and keys for its sites, or what is missing of them."""
+    with _friendly():
+        _check_flower()
+        from fedforward.runtimes.flower import certificates
+
+        if not host and not site:
+            raise FedForwardError(
+                "Nothing to make: give --host, the name that sites reach the server by, and a "
+                "--site for each site."
+            )
+        written = certificates.make(folder, host or [], site or [])
+    for path in written:
+        _say(out_console, f"wrote {path}")
+    if not written:
+        _say(out_console, f"{folder} has all of it already")
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="run directory", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """Show how far a run across machines is, and what its sites do."""
+    with _friendly():
+        content = _read_status(run)
+        if as_json:
+            print(json.dumps(content, indent=2))
+            return
+        from fedforward.report.table import status_tables
+
+        for part in status_tables(content):
+            out_console.print(part)
+
+
+@app.command()
+def stop(run: Annotated[Path, typer.Argument(help="run directory", show_default=False)]) -> None:
+    """Ask a run across machines to stop; it can be resumed."""
+    with _friendly():
+        found = _read_status(run)
+        if found["state"] != "running":
+            raise FedForwardError(f"{run} is not running: it is {found['state']}.")
+        (run / "stop").touch()
+    _say(out_console, f"asked {run} to stop")
+
+
+def _read_status(run: Path) -> dict[str, Any]:
+    path = run / "status.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise FedForwardError(
+            f"{run} has no status: it is not the --out folder of a `fedforward server` that has "
+            "begun its run."
+        ) from error
+
+
+def _check_flower() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("flwr") is None:
+        raise FedForwardError(
+            "Federations across machines run on Flower, which is not installed. Install it with: "
+            "pip install 'fedforward[flower]'"
+        )
+
+
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="file to write")] = Path("fedforward.toml"),
+    site: Annotated[
+        bool, typer.Option("--site", help="a site's half of a configuration across machines")
+    ] = False,
 ) -> None:
     """Write a commented example configuration."""
     from fedforward import config as configuration
+    from fedforward.sites import example_site
 
     with _friendly():
         if path.exists():
             raise FedForwardError(f"{path} exists already. Choose another name.")
         try:
-            path.write_text(configuration.example(), encoding="utf-8")
+            text = example_site() if site else configuration.example()
+            path.write_text(text, encoding="utf-8")
         except OSError as error:
             raise FedForwardError(f"{path} cannot be written: {error.strerror}.") from error
     _say(
         out_console,
-        f"wrote {path}: set model.path and data.source, then fedforward run {path}",
+        f"wrote {path}: set model.path and data.source, then fedforward "
+        f"{'client' if site else 'run'} {path}",
     )
 
 

@@ -779,18 +779,19 @@ def to_toml(config: Config) -> str:
     lines = []
     for section, values in config.model_dump(exclude_none=True).items():
         lines.append(f"[{section}]")
-        lines += [f"{key} = {_toml_value(value)}" for key, value in values.items()]
+        lines += [f"{key} = {toml_value(value)}" for key, value in values.items()]
         lines.append("")
     return "\n".join(lines)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value of a configuration as TOML."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
     if isinstance(value, dict):
-        items = (f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items())
+        items = (f"{toml_value(key)} = {toml_value(item)}" for key, item in value.items())
         return "{ " + ", ".join(items) + " }" if value else "{}"
     if isinstance(value, str):
         # TOML's basic strings take JSON's escapes, once the delete character is escaped too.
@@ -824,6 +825,6 @@ def example_of(kind: type[Section], head: str) -> str:
             elif field.default is None:
                 lines.append(f"# {key} =")
             else:
-                lines.append(f"# {key} = {_toml_value(field.default)}")
+                lines.append(f"# {key} = {toml_value(field.default)}")
         lines.append("")
     return "\n".join(lines)

@@ -108,3 +108,54 @@ def _counts(examples: list[int]) -> str:
     if len(examples) <= 8:
         return ", ".join(map(str, examples))
     return f"{min(examples)} to {max(examples)}"
+
+
+def federation_table(summary: dict[str, Any]) -> Table:
+    """The result of a run across machines, for people."""
+    start, end = summary["heldout_loss"]["start"], summary["heldout_loss"]["end"]
+    up, down = summary["letter_bytes"]["up"], summary["letter_bytes"]["down"]
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    rows = [
+        ("held-out loss", f"{start:.3f} to {end:.3f} nats per answer token"),
+        *(
+            (name, f"{figure(name, value['start'])} to {figure(name, value['end'])}")
+            for name, value in summary["metrics"].items()
+        ),
+        ("method", f"{summary['method']}, {summary['tune']}"),
+        ("rounds", f"{summary['rounds']} of {summary['local_steps']} local steps"),
+        ("sites", ", ".join(f"{n} ({e} examples)" for n, e in summary["sites"].items())),
+        ("time", f"{summary['seconds']:.1f} s"),
+        ("letters", f"{quantity(up)} up, {quantity(down)} down for a site and round"),
+        ("state digest", str(summary["state_digest"])),
+    ]
+    if summary["stopped"]:
+        rows.append(("stopped early", summary["stopped"]))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def status_tables(content: dict[str, Any]) -> list[Any]:
+    """How far a run across machines is, for people."""
+    head = f"{content['state']}: {content['round']} of {content['rounds']} rounds"
+    if content["state"] == "running":
+        head += f"; {content['what']}"
+    if content["heldout_loss"] is not None:
+        head += f"; held-out loss {content['heldout_loss']:.3f}"
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("site", "number", "examples", "connected", "holds", "reports", "asked for"):
+        table.add_column(column, justify="left" if column in ("site", "asked for") else "right")
+    table.add_column("last trouble")
+    for site in content["sites"]:
+        waiting = f"{site['pending']} for {site['waiting']:.0f} s" if site["pending"] else ""
+        table.add_row(
+            site["name"],
+            "" if site["number"] is None else str(site["number"]),
+            str(site["examples"]),
+            "yes" if site["present"] else "no",
+            str(site.get("holds", "")),
+            str(site["rounds"]),
+            waiting,
+            site["note"],
+        )
+    return [head, table] + ([f"error: {content['error']}"] if content["error"] else [])

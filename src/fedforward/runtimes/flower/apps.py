@@ -1,0 +1,79 @@
+"""Flower's two apps: the server app runs the coordinator, the client app forwards to the worker."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+from fedforward import config as configuration
+from fedforward.config import Config
+from fedforward.errors import FedForwardError
+from fedforward.federation.coordinator import Coordinator
+from fedforward.runtimes.flower.link import GridLink, unwrapped, wrapped
+from fedforward.runtimes.worker import ask
+from fedforward.sites import AT_SITES, check_terms
+
+#: Where the client app finds its site's worker.
+SOCKET = "FEDFORWARD_SOCKET"
+#: In front of lists and tables, which Flower's configuration does not have.
+_TOML = "toml:"
+
+server_app = ServerApp()
+client_app = ClientApp()
+
+
+def run_config(config: Config) -> dict[str, Any]:
+    """A configuration as Flower's users write it: dotted kebab-case keys and plain values."""
+    return {
+        f"{section}.{key}".replace("_", "-"): (
+            _TOML + configuration.toml_value(value) if isinstance(value, list | dict) else value
+        )
+        for section, values in config.model_dump(exclude_none=True).items()
+        for key, value in values.items()
+    }
+
+
+def config_of(given: dict[str, Any]) -> tuple[Config, Path]:
+    """The configuration and run directory that `run_config` and `--run-config` make.
+
+    Raises:
+        FedForwardError: for keys and values that are not legal.
+    """
+    overrides, content = [], {"model": {"path": AT_SITES}, "data": {"source": AT_SITES}}
+    out = Path("runs/flower")
+    for name, value in given.items():
+        key = name.replace("-", "_")
+        if key == "out":
+            out = Path(str(value))
+        elif isinstance(value, str) and value.startswith(_TOML):
+            overrides.append(f"{key}={value.removeprefix(_TOML)}")
+        else:
+            section, _, rest = key.partition(".")
+            content.setdefault(section, {})[rest] = value
+    for override in overrides:
+        section, key, value = configuration.parse_override(override)
+        content.setdefault(section, {})[key] = value
+    config = configuration.validate(content, "the app's configuration")
+    check_terms(config, "the app's configuration")
+    return config, out
+
+
+@server_app.main()  # type: ignore[untyped-decorator]
+def main(grid: Any, context: Context) -> None:
+    """Carry out the run, or go on with it. What it has to say is in the run directory."""
+    config, out = config_of(dict(context.run_config))
+    try:
+        Coordinator(config, out, GridLink(grid), resume=True).run()
+    except FedForwardError as error:
+        # It is in status.json; a traceback would tell nobody more.
+        print(f"error: {error}", flush=True)
+
+
+@client_app.query("letter")  # type: ignore[untyped-decorator]
+def letter(message: Message, context: Context) -> Message:
+    """Hand a letter to the site's worker and bring back the answer."""
+    path = os.environ.get(SOCKET) or str(context.node_config.get("socket", ""))
+    return Message(wrapped(ask(path, unwrapped(message.content))), reply_to=message)

@@ -1,0 +1,196 @@
+"""`fedforward client`: a site's worker and its connection, both kept running."""
+
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fedforward.errors import FedForwardError
+from fedforward.runtimes.flower import certificates, engine
+from fedforward.runtimes.flower.apps import SOCKET
+from fedforward.runtimes.supervision import Child, Supervisor, free_port
+from fedforward.sites import SiteConfig
+
+LOOK = 0.3
+#: What the connection's log says when something is wrong, and what that means.
+_MEANINGS = (
+    (
+        r"certificate.verify.failed|CERTIFICATE_VERIFY_FAILED|certificate verify failed",
+        "the server's certificate is not signed by --tls's ca.crt, or is for another host than "
+        "--server names",
+    ),
+    (
+        r"401|Invalid SuperNode authentication|UNAUTHENTICATED|SUPERNODE_NODE_AUTH_KEY|public key",
+        "the server does not know this site's key. Give NAME.pub to its operator, who puts it into "
+        "the sites folder of --tls",
+    ),
+    (
+        r"WRONG_VERSION_NUMBER|record layer failure|HTTP_REQUEST|Server disconnected without",
+        "one side speaks TLS and the other does not; --tls or --insecure must be the same on both",
+    ),
+    (
+        r"already|lease|ALREADY",
+        "the server still holds this site's last connection; it lets go within a minute",
+    ),
+    (
+        r"ConnectError|Connection refused|Name or service not known|No route to host|timed out",
+        "the server cannot be reached; trying again",
+    ),
+)
+
+Tell = Callable[[str], None]
+
+
+def check(tls: Path | None, key: Path | None, insecure: bool) -> None:
+    """Make sure that the options of a site go together.
+
+    Raises:
+        FedForwardError: they do not, or a file cannot be used.
+    """
+    if insecure:
+        if tls is not None or key is not None:
+            raise FedForwardError("--insecure goes without --tls and --key. Leave one out.")
+        return
+    if tls is None or key is None:
+        missing = "--tls FOLDER (with the server's ca.crt)" if tls is None else "--key FILE"
+        raise FedForwardError(
+            f"{missing} is missing. Both come from the server's operator, who makes them with "
+            "`fedforward certs`; --insecure goes without, for trying out on one machine."
+        )
+    certificates.check_site(tls, key)
+
+
+def take_part(
+    path: Path,
+    settings: SiteConfig,
+    server: str,
+    *,
+    tls: Path | None,
+    key: Path | None,
+    once: bool,
+    tell: Tell,
+) -> None:
+    """Take part in whatever the server carries out, until interrupted.
+
+    Args:
+        path: of the site's configuration, for the worker.
+        server: HOST:PORT.
+        once: whether to end with the first run.
+        tell: told, in words, what the site does.
+
+    Raises:
+        FedForwardError: the site's folder cannot be written, or an option is wrong.
+    """
+    engine.check_installed()
+    if not re.fullmatch(r".+:\d{1,5}", server):
+        raise FedForwardError(
+            f"--server {server!r} is not allowed: it must be HOST:PORT, as in fed.example.org:9400."
+        )
+    out = Path(settings.site.out)
+    home = out / "flower"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FedForwardError(f"site.out = {settings.site.out!r}: {error.strerror}.") from error
+    # A socket's path must be short, and its folder this user's alone.
+    private = Path(tempfile.mkdtemp(prefix="fedforward-"))
+    try:
+        with Supervisor() as supervisor:
+            _watch(supervisor, path, out, home, private / "s", server, tls, key, once, tell)
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+
+
+def _watch(
+    supervisor: Supervisor,
+    path: Path,
+    out: Path,
+    home: Path,
+    socket: Path,
+    server: str,
+    tls: Path | None,
+    key: Path | None,
+    once: bool,
+    tell: Tell,
+) -> None:
+    over = False
+
+    def of_worker(line: str) -> None:
+        nonlocal over
+        if line.startswith(("Loading weights", "Traceback", " ")) or "Warning" in line:
+            return
+        tell(line)
+        over = over or line.startswith("the run is over")
+
+    connection = _Connection(tell)
+    environment = engine.environment(home) | {SOCKET: str(socket)}
+    supervisor.start(
+        Child(
+            "worker",
+            [sys.executable, "-m", "fedforward.runtimes.worker", str(path), str(socket)],
+            out / "worker.log",
+            environment,
+            of_worker,
+        )
+    )
+    worker = supervisor.children[0]
+    authority = None if tls is None else tls / "ca.crt"
+    supervisor.start(
+        Child(
+            "connection",
+            engine.supernode(server, free_port(), authority, key),
+            out / "connection.log",
+            environment,
+            connection.line,
+        )
+    )
+    while True:
+        time.sleep(LOOK)
+        for child in supervisor.keep():
+            if child is worker and worker.starts == 1 and not socket.exists():
+                # It never got as far as to answer: its configuration is at fault.
+                raise FedForwardError(
+                    f"the site's worker could not start; the end of {worker.log} is:\n"
+                    f"{worker.tail()}"
+                )
+            if child is worker:
+                tell("the worker ended unexpectedly and is started again")
+            else:
+                connection.ended()
+        if once and over:
+            # The server's last letter is answered before the connection goes.
+            time.sleep(3.0)
+            return
+
+
+class _Connection:
+    """Reads the connection's log for people."""
+
+    def __init__(self, tell: Tell) -> None:
+        self.tell = tell
+        self.said = ""
+        self.reason = ""
+
+    def line(self, line: str) -> None:
+        """Look at a line of the log."""
+        if "SuperNode ID" in line:
+            self.reason = ""
+            self._say("connected to the server")
+            return
+        for pattern, words in _MEANINGS:
+            if re.search(pattern, line):
+                self.reason = words
+                self._say(words)
+                return
+
+    def ended(self) -> None:
+        """The connection's process ended."""
+        self._say(self.reason or "the connection ended; trying again")
+
+    def _say(self, words: str) -> None:
+        if words != self.said:
+            self.said = words
+            self.tell(words)

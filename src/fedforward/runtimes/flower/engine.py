@@ -1,0 +1,201 @@
+"""Flower's programs as this project starts them: environment, commands, and an app to submit."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedforward.config import Config, toml_value
+from fedforward.errors import FedForwardError
+
+#: The name under which Flower's command line knows our engine.
+CONNECTION = "fedforward"
+#: Seconds for a command of Flower's command line.
+PATIENCE = 60.0
+_SERVER_APP = "fedforward_app.apps:server_app"
+_CLIENT_APP = "fedforward_app.apps:client_app"
+
+
+def check_installed() -> None:
+    """Refuse to go on without Flower.
+
+    Raises:
+        FedForwardError: it is not installed.
+    """
+    try:
+        import flwr  # noqa: F401
+    except ImportError as error:
+        raise FedForwardError(
+            "Federations across machines run on Flower, which is not installed. Install it with: "
+            "pip install 'fedforward[flower]'"
+        ) from error
+
+
+def program(name: str) -> str:
+    """The path of one of Flower's programs, the one beside this Python first."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.is_file() else shutil.which(name)
+    if found is None:
+        raise FedForwardError(
+            f"{name} is not found, though Flower is installed. Install it again with: "
+            "pip install 'fedforward[flower]'"
+        )
+    return found
+
+
+def environment(home: Path) -> dict[str, str]:
+    """What all of Flower's processes are started with: a home of their own, nothing sent home."""
+    return {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.3",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "PYTHONUNBUFFERED": "1",
+        # They start one another by name.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        # A proxy between a site and its server would see only refusals; the loopback needs none.
+        "NO_PROXY": os.pathsep.join(["127.0.0.1", "localhost"]).replace(os.pathsep, ","),
+    }
+
+
+class CommandLine:
+    """Flower's command line, pointed at one engine."""
+
+    def __init__(self, home: Path, address: str, authority: Path | None) -> None:
+        """`authority`: the certificate that the engine's is checked with; None is plaintext."""
+        self.home = home
+        lines = [f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]']
+        lines.append(f'address = "{address}"')
+        if authority is None:
+            lines.append("insecure = true")
+        else:
+            lines.append(f"root-certificates = {toml_value(str(authority.absolute()))}")
+        (home / "config.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def __call__(self, *arguments: str) -> dict[str, object]:
+        """The JSON that a command prints.
+
+        Raises:
+            FedForwardError: it failed, with what it said.
+        """
+        command = [program("flwr"), *arguments, "--format", "json"]
+        try:
+            done = subprocess.run(
+                command,
+                env={**os.environ, **environment(self.home)},
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+                start_new_session=True,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise FedForwardError(
+                f"`flwr {' '.join(arguments)}` did not end within {PATIENCE:.0f} s."
+            ) from error
+        output = done.stdout
+        begin = output.find("{")
+        try:
+            content = json.loads(output[begin:]) if begin >= 0 else {}
+        except ValueError:
+            content = {}
+        if done.returncode or not content.get("success", True):
+            words = content.get("error-message") or (done.stderr or output).strip()
+            raise FedForwardError(f"`flwr {' '.join(arguments)}` failed: {words}")
+        return dict(content)
+
+    def register(self, name: str, public_key: Path) -> int:
+        """Let in whoever has the key; returns the node's number."""
+        answer = self("supernode", "register", str(public_key), CONNECTION, "--name", name)
+        return int(str(answer["node-id"]))
+
+    def unregister(self, node: int) -> None:
+        """No longer let in a node."""
+        self("supernode", "unregister", str(node), CONNECTION)
+
+    def submit(self, app: Path) -> str:
+        """Start a run of an app; returns its number."""
+        return str(self("run", str(app), CONNECTION)["run-id"])
+
+    def stop(self, run: str) -> None:
+        """End a run, if it has not ended."""
+        self("stop", run, CONNECTION)
+
+
+def write_app(folder: Path, config: Config, out: Path) -> Path:
+    """An app for Flower that carries out a run; everything in it is from the installed package."""
+    from fedforward.runtimes.flower.apps import run_config
+
+    package = folder / "fedforward_app"
+    package.mkdir(parents=True, exist_ok=True)
+    settings = {"out": str(out.absolute()), **run_config(config)}
+    (folder / "pyproject.toml").write_text(
+        "\n".join(
+            [
+                "[project]",
+                'name = "fedforward-app"',
+                'version = "1.0.0"',
+                'description = "Federated fine-tuning with forward passes only."',
+                'license = "Apache-2.0"',
+                "dependencies = []",
+                "",
+                "[tool.flwr.app]",
+                'publisher = "fedforward"',
+                "",
+                "[tool.flwr.app.components]",
+                f'serverapp = "{_SERVER_APP}"',
+                f'clientapp = "{_CLIENT_APP}"',
+                "",
+                "[tool.flwr.app.config]",
+                *(f"{key} = {toml_value(value)}" for key, value in settings.items()),
+                "",
+            ]
+        ),
+        encoding="utf-8",
+    )
+    (package / "__init__.py").write_text("", encoding="utf-8")
+    (package / "apps.py").write_text(
+        "from fedforward.runtimes.flower.apps import client_app, server_app\n\n"
+        '__all__ = ["client_app", "server_app"]\n',
+        encoding="utf-8",
+    )
+    return folder
+
+
+def superlink(port: int, database: Path, secret: Path, certificates: Path | None) -> Sequence[str]:
+    """The command of the engine, on the loopback device."""
+    command = [program("flower-superlink"), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--database", str(database), "--isolation", "process"]
+    command += ["--superexec-auth-secret-file", str(secret)]
+    command += ["--disable-runtime-dependency-installation"]
+    if certificates is None:
+        return [*command, "--insecure"]
+    files = {"certfile": "server.crt", "keyfile": "server.key", "ca-certfile": "ca.crt"}
+    for option, name in files.items():
+        command += [f"--ssl-{option}", str(certificates / name)]
+    return [*command, "--enable-supernode-auth"]
+
+
+def superexec(port: int, secret: Path, certificates: Path | None) -> Sequence[str]:
+    """The command of what starts the server app."""
+    command = [program("flower-superexec"), "--runtime-api-address", f"127.0.0.1:{port}"]
+    command += ["--superexec-auth-secret-file", str(secret)]
+    if certificates is None:
+        return [*command, "--insecure"]
+    return [*command, "--root-certificates", str(certificates / "ca.crt")]
+
+
+def supernode(server: str, port: int, authority: Path | None, key: Path | None) -> Sequence[str]:
+    """The command of a site's connection to the server."""
+    command = [program("flower-supernode"), "--superlink", server, "--port", str(port)]
+    if authority is None:
+        command.append("--insecure")
+    else:
+        command += ["--root-certificates", str(authority)]
+    if key is not None:
+        command += ["--auth-supernode-private-key", str(key)]
+    return command
