@@ -6,18 +6,21 @@ no weights. Nothing here needs PyTorch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedforward.config import PlanningSection
 from fedforward.directions import Layout
 from fedforward.errors import FedForwardError
 from fedforward.planning.activation import Activation, Objective, Problem, solve
 
+if TYPE_CHECKING:
+    from fedforward.config import PlanningSection
+
 
 def counted(
-    planning: PlanningSection,
+    planning: "PlanningSection",
     layout: Layout,
     shares: Sequence[float],
     active: Sequence[int],

@@ -23,17 +23,14 @@ _MEANINGS = (
         "--server names",
     ),
     (
-        r"401|Invalid SuperNode authentication|UNAUTHENTICATED|SUPERNODE_NODE_AUTH_KEY|public key",
-        "the server does not know this site's key. Give NAME.pub to its operator, who puts it into "
-        "the sites folder of --tls",
+        r"Failed to activate SuperNode|Invalid SuperNode authentication",
+        "the server does not let this site in: it does not know the key (its operator puts "
+        "NAME.pub into the sites folder of --tls), or it still holds this site's last connection, "
+        "which it lets go within a minute",
     ),
     (
         r"WRONG_VERSION_NUMBER|record layer failure|HTTP_REQUEST|Server disconnected without",
         "one side speaks TLS and the other does not; --tls or --insecure must be the same on both",
-    ),
-    (
-        r"already|lease|ALREADY",
-        "the server still holds this site's last connection; it lets go within a minute",
     ),
     (
         r"ConnectError|Connection refused|Name or service not known|No route to host|timed out",

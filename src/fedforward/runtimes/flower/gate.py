@@ -9,6 +9,7 @@ site is, is still proven to the engine by its key in every request.
 import ssl
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -67,6 +68,7 @@ class Gate:
                 app,
                 host=host,
                 port=port,
+                ws="none",
                 log_level="error",
                 access_log=False,
                 server_header=False,
@@ -75,7 +77,7 @@ class Gate:
             )
         )
         self._where = f"{host}:{port}"
-        self._thread = threading.Thread(target=self._server.run, name="gate", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="gate", daemon=True)
 
     def open(self) -> None:
         """Begin to listen.
@@ -92,6 +94,11 @@ class Gate:
                     "or not be this machine's."
                 )
             time.sleep(0.05)
+
+    def _serve(self) -> None:
+        # An address that cannot be had ends the thread, which `open` then finds.
+        with suppress(SystemExit):
+            self._server.run()
 
     def close(self) -> None:
         """Stop listening."""

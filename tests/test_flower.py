@@ -1,0 +1,245 @@
+"""The adapter to Flower: without an engine here, with one in `make test-cluster`."""
+
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("flwr")
+
+from flwr.app import Message
+
+from fedforward.errors import FedForwardError
+from fedforward.runtimes import worker
+from fedforward.runtimes.flower import certificates, engine
+from fedforward.runtimes.flower.apps import config_of, run_config
+from fedforward.runtimes.flower.link import GridLink, unwrapped, wrapped
+from fedforward.runtimes.flower.server import Door
+from fedforward.runtimes.supervision import Child, Supervisor, free_port
+from tests.test_coordinator import run_toml, site_config
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+def test_a_configuration_in_flowers_words(tmp_path: Path) -> None:
+    overrides = ['evaluation.metrics=["perplexity"]', 'data.label_words={ 0 = " no", 1 = " yes" }']
+    settings = run_toml(tmp_path, *overrides)
+    given = run_config(settings)
+    assert all(isinstance(value, str | int | float | bool) for value in given.values())
+    assert "method.learning-rate" in given
+    assert config_of({"out": "here", **given}) == (settings, Path("here"))
+    app = engine.write_app(tmp_path / "app", settings, tmp_path / "out")
+    from flwr.cli.build import build_fab_from_disk
+    from flwr.common.config import get_fused_config_from_dir
+
+    assert build_fab_from_disk(app)
+    assert config_of(get_fused_config_from_dir(app, {}))[0] == settings
+    changed = get_fused_config_from_dir(app, {"federation.rounds": 7})
+    assert config_of(changed)[0].federation.rounds == 7
+
+
+class FakeGrid:
+    """Answers each message with its letter reversed; `node-2` never does."""
+
+    def __init__(self) -> None:
+        self.pushed: dict[str, Any] = {}
+
+    def get_nodes(self) -> list[Any]:
+        names = [("a", 1, "online"), ("", 2, "online"), ("c", 3, "offline")]
+        return [SimpleNamespace(name=n, node_id=i, status=s) for n, i, s in names]
+
+    def push_messages(self, messages: list[Any]) -> list[str]:
+        numbers = []
+        for message in messages:
+            numbers.append(f"m{len(self.pushed)}")
+            self.pushed[numbers[-1]] = message
+        return numbers
+
+    def pull_messages(self, numbers: list[str]) -> list[Any]:
+        replies = []
+        for number in numbers:
+            message = self.pushed[number]
+            if message.metadata.dst_node_id == 2:
+                continue
+            content = wrapped(unwrapped(message.content)[::-1])
+            metadata = SimpleNamespace(reply_to_message_id=number)
+            replies.append(
+                SimpleNamespace(metadata=metadata, content=content, has_error=lambda: False)
+            )
+        return replies
+
+
+def test_letters_over_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.supercore.task_identity import TaskIdentity
+
+    for key in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, key, 1)
+    link = GridLink(FakeGrid())
+    assert list(link.present()) == ["a", "node-2"]
+    for name in ("a", "node-2", "c"):
+        link.send(name, b"abc")
+    arrived = {arrival.site: arrival for arrival in link.receive()}
+    assert arrived["a"].data == b"cba" and arrived["c"].error and "node-2" not in arrived
+    assert link.receive() == []
+    assert isinstance(Message(wrapped(b"x"), 1, "query.letter"), Message)
+
+
+def test_certificates(tmp_path: Path) -> None:
+    folder = tmp_path / "certs"
+    with pytest.raises(FedForwardError, match=r"there is no ca\.crt"):
+        certificates.check_server(folder)
+    certificates.make(folder, ["fed.example.org"], ["a", "b"])
+    certificates.check_server(folder)
+    for path in (folder / "ca.key", folder / "server.key", folder / "sites" / "a.key"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    certificates.check_site(folder, folder / "sites" / "a.key")
+    with pytest.raises(FedForwardError, match="is not a site's key"):
+        certificates.check_site(folder, folder / "server.crt")
+    before = (folder / "server.crt").read_bytes()
+    assert [p.name for p in certificates.make(folder, ["x"], ["c"])] == ["c.key", "c.pub"]
+    assert (folder / "server.crt").read_bytes() == before
+    with pytest.raises(FedForwardError, match=r"--site '\.\./x' is not allowed"):
+        certificates.make(folder, [], ["../x"])
+    (folder / "server.crt").unlink()
+    (folder / "ca.key").unlink()
+    with pytest.raises(FedForwardError, match=r"no ca\.key"):
+        certificates.make(folder, ["x"], [])
+
+
+@pytest.mark.parametrize(
+    ("listen", "insecure", "words"),
+    [
+        ("9400", True, "--listen '9400'"),
+        ("host:99999", True, "--listen"),
+        ("0.0.0.0:9400", False, "--tls FOLDER is missing"),
+    ],
+)
+def test_a_door_that_is_none(listen: str, insecure: bool, words: str) -> None:
+    with pytest.raises(FedForwardError, match=re.escape(words)):
+        Door.parse(listen, None, insecure)
+
+
+def test_the_gate_lets_only_sites_through(tmp_path: Path) -> None:
+    import http.server
+
+    import httpx
+
+    from fedforward.runtimes.flower.gate import Gate
+
+    class Engine(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(self.path.encode() + b" " + body + self.headers["x-key"].encode())
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Engine) as inner:
+        threading.Thread(target=inner.serve_forever, daemon=True).start()
+        port = free_port()
+        url = f"http://127.0.0.1:{inner.server_port}"
+        gate = Gate("127.0.0.1", port, url, None, None)
+        gate.open()
+        outside = f"http://127.0.0.1:{port}"
+        headers = {"x-key": "k"}
+        answer = httpx.post(f"{outside}/v1/fleet/pull-messages", content=b"b", headers=headers)
+        assert answer.content == b"/v1/fleet/pull-messages bk"
+        for path in ("/v1/control/register-node", "/v1/runtime/acquire-task", "/docs"):
+            assert httpx.post(f"{outside}{path}", content=b"b", headers=headers).status_code == 404
+        sneaky = f"{outside}/v1/fleet/%2e%2e/control/start-run"
+        assert httpx.post(sneaky, content=b"b", headers=headers).status_code == 404
+        assert gate.turned_away == 4
+        with pytest.raises(FedForwardError, match="cannot be listened on"):
+            Gate("127.0.0.1", port, url, None, None).open()
+        gate.close()
+        inner.shutdown()
+
+
+def test_a_worker_answers_over_its_socket_and_is_not_waited_for(tmp_path: Path) -> None:
+    settings = site_config(tmp_path, "a")
+    from fedforward.config import to_toml
+
+    file, place = tmp_path / "site.toml", tmp_path / "s"
+    file.write_text(to_toml(settings), encoding="utf-8")  # type: ignore[arg-type]
+    command = [sys.executable, "-m", "fedforward.runtimes.worker", str(file), str(place)]
+    with Supervisor() as supervisor:
+        child = supervisor.start(Child("worker", command, tmp_path / "log", {}))
+        assert b"it is cut short" in worker.ask(str(place), b"nonsense")
+        assert stat.S_IMODE(place.stat().st_mode) == 0o600
+        pid = child.pid
+        os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while child.starts < 2 and time.monotonic() < deadline:
+            supervisor.keep()
+            time.sleep(0.1)
+        assert b"it is cut short" in worker.ask(str(place), b"nonsense")
+        assert child.pid not in (pid, -1)
+        last = child.pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(last, 0)
+    with pytest.raises(worker.WorkerGoneError, match="does not answer"):
+        worker.ask(str(place), b"nonsense", patience=0.3)
+
+
+def _wait(seconds: float, seen: Callable[[], bool]) -> None:
+    last = time.monotonic() + seconds
+    while not seen():
+        assert time.monotonic() < last, "it took too long"
+        time.sleep(0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_federation_over_tls_survives_a_kill(tmp_path: Path) -> None:
+    settings = run_toml(tmp_path, "federation.clients=2")
+    from fedforward.config import to_toml
+
+    (tmp_path / "run.toml").write_text(to_toml(settings), encoding="utf-8")
+    certificates.make(tmp_path / "certs", ["localhost"], ["a", "b"])
+    port, program = free_port(), [sys.executable, "-m", "fedforward.cli"]
+    server = [*program, "server", "run.toml", "--listen", f"127.0.0.1:{port}", "--tls", "certs"]
+    processes: list[subprocess.Popen[bytes]] = []
+    status = tmp_path / "out" / "status.json"
+
+    def look() -> dict[str, Any]:
+        try:
+            return dict(json.loads(status.read_text()))
+        except (OSError, ValueError):
+            return {"round": 0, "state": ""}
+
+    try:
+        processes.append(subprocess.Popen([*server, "--out", "out"], cwd=tmp_path))
+        for name in ("a", "b"):
+            file = tmp_path / f"{name}.toml"
+            file.write_text(to_toml(site_config(tmp_path, name)))  # type: ignore[arg-type]
+            key = f"certs/sites/{name}.key"
+            options = ["--server", f"localhost:{port}", "--tls", "certs", "--key", key, "--once"]
+            processes.append(
+                subprocess.Popen([*program, "client", str(file), *options], cwd=tmp_path)
+            )
+        _wait(240, lambda: look()["round"] >= 1)
+        os.kill(look()["pid"], signal.SIGKILL)
+        _wait(240, lambda: look()["state"] == "finished")
+        for process in processes:
+            assert process.wait(60) == 0
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait(30)
+    digest = json.loads((tmp_path / "out" / "summary.json").read_text())["state_digest"]
+    for name in ("a", "b"):
+        kept = json.loads((tmp_path / name / "state.json").read_text())
+        assert kept["digest"] == digest
+        assert (tmp_path / name / "worker.log").read_text().count("ready:") == 1
