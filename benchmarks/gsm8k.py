@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from fedforward import cli, config
+from fedforward import assembly, cli, config
 from fedforward.estimators import TwoPoint
 from fedforward.messages import Entry
 from fedforward.methods import Returned

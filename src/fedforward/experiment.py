@@ -144,16 +144,20 @@ def _read_rows(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any
 
 def _with_own_names(config: Config, table: Any) -> Any:
     """The data with their fields called what the templates call them."""
-    for wanted, found in (config.data.fields or {}).items():
+    names = config.data.fields or {}
+    for wanted, found in names.items():
         if found not in table.column_names:
             raise FedForwardError(
                 f"data.fields: {wanted} = {found!r} is not a field of {config.data.source}. Their "
                 f"fields are {', '.join(table.column_names)}."
             )
-        if wanted != found:
-            table = table.remove_columns([wanted]) if wanted in table.column_names else table
-            table = table.rename_column(found, wanted)
-    return table
+    if not names:
+        return table
+    # At once, for two fields may change places; what has a wanted name and no other goes.
+    hidden = [name for name in names if name in table.column_names and name not in names.values()]
+    own = {found: wanted for wanted, found in names.items()}
+    table = table.remove_columns(hidden)
+    return table.rename_columns(own)
 
 
 def _field(config: Config) -> str | None:

@@ -205,7 +205,8 @@ def refusals(given: dict[str, Any], limits: LimitsSection) -> list[str]:
         )
     if method.get("name") == "fedavg":
         found.append("method.name = 'fedavg' would send tensors, and this site sends scalars only")
-    metrics = _table(given, "evaluation").get("metrics") or []
+    metrics = _table(given, "evaluation").get("metrics")
+    metrics = metrics if isinstance(metrics, list) else [metrics]
     own = [name for name in (method.get("objective"), *metrics) if ":" in str(name)]
     if own and not limits.functions:
         found.append(
@@ -227,7 +228,9 @@ def join(given: dict[str, Any], site: SiteConfig) -> Config:
         FedForwardError: the terms are none, or do not fit what is here.
     """
     content: dict[str, Any] = {
-        section: dict(values) for section, values in given.items() if isinstance(values, dict)
+        section: {k: v for k, v in values.items() if k not in _LOCAL.get(section, set())}
+        for section, values in given.items()
+        if isinstance(values, dict) and section != "simulation"
     }
     for section in ("model", "data", "run"):
         own = getattr(site, section).model_dump(exclude_none=True)

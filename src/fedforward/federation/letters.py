@@ -106,7 +106,7 @@ class Letter:
         """
         try:
             content = json.loads(self.body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise MessageError(
                 f"A letter of kind {self.kind.name} was refused: {error}."
             ) from error
@@ -192,10 +192,10 @@ class Enrolment:
             layout.check()
             identity = ModelIdentity(
                 layout=layout,
-                base=str(model["base"]),
-                classes=tuple(map(str, model["classes"])),
+                base=_text(model["base"]),
+                classes=tuple(map(_text, _list(model["classes"]))),
                 state_bytes=_count(model["state_bytes"]),
-                tokenizer=str(model["tokenizer"]),
+                tokenizer=_text(model["tokenizer"]),
             )
             active = content["active_blocks"]
             return cls(
@@ -214,6 +214,18 @@ def _count(value: Any) -> int:
     """A whole number from 0 that fits the wire's largest field."""
     if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is not a list")
     return value
 
 
