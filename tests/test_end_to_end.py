@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedforward import artefacts, config, session
+from fedforward import artefacts, config, progress, session
 from fedforward.errors import FedForwardError
 from fedforward.messages import Report
 from fedforward.methods.fedmezo import FedMeZO
@@ -209,15 +209,15 @@ def test_lost_metrics_do_not_change_when_a_run_stops(
     }
     whole = carry_out(configure(**settings), tmp_path / "whole")
     assert whole["rounds"] < 9
-    reason = session.Session._reason_to_stop
+    reason = progress.reason_to_stop
 
-    def killed(self: session.Session) -> str:
-        if self.server.round == whole["rounds"] - 1:
+    def killed(settings: config.Config, lines: Sequence[dict[str, Any]]) -> str:
+        if lines[-1]["round"] == whole["rounds"] - 1:
             raise KeyboardInterrupt
-        return reason(self)
+        return reason(settings, lines)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session.Session, "_reason_to_stop", killed)
+        patch.setattr(progress, "reason_to_stop", killed)
         with pytest.raises(KeyboardInterrupt):
             carry_out(configure(**settings), tmp_path / "cut")
     metrics = tmp_path / "cut/metrics.jsonl"
