@@ -97,6 +97,12 @@ def test_what_is_refused(changes: dict[str, Any], words: list[str]) -> None:
         assert word in message
 
 
+@pytest.mark.parametrize("content", [{"\ud800": {}}, {"run": {"\ud800": 1}}])
+def test_a_key_that_is_half_a_character_is_a_sentence(content: dict[str, Any]) -> None:
+    with pytest.raises(FedForwardError, match="is not text"):
+        config.validate(content)
+
+
 def test_missing_keys_and_sections_are_named() -> None:
     assert "data.source is missing (file" in refusal({"model": {"path": "m"}, "data": {}})
     message = refusal({})

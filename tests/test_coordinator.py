@@ -13,9 +13,10 @@ from fedforward import assembly, config, sites
 from fedforward.demo.text import ANSWER, PROMPT, site_examples
 from fedforward.errors import FedForwardError
 from fedforward.federation.client import Client
-from fedforward.federation.coordinator import Arrival, Coordinator, Stopped
+from fedforward.federation.coordinator import Coordinator, Stopped
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.letters import Enrolment, Kind, Letter
+from fedforward.federation.link import Arrival
 from fedforward.federation.server import Server
 from fedforward.federation.site import Site
 from fedforward.messages import MessageError

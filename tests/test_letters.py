@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from fedforward.assembly import ModelIdentity
 from fedforward.directions import VERSION, Layout
 from fedforward.federation import letters
+from fedforward.federation.figures import Figures, combined, weighted_mean
 from fedforward.federation.letters import (
     RUN_BYTES,
     Enrolment,
     Kind,
     Letter,
+    deviation,
     difference,
     packed,
-    weighted_mean,
 )
 from fedforward.messages import WIRE_VERSION, MessageError
 
@@ -104,6 +105,9 @@ def test_json_and_text_come_back() -> None:
     assert b" " not in packed(content)
     assert Letter(Kind.REFUSAL, RUN, "zu groß".encode()).text() == "zu groß"
     assert "a\ufffd" in Letter(Kind.REFUSAL, RUN, b"a\xff").text()
+    # It is shown in another party's terminal.
+    assert Letter(Kind.REFUSAL, RUN, b"a\x1b[2J\nb").text() == "a [2J b"
+    assert len(Letter(Kind.REFUSAL, RUN, b"a" * 10**6).text()) == letters.LONGEST
 
 
 @pytest.mark.parametrize("active", [None, 1, 2])
@@ -244,3 +248,48 @@ def test_the_weighted_mean() -> None:
     assert weighted_mean([1.0, 4.0], [3, 1]) == 1.75
     assert math.isnan(weighted_mean([], [])) and math.isnan(weighted_mean([1.0], [0]))
     assert math.isnan(weighted_mean([1.0, math.nan], [1, 1]))
+
+
+FIGURES = {"rounds": 2, "digest": "ab", "examples": 3, "tokens": 5, "heldout_loss": 1.5}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rounds": None},
+        {"rounds": -1},
+        {"rounds": True},
+        {"digest": "xy"},
+        {"digest": 5},
+        {"examples": 2**60},
+        {"tokens": 1.0},
+        {"heldout_loss": "1"},
+        {"heldout_loss": 10**400},
+        {"heldout_loss": True},
+        {"metrics": [1]},
+        {"metrics": {"f1": {}}},
+    ],
+)
+def test_figures_that_are_none_are_refused(change: dict[str, Any]) -> None:
+    assert Figures.decode(FIGURES).loss == 1.5
+    with pytest.raises(MessageError, match="Figures were refused"):
+        Figures.decode({**FIGURES, **change})
+    with pytest.raises(MessageError, match="Figures were refused"):
+        Figures.decode({k: v for k, v in FIGURES.items() if k not in {"tokens"} | change.keys()})
+
+
+def test_a_site_that_diverged_is_left_out_as_long_as_another_is_there() -> None:
+    """null stands for what is not finite."""
+    sound, lost = Figures.decode(FIGURES), Figures.decode({**FIGURES, "heldout_loss": None})
+    assert combined([lost, sound])["heldout_loss"] == 1.5
+    assert math.isnan(combined([lost, lost])["heldout_loss"])
+    place = {key: FIGURES[key] for key in ("rounds", "digest", "examples", "tokens")}
+    assert combined([Figures.decode(place)]) == {} == combined([])
+
+
+def test_what_a_site_has_other_than_a_ledger() -> None:
+    pinned = {"base": "a", "tokenizer": "b", "run": "c"}
+    assert deviation(pinned, None) == deviation(pinned, {**pinned, "more": 1}) == ""
+    assert "other weights" in deviation({**pinned, "base": "x"}, pinned)
+    assert "tokenizer" in deviation({**pinned, "tokenizer": "x"}, pinned)
+    assert "settings" in deviation({**pinned, "run": "x"}, pinned)

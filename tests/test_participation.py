@@ -90,7 +90,7 @@ class Federation:
     def round(self, there: Any = None, gone: Any = (), change: Any = None) -> dict[int, Task]:
         giver = self.server.snapshot_wanted(there)
         if giver is not None:
-            self.server.receive_snapshot(self.clients[giver].replica.snapshot().encode())
+            self.server.receive_snapshot(self.clients[giver].replica.snapshot().encode(), giver)
         tasks = self.server.open_round(there)
         for number, task in tasks.items():
             if number in gone:
@@ -180,7 +180,7 @@ def test_a_forged_snapshot_is_refused(tmp_path: Path) -> None:
     server = Federation(tmp_path / "other", METHODS["fedmezo"]).server
     for bad in (Snapshot(0, good.digest, b"short"), Snapshot(7, good.digest, good.data)):
         with pytest.raises(MessageError, match=r"the ledger has 0 rounds"):
-            server.receive_snapshot(bad.encode())
+            server.receive_snapshot(bad.encode(), 0)
 
 
 @pytest.mark.parametrize("snapshots", [False, True])

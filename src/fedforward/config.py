@@ -722,6 +722,9 @@ def _sentence(problem: Any, sections: Mapping[str, type[Section]]) -> str:
     # What follows section and key is pydantic's: a branch of a union, a place in a list.
     location = [str(part) for part in problem["loc"][:2]]
     key, kind, found = ".".join(location), problem["type"], problem["input"]
+    if kind == "string_unicode" and len(location) < 2:
+        # Only a site's JSON can have such keys; a file cannot.
+        return f"a key in {key or 'it'} is not text: {found!r}."
     if kind == "extra_forbidden":
         legal = list(sections if len(location) == 1 else sections[location[0]].model_fields)
         near = difflib.get_close_matches(location[-1], legal, n=1)

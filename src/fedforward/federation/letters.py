@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
-import numpy as np
-
 from fedforward.assembly import ModelIdentity
 from fedforward.directions import VERSION, Layout
 from fedforward.messages import WIRE_VERSION, MessageError
 
 LETTER_VERSION = 1
+#: Bytes of a sentence that are shown.
+LONGEST = 2000
 #: Bytes of a run's random name.
 RUN_BYTES = 8
 _HEAD = struct.Struct(f"<2sBB{RUN_BYTES}s")
@@ -105,7 +105,7 @@ class Letter:
             MessageError: it is not an object of JSON.
         """
         try:
-            content = json.loads(self.body)
+            content = json.loads(self.body, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             raise MessageError(
                 f"A letter of kind {self.kind.name} was refused: {error}."
@@ -115,8 +115,13 @@ class Letter:
         return content
 
     def text(self) -> str:
-        """The body of a letter that is a sentence."""
-        return self.body.decode(errors="replace")
+        """The body of a letter that is a sentence, as it may be shown: it is another party's."""
+        text = self.body[:LONGEST].decode(errors="replace")
+        return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
 
 
 def _checksum(content: bytes) -> bytes:
@@ -256,9 +261,15 @@ def difference(mine: ModelIdentity, others: ModelIdentity) -> str:
     return ""
 
 
-def weighted_mean(values: list[float], weights: list[int]) -> float:
-    """Σ w v / Σ w in float64; NaN where nothing weighs anything."""
-    total = sum(weights)
-    if not total:
-        return float("nan")
-    return float(np.dot(np.array(values, np.float64), np.array(weights, np.float64)) / total)
+def deviation(header: dict[str, Any], pinned: dict[str, Any] | None) -> str:
+    """Why a site cannot take part in a run that has a ledger, or nothing.
+
+    Args:
+        header: that the ledger would have with the site's model.
+        pinned: that it has; None before there is one.
+    """
+    if pinned is None:
+        return ""
+    differing = [key for key, value in header.items() if pinned.get(key) != value]
+    other = "it has not the model and settings that the run was started with"
+    return next((_DIFFERENCES.get(key, other) for key in differing), "")

@@ -6,7 +6,7 @@ server that was killed goes on from the file. It imports no PyTorch.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,6 +109,9 @@ class Server:
         self._reports: dict[int, Report] = {}
         self._digest_wanted = False
         self._snapshot: Snapshot | None = None
+        self._snapshot_giver = -1
+        self._snapshot_takers: set[int] = set()
+        self._doubtful: set[int] = set()
         for record in ledger.rounds():
             self._remember(record)
 
@@ -239,9 +242,11 @@ class Server:
             values = self._accumulators.values.astype("<i8").tobytes()
             if size > len(values):
                 return Snapshot(self.round, b"", values).encode(), ()
-        elif self._snapshot is not None and size > self.settings.state_bytes:
-            start = max(begin, self._snapshot.rounds)
-            return self._snapshot.encode(), tuple(self.ledger.entries(start))
+            return b"", entries
+        snapshot = self._snapshot
+        if snapshot is not None and size > self.settings.state_bytes and snapshot.rounds > begin:
+            self._snapshot_takers.add(client)
+            return snapshot.encode(), tuple(self.ledger.entries(snapshot.rounds))
         return b"", entries
 
     def snapshot_wanted(self, available: Sequence[int] | None = None) -> int | None:
@@ -253,17 +258,23 @@ class Server:
         if self._accumulators is not None or not self.settings.state_bytes:
             return None
         there = self.participants(available)
-        newest = max(self.held[client] for client in there)
+        givers = [c for c in there if c not in self.reset | self._doubtful]
+        newest = max((self.held[client] for client in givers), default=0)
         oldest = min(0 if client in self.reset else self.held[client] for client in there)
+        if self._snapshot is not None:
+            oldest = max(oldest, self._snapshot.rounds)
         if newest - oldest < 2:
             return None
         size = sum(len(entry.encode()) for entry in self.ledger.entries(oldest))
         if size <= self.settings.state_bytes:
             return None
-        return next(c for c in there if self.held[c] == newest and c not in self.reset)
+        return next(client for client in givers if self.held[client] == newest)
 
-    def receive_snapshot(self, data: bytes) -> None:
+    def receive_snapshot(self, data: bytes, giver: int) -> None:
         """Keep a snapshot for the clients that are far behind.
+
+        Args:
+            giver: the client that made it.
 
         Raises:
             MessageError: it is damaged, or of another size than the tuned tensors.
@@ -275,7 +286,23 @@ class Server:
                 f"refused: the tuned tensors are {self.settings.state_bytes} bytes, and the ledger "
                 f"has {self.round} rounds."
             )
-        self._snapshot = snapshot
+        self._snapshot, self._snapshot_giver = snapshot, giver
+        self._snapshot_takers.clear()
+
+    def doubt_snapshot(self, client: int) -> None:
+        """Note that a client could do nothing with what it was sent, or came to a wrong state.
+
+        Where that began with a snapshot, the snapshot may be at fault: it is not sent again, nor
+        is another asked for from whoever made it.
+        """
+        if client in self._snapshot_takers:
+            self.distrust(self._snapshot_giver)
+            self._snapshot = None
+            self._snapshot_takers.clear()
+
+    def distrust(self, giver: int) -> None:
+        """Ask a client for no snapshot any more."""
+        self._doubtful.add(giver)
 
     @property
     def snapshot_bytes(self) -> int:
@@ -314,14 +341,23 @@ class Server:
         active = unpack_blocks(origin.blocks, blocks) if origin.blocks else None
         return Returned(origin.weight, origin.learning_rate, origin.report, active)
 
-    def receive(self, data: bytes) -> None:
+    def receive(self, data: bytes, sender: int | None = None) -> None:
         """Take one encoded report.
 
+        Args:
+            sender: the client that it came from, where that is known.
+
         Raises:
-            MessageError: it is damaged, of another round, or from a client without a task.
+            MessageError: it is damaged, of another round, from a client without a task, or not
+                the sender's own.
         """
         try:
-            self._take(Report.decode(data))
+            report = Report.decode(data)
+            if sender not in (None, report.client):
+                raise MessageError(
+                    f"A report of client {report.client} was refused: client {sender} sent it."
+                )
+            self._take(report)
         except MessageError:
             self.refused += 1
             raise
@@ -363,6 +399,10 @@ class Server:
         """Clients with a task in the open round that have not reported, ascending."""
         return sorted(self._rates.keys() - self._reports.keys())
 
+    def waits_for(self, client: int) -> bool:
+        """Whether a client has a task in the open round and has not reported."""
+        return client in self._rates and client not in self._reports
+
     def ready(self, seconds: float, gone: Collection[int] = ()) -> bool:
         """Whether the round is to be closed: no one is waited for, or the deadline is over.
 
@@ -403,24 +443,37 @@ class Server:
 
     def _agreeing(self, reports: Sequence[Report]) -> list[Report]:
         """The reports from the state that most clients hold; the others' clients are to reset."""
-        digests = Counter(report.digest for report in reports)
-        if len(digests) < 2:
-            return list(reports)
-        right, count = digests.most_common(1)[0]
-        if 2 * count <= len(reports):
-            first = reports[0]
-            other = next(report for report in reports if report.digest != first.digest)
+        wrong = self.agree({report.client: report.digest for report in reports})
+        self.refused += len(wrong)
+        return [report for report in reports if report.client not in wrong]
+
+    def agree(self, digests: Mapping[int, bytes]) -> set[int]:
+        """The clients whose state is not that of most; they start again from the base.
+
+        Args:
+            digests: of the tuned state that each client has at the beginning of the round.
+
+        Raises:
+            MessageError: no state is that of most.
+        """
+        (right, count), *others = Counter(digests.values()).most_common() or [(b"", 0)]
+        if not others:
+            return set()
+        if 2 * count <= len(digests):
+            first, *rest = digests
+            other = next(client for client in rest if digests[client] != digests[first])
             raise MessageError(
-                f"Clients {first.client} and {other.client} hold different tuned states "
-                f"({first.digest.hex()} and {other.digest.hex()}) in round {first.round}, and no "
-                "majority tells which is right. One of them has another base model or a damaged "
+                f"Clients {first} and {other} hold different tuned states "
+                f"({digests[first].hex()} and {digests[other].hex()}) in round {self.round}, and "
+                "no majority tells which is right. One of them has another base model or a damaged "
                 "state; it must start again from the base."
             )
-        wrong = {report.client for report in reports if report.digest != right}
+        wrong = {client for client, digest in digests.items() if digest != right}
+        for client in wrong:
+            self.doubt_snapshot(client)
         self.reset |= wrong
-        self.refused += len(wrong)
         self.held.update(dict.fromkeys(wrong, 0))
-        return [report for report in reports if report.digest == right]
+        return wrong
 
     def _join(self, returned: Sequence[Returned]) -> Round:
         assert isinstance(self.method, Method)

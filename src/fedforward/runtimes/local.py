@@ -113,7 +113,7 @@ class LocalRuntime:
         if giver is None:
             return 0
         data = self.clients[giver].replica.snapshot().encode()
-        self.server.receive_snapshot(data)
+        self.server.receive_snapshot(data, giver)
         return len(data)
 
     def _answers(self, tasks: Mapping[int, bytes]) -> dict[int, bytes]:

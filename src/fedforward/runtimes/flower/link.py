@@ -6,7 +6,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedforward.federation.coordinator import Arrival
+from fedforward.federation.link import Arrival
 
 #: Record and key that a letter travels under.
 RECORD, KEY = "fedforward", "letter"

@@ -21,7 +21,7 @@ import httpx
 
 from fedforward.config import Config
 from fedforward.errors import FedForwardError
-from fedforward.federation.coordinator import Papers
+from fedforward.federation.papers import Papers
 from fedforward.progress import Listener
 from fedforward.run_directory import RunDirectory, write_json
 from fedforward.runtimes.flower import certificates, engine

@@ -1,0 +1,113 @@
+"""The files of a run across machines, beside those of any run.
+
+federation.json  the run's random name and the sites' numbers: read again after a kill
+status.json      what is going on, for `fedforward status`; never read by the coordinator
+stop             its being there asks the coordinator to stop
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedforward import run_directory
+from fedforward.config import Config
+from fedforward.errors import FedForwardError
+from fedforward.federation.letters import RUN_BYTES
+from fedforward.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is kept of a site that was ever taken in.
+
+    Attributes:
+        number: its client number.
+        examples: training examples.
+        active_blocks: blocks that it can perturb; None is all.
+    """
+
+    number: int
+    examples: int
+    active_blocks: int | None = None
+
+
+@dataclass
+class Papers:
+    """See the module.
+
+    Attributes:
+        run: the run's random name.
+        places: of the sites, by name.
+    """
+
+    directory: RunDirectory
+    run: bytes = b""
+    places: dict[str, Place] = field(default_factory=dict)
+
+    @property
+    def _federation(self) -> Path:
+        return self.directory.path / "federation.json"
+
+    @property
+    def stop_file(self) -> Path:
+        """See the module."""
+        return self.directory.path / "stop"
+
+    def open(self, config: Config, resume: bool) -> None:
+        """Begin a run's folder, or read what a killed coordinator left.
+
+        Raises:
+            FedForwardError: the folder holds another run, or none that can be continued.
+        """
+        directory = self.directory
+        if directory.started:
+            if not resume:
+                raise FedForwardError(
+                    f"{directory.path} holds a run already. Continue it with --resume, or choose "
+                    "another --out."
+                )
+            directory.check_same(config)
+            self._read()
+        else:
+            directory.claim()
+            self.run = os.urandom(RUN_BYTES)
+            self._save()
+            directory.start(config)
+        self.stop_file.unlink(missing_ok=True)
+
+    def _read(self) -> None:
+        try:
+            content = json.loads(self._federation.read_text(encoding="utf-8"))
+            self.run = bytes.fromhex(content["run"])
+            self.places = {str(name): Place(**place) for name, place in content["sites"].items()}
+            if sorted(place.number for place in self.places.values()) != [*range(len(self.places))]:
+                raise ValueError("the sites' numbers are not 0, 1, 2, …")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FedForwardError(
+                f"{self._federation} cannot be read: {error}. It has the numbers of the sites; "
+                "restore it from a copy."
+            ) from error
+
+    def settle(self, name: str, examples: int, active_blocks: int | None) -> Place:
+        """A site's place, new or as it was with what it says now; on disk when this returns."""
+        old = self.places.get(name)
+        number = len(self.places) if old is None else old.number
+        place = Place(number, examples, active_blocks)
+        if place != old:
+            self.places[name] = place
+            self._save()
+        return place
+
+    def examples(self) -> list[int]:
+        """Training examples of all sites, by number."""
+        return [place.examples for place in sorted(self.places.values(), key=lambda p: p.number)]
+
+    def _save(self) -> None:
+        sites = {name: asdict(place) for name, place in self.places.items()}
+        run_directory.write_json(self._federation, {"run": self.run.hex(), "sites": sites})
+
+    def write_status(self, content: dict[str, Any]) -> None:
+        """Replace `status.json`."""
+        run_directory.write_json(self.directory.path / "status.json", content)
