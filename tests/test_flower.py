@@ -23,9 +23,9 @@ from flwr.app import Message
 from fedforward.errors import FedForwardError
 from fedforward.runtimes import worker
 from fedforward.runtimes.flower import certificates, engine
-from fedforward.runtimes.flower.apps import config_of, run_config
 from fedforward.runtimes.flower.link import GridLink, unwrapped, wrapped
 from fedforward.runtimes.flower.server import Door
+from fedforward.runtimes.flower.server_app import config_of, run_config
 from fedforward.runtimes.supervision import Child, Supervisor, free_port
 from tests.test_coordinator import run_toml, site_config
 
@@ -46,6 +46,16 @@ def test_a_configuration_in_flowers_words(tmp_path: Path) -> None:
     assert config_of(get_fused_config_from_dir(app, {}))[0] == settings
     changed = get_fused_config_from_dir(app, {"federation.rounds": 7})
     assert config_of(changed)[0].federation.rounds == 7
+
+
+def test_the_client_app_imports_little() -> None:
+    """A process of it is started for every letter."""
+    code = (
+        "import sys, fedforward.runtimes.flower.client_app;"
+        "print([m for m in ('torch', 'scipy', 'pydantic', 'fedforward.config') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 class FakeGrid:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedforward.errors import FedForwardError
 from fedforward.runtimes.flower import certificates, engine
-from fedforward.runtimes.flower.apps import SOCKET
+from fedforward.runtimes.flower.client_app import SOCKET
 from fedforward.runtimes.supervision import Child, Supervisor, free_port
 from fedforward.sites import SiteConfig
 

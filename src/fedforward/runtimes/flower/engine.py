@@ -15,8 +15,7 @@ from fedforward.errors import FedForwardError
 CONNECTION = "fedforward"
 #: Seconds for a command of Flower's command line.
 PATIENCE = 60.0
-_SERVER_APP = "fedforward_app.apps:server_app"
-_CLIENT_APP = "fedforward_app.apps:client_app"
+_APPS = ("server_app", "client_app")
 
 
 def check_installed() -> None:
@@ -128,7 +127,7 @@ class CommandLine:
 
 def write_app(folder: Path, config: Config, out: Path) -> Path:
     """An app for Flower that carries out a run; everything in it is from the installed package."""
-    from fedforward.runtimes.flower.apps import run_config
+    from fedforward.runtimes.flower.server_app import run_config
 
     package = folder / "fedforward_app"
     package.mkdir(parents=True, exist_ok=True)
@@ -147,8 +146,7 @@ def write_app(folder: Path, config: Config, out: Path) -> Path:
                 'publisher = "fedforward"',
                 "",
                 "[tool.flwr.app.components]",
-                f'serverapp = "{_SERVER_APP}"',
-                f'clientapp = "{_CLIENT_APP}"',
+                *(f'{name.replace("_", "")} = "fedforward_app.{name}:{name}"' for name in _APPS),
                 "",
                 "[tool.flwr.app.config]",
                 *(f"{key} = {toml_value(value)}" for key, value in settings.items()),
@@ -158,11 +156,10 @@ def write_app(folder: Path, config: Config, out: Path) -> Path:
         encoding="utf-8",
     )
     (package / "__init__.py").write_text("", encoding="utf-8")
-    (package / "apps.py").write_text(
-        "from fedforward.runtimes.flower.apps import client_app, server_app\n\n"
-        '__all__ = ["client_app", "server_app"]\n',
-        encoding="utf-8",
-    )
+    for name in _APPS:
+        # Of the two, only the server's needs the configuration, the planner and the ledger.
+        text = f'from fedforward.runtimes.flower.{name} import {name}\n\n__all__ = ["{name}"]\n'
+        (package / f"{name}.py").write_text(text, encoding="utf-8")
     return folder
 
 

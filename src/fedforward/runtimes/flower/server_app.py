@@ -1,28 +1,22 @@
-"""Flower's two apps: the server app runs the coordinator, the client app forwards to the worker."""
+"""Flower's server app, which runs the coordinator; and a configuration in Flower's words."""
 
-import os
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
+from flwr.app import Context
 from flwr.serverapp import ServerApp
 
 from fedforward import config as configuration
 from fedforward.config import Config
 from fedforward.errors import FedForwardError
 from fedforward.federation.coordinator import Coordinator
-from fedforward.runtimes.flower.link import GridLink, unwrapped, wrapped
-from fedforward.runtimes.worker import ask
+from fedforward.runtimes.flower.link import GridLink
 from fedforward.sites import AT_SITES, check_terms
 
-#: Where the client app finds its site's worker.
-SOCKET = "FEDFORWARD_SOCKET"
 #: In front of lists and tables, which Flower's configuration does not have.
 _TOML = "toml:"
 
 server_app = ServerApp()
-client_app = ClientApp()
 
 
 def run_config(config: Config) -> dict[str, Any]:
@@ -70,10 +64,3 @@ def main(grid: Any, context: Context) -> None:
     except FedForwardError as error:
         # It is in status.json; a traceback would tell nobody more.
         print(f"error: {error}", flush=True)
-
-
-@client_app.query("letter")  # type: ignore[untyped-decorator]
-def letter(message: Message, context: Context) -> Message:
-    """Hand a letter to the site's worker and bring back the answer."""
-    path = os.environ.get(SOCKET) or str(context.node_config.get("socket", ""))
-    return Message(wrapped(ask(path, unwrapped(message.content))), reply_to=message)
