@@ -377,6 +377,41 @@ def stop(run: Annotated[Path, typer.Argument(help="run directory", show_default=
     _say(out_console, f"asked {run} to stop")
 
 
+@app.command()
+def letter(
+    paths: Annotated[list[Path], typer.Argument(help="files of OUT/letters", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """Show letters that a site has kept (site.keep_letters), byte by byte."""
+    from fedforward.report.letters import letter_table, listing
+
+    shown = []
+    with _friendly():
+        for path in paths:
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                raise FedForwardError(f"{path} cannot be read: {error.strerror}.") from error
+            try:
+                shown.append((path, listing(data)))
+            except FedForwardError as error:
+                raise FedForwardError(f"{path}: {error}") from error
+    if as_json:
+        content = {
+            str(path): [
+                {"place": f.place, "bytes": f.data.hex(), "what": f.name, "value": f.value}
+                for f in fields
+            ]
+            for path, fields in shown
+        }
+        print(json.dumps(content, indent=2))
+        return
+    for path, fields in shown:
+        out_console.print(
+            letter_table(f"{path.name}: {sum(len(f.data) for f in fields)} bytes", fields)
+        )
+
+
 def _read_status(run: Path) -> dict[str, Any]:
     path = run / "status.json"
     try:

@@ -19,12 +19,12 @@ from fedforward.steps import Steps, Update
 WIRE_VERSION = 2
 MAGIC = b"FF"
 TASK, REPORT, SNAPSHOT = 1, 2, 3
-_HEADER = struct.Struct("<2sBB")
-_ENTRY = struct.Struct("<IfHBI")
-_CONTRIBUTION = struct.Struct("<IHHB")
-_TASK = struct.Struct("<IIdBIIBIQ")
-_SNAPSHOT = struct.Struct("<IBQ")
-_REPORT = struct.Struct("<IIIfHHBI")
+HEADER_FORM = struct.Struct("<2sBB")
+ENTRY_FORM = struct.Struct("<IfHBI")
+CONTRIBUTION_FORM = struct.Struct("<IHHB")
+TASK_FORM = struct.Struct("<IIdBIIBIQ")
+SNAPSHOT_FORM = struct.Struct("<IBQ")
+REPORT_FORM = struct.Struct("<IIIfHHBI")
 #: A training loss above this does not fit float32; it is reported as NaN.
 LARGEST = 3.4e38
 #: Bytes of a state digest on the wire (its first half).
@@ -120,7 +120,9 @@ class Entry:
         """The wire and ledger form."""
         count = NO_INCREMENTS if self.increments is None else len(self.increments.places)
         parts = [
-            _ENTRY.pack(self.round, self.decay, len(self.contributions), len(self.state), count),
+            ENTRY_FORM.pack(
+                self.round, self.decay, len(self.contributions), len(self.state), count
+            ),
             self.state,
         ]
         if self.increments is not None:
@@ -131,7 +133,7 @@ class Entry:
         for part in self.contributions:
             size = len(part.coefficients)
             parts += [
-                _CONTRIBUTION.pack(part.client, size, part.age, len(part.blocks)),
+                CONTRIBUTION_FORM.pack(part.client, size, part.age, len(part.blocks)),
                 part.blocks,
                 part.coefficients.astype("<f4").tobytes(),
             ]
@@ -147,7 +149,7 @@ class Entry:
 
     @classmethod
     def _read(cls, reader: "_Reader") -> "Entry":
-        number, decay, count, state_size, moved = reader.unpack(_ENTRY)
+        number, decay, count, state_size, moved = reader.unpack(ENTRY_FORM)
         if not math.isfinite(decay):
             raise MessageError("A ledger entry whose decay is not a number was refused.")
         state = reader.take(state_size)
@@ -159,7 +161,7 @@ class Entry:
                 raise MessageError("A ledger entry with unordered candidate seeds was refused.")
         contributions = []
         for _ in range(count):
-            client, size, age, width = reader.unpack(_CONTRIBUTION)
+            client, size, age, width = reader.unpack(CONTRIBUTION_FORM)
             if age > number:
                 raise MessageError(
                     f"A ledger entry of round {number} with steps from {age} rounds before was "
@@ -208,15 +210,17 @@ class Snapshot:
 
     def encode(self) -> bytes:
         """The wire form."""
-        head = _SNAPSHOT.pack(self.rounds, len(self.digest), len(self.data))
-        return b"".join((_HEADER.pack(MAGIC, WIRE_VERSION, SNAPSHOT), head, self.digest, self.data))
+        head = SNAPSHOT_FORM.pack(self.rounds, len(self.digest), len(self.data))
+        return b"".join(
+            (HEADER_FORM.pack(MAGIC, WIRE_VERSION, SNAPSHOT), head, self.digest, self.data)
+        )
 
     @classmethod
     def decode(cls, data: bytes) -> "Snapshot":
         """Raises `MessageError` for anything but a whole snapshot."""
         reader = _Reader(data)
         reader.header(SNAPSHOT)
-        rounds, digest, size = reader.unpack(_SNAPSHOT)
+        rounds, digest, size = reader.unpack(SNAPSHOT_FORM)
         if digest not in (0, 32):
             raise MessageError(f"A snapshot with a digest of {digest} bytes was refused.")
         proof, content = reader.take(digest), reader.take(size)
@@ -255,7 +259,7 @@ class Task:
 
     def encode(self) -> bytes:
         """The wire form."""
-        head = _TASK.pack(
+        head = TASK_FORM.pack(
             self.round,
             self.client,
             self.learning_rate,
@@ -268,7 +272,7 @@ class Task:
         )
         return b"".join(
             (
-                _HEADER.pack(MAGIC, WIRE_VERSION, TASK),
+                HEADER_FORM.pack(MAGIC, WIRE_VERSION, TASK),
                 head,
                 self.state.astype("<f4").tobytes(),
                 self.blocks,
@@ -283,7 +287,7 @@ class Task:
         """Raises `MessageError` for anything but a whole, finite task."""
         reader = _Reader(data)
         reader.header(TASK)
-        number, client, rate, flags, count, size, width, odds, stored = reader.unpack(_TASK)
+        number, client, rate, flags, count, size, width, odds, stored = reader.unpack(TASK_FORM)
         state, blocks = reader.floats(size), reader.take(width)
         likely = reader.numbers("<u2", odds).astype(np.uint16)
         snapshot = reader.take(stored)
@@ -324,7 +328,7 @@ class Report:
     def encode(self) -> bytes:
         """The wire form."""
         state = np.empty(0, np.float32) if self.state is None else self.state
-        head = _REPORT.pack(
+        head = REPORT_FORM.pack(
             self.round,
             self.client,
             self.examples,
@@ -336,7 +340,7 @@ class Report:
         )
         return b"".join(
             (
-                _HEADER.pack(MAGIC, WIRE_VERSION, REPORT),
+                HEADER_FORM.pack(MAGIC, WIRE_VERSION, REPORT),
                 head,
                 self.digest,
                 self.gradients.astype("<f4").tobytes(),
@@ -352,7 +356,7 @@ class Report:
         """
         reader = _Reader(data)
         reader.header(REPORT)
-        number, client, examples, loss, skipped, count, digest, size = reader.unpack(_REPORT)
+        number, client, examples, loss, skipped, count, digest, size = reader.unpack(REPORT_FORM)
         if math.isinf(loss):
             raise MessageError("A report with an infinite loss was refused.")
         if digest not in (0, DIGEST_BYTES):
@@ -384,7 +388,7 @@ class _Reader:
         return form.unpack(self.take(form.size))
 
     def header(self, kind: int) -> None:
-        magic, version, found = self.unpack(_HEADER)
+        magic, version, found = self.unpack(HEADER_FORM)
         if magic != MAGIC:
             raise MessageError("A message that is not fedforward's was refused.")
         if version != WIRE_VERSION:

@@ -40,6 +40,10 @@ class SiteSection(Section):
         "", description="what the site is called where it has no key; its key's name wins"
     )
     out: str = Field("site", description="folder for the log, and for what was tuned at the end")
+    keep_letters: bool = Field(
+        False,
+        description="keep every letter, in and out, in OUT/letters; `fedforward letter` shows one",
+    )
 
 
 class SiteModelSection(Section):

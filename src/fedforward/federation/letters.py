@@ -22,9 +22,9 @@ LETTER_VERSION = 1
 LONGEST = 2000
 #: Bytes of a run's random name.
 RUN_BYTES = 8
-_HEAD = struct.Struct(f"<2sBB{RUN_BYTES}s")
+HEAD_FORM = struct.Struct(f"<2sBB{RUN_BYTES}s")
 _MAGIC = b"FL"
-_CHECKSUM = 8
+CHECKSUM_BYTES = 8
 
 
 class Kind(IntEnum):
@@ -75,15 +75,15 @@ class Letter:
 
     def seal(self) -> bytes:
         """The wire form."""
-        content = _HEAD.pack(_MAGIC, LETTER_VERSION, self.kind, self.run) + self.body
+        content = HEAD_FORM.pack(_MAGIC, LETTER_VERSION, self.kind, self.run) + self.body
         return content + _checksum(content)
 
     @classmethod
     def open(cls, data: bytes) -> "Letter":
         """Raises `MessageError` for anything but a whole letter of this version."""
-        if len(data) < _HEAD.size + _CHECKSUM:
+        if len(data) < HEAD_FORM.size + CHECKSUM_BYTES:
             raise MessageError(f"A letter of {len(data)} bytes was refused: it is cut short.")
-        magic, version, kind, run = _HEAD.unpack_from(data)
+        magic, version, kind, run = HEAD_FORM.unpack_from(data)
         if magic != _MAGIC:
             raise MessageError("A letter that is not fedforward's was refused.")
         if version != LETTER_VERSION:
@@ -91,10 +91,10 @@ class Letter:
                 f"A letter of version {version} was refused; this side speaks {LETTER_VERSION}. "
                 "Install the same release of fedforward on both sides."
             )
-        if _checksum(data[:-_CHECKSUM]) != data[-_CHECKSUM:]:
+        if _checksum(data[:-CHECKSUM_BYTES]) != data[-CHECKSUM_BYTES:]:
             raise MessageError("A letter was refused: it was altered or damaged on its way.")
         try:
-            return cls(Kind(kind), run, data[_HEAD.size : -_CHECKSUM])
+            return cls(Kind(kind), run, data[HEAD_FORM.size : -CHECKSUM_BYTES])
         except ValueError as error:
             raise MessageError(f"A letter of kind {kind} was refused: there is none.") from error
 
@@ -125,7 +125,7 @@ def _no_number(text: str) -> None:
 
 
 def _checksum(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()[:_CHECKSUM]
+    return hashlib.sha256(content).digest()[:CHECKSUM_BYTES]
 
 
 def packed(content: Any) -> bytes:

@@ -134,7 +134,18 @@ class Site:
             kind, body = Kind.REFUSAL, f"{type(error).__name__}: {error}".encode()
         if kind is Kind.REFUSAL:
             self.notice(f"refused: {body.decode()}")
-        return Letter(kind, run, body).seal()
+        answer = Letter(kind, run, body).seal()
+        if self.settings.site.keep_letters:
+            self._keep_letters(data, answer, kind)
+        return answer
+
+    def _keep_letters(self, data: bytes, answer: bytes, kind: Kind) -> None:
+        """Write down what came in and what goes out, before it goes."""
+        folder = Path(self.settings.site.out) / "letters"
+        folder.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((int(path.name[:6]) for path in folder.glob("??????-*")), default=0)
+        (folder / f"{number:06}-in").write_bytes(data)
+        (folder / f"{number:06}-out-{kind.name.lower()}").write_bytes(answer)
 
     def _answer(self, letter: Letter) -> tuple[Kind, bytes]:
         if letter.kind is Kind.GREETING:
