@@ -7,6 +7,7 @@ refused with a sentence. All integers are little-endian; floats travel as their 
 import math
 import struct
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,11 @@ class Entry:
 
     def encode(self) -> bytes:
         """The wire and ledger form."""
+        return self._encoded
+
+    @cached_property
+    def _encoded(self) -> bytes:
+        # A server sends the same entry to every client.
         count = NO_INCREMENTS if self.increments is None else len(self.increments.places)
         parts = [
             ENTRY_FORM.pack(

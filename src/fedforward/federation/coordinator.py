@@ -126,6 +126,8 @@ class Coordinator:
             self.papers.stop_file.unlink(missing_ok=True)
             raise Stopped("The run was asked to stop. Everything up to here is kept.")
         self.members.look(self._accept)
+        if self.server is not None and self.candidates:
+            self._admit()
         self._status("running")
         self.pause(PAUSE)
 
@@ -166,22 +168,24 @@ class Coordinator:
     # ---- enrolment ---------------------------------------------------------------------------
 
     def _enrol(self, member: Member, enrolment: Enrolment) -> None:
-        """Take a site in, or keep it as a candidate while the sites have not agreed yet."""
+        """Keep a site as a candidate, unless it has another model than the sites agreed on."""
         member.note, member.refused = "", None
         member.examples = enrolment.examples
-        if self.identity is None:
-            self.candidates[member.name] = enrolment
-            member.ready = True
-        elif words := difference(enrolment.model, self.identity):
+        if self.identity is not None and (words := difference(enrolment.model, self.identity)):
             self.members.dismiss(member, words)
-        else:
-            self._number(member, enrolment)
+            return
+        self.candidates[member.name] = enrolment
+        member.ready = True
 
-    def _number(self, member: Member, enrolment: Enrolment) -> None:
-        """Give a site its number; it is on disk before the site hears of it."""
-        place = self.papers.settle(member.name, enrolment.examples, enrolment.active_blocks)
-        member.number, member.ready, member.failed = place.number, True, None
-        self._server.enrol(place.number, enrolment.examples, enrolment.rounds)
+    def _admit(self) -> None:
+        """Give the candidates their numbers; these are on disk before the sites hear of them."""
+        candidates, self.candidates = self.candidates, {}
+        self.papers.settle(candidates)
+        by_number = sorted(candidates, key=lambda name: self.papers.places[name].number)
+        for name in by_number:
+            member, enrolment = self.members[name], candidates[name]
+            member.number, member.failed = self.papers.places[name].number, None
+            self._server.enrol(member.number, enrolment.examples, enrolment.rounds)
 
     def _gather(self) -> None:
         """Wait for the first sites, and settle what all must have in common."""
@@ -213,9 +217,8 @@ class Coordinator:
         for name in self.candidates.keys() - here.keys():
             # It left while the others were waited for; it is asked again when it is back.
             self.members[name].ready = False
-        self.candidates = {}
-        for name, enrolment in here.items():
-            self._number(self.members[name], enrolment)
+        self.candidates = here
+        self._admit()
 
     def _send_away(self, name: str, here: dict[str, Enrolment], words: str) -> None:
         del here[name], self.candidates[name]

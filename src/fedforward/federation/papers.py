@@ -7,6 +7,7 @@ stop             its being there asks the coordinator to stop
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from fedforward import run_directory
 from fedforward.config import Config
 from fedforward.errors import FedForwardError
-from fedforward.federation.letters import RUN_BYTES
+from fedforward.federation.letters import RUN_BYTES, Enrolment
 from fedforward.run_directory import RunDirectory
 
 
@@ -90,15 +91,15 @@ class Papers:
                 "restore it from a copy."
             ) from error
 
-    def settle(self, name: str, examples: int, active_blocks: int | None) -> Place:
-        """A site's place, new or as it was with what it says now; on disk when this returns."""
-        old = self.places.get(name)
-        number = len(self.places) if old is None else old.number
-        place = Place(number, examples, active_blocks)
-        if place != old:
-            self.places[name] = place
+    def settle(self, enrolments: Mapping[str, Enrolment]) -> None:
+        """Give sites their places, or keep those that they have; on disk when this returns."""
+        before = dict(self.places)
+        for name, said in enrolments.items():
+            old = self.places.get(name)
+            number = len(self.places) if old is None else old.number
+            self.places[name] = Place(number, said.examples, said.active_blocks)
+        if self.places != before:
             self._save()
-        return place
 
     def examples(self) -> list[int]:
         """Training examples of all sites, by number."""

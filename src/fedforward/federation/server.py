@@ -112,6 +112,7 @@ class Server:
         self._snapshot_giver = -1
         self._snapshot_takers: set[int] = set()
         self._doubtful: set[int] = set()
+        self._read: tuple[int, dict[int, tuple[Entry, ...]]] = (0, {})
         for record in ledger.rounds():
             self._remember(record)
 
@@ -236,7 +237,7 @@ class Server:
     def _lacking(self, client: int) -> tuple[bytes, tuple[Entry, ...]]:
         """What brings a client to the coming round: a snapshot or nothing, and ledger entries."""
         begin = 0 if client in self.reset else self.held[client]
-        entries = tuple(self.ledger.entries(begin))
+        entries = self._entries(begin)
         size = sum(len(entry.encode()) for entry in entries) if len(entries) > 1 else 0
         if self._accumulators is not None:
             values = self._accumulators.values.astype("<i8").tobytes()
@@ -246,8 +247,17 @@ class Server:
         snapshot = self._snapshot
         if snapshot is not None and size > self.settings.state_bytes and snapshot.rounds > begin:
             self._snapshot_takers.add(client)
-            return snapshot.encode(), tuple(self.ledger.entries(snapshot.rounds))
+            return snapshot.encode(), self._entries(snapshot.rounds)
         return b"", entries
+
+    def _entries(self, begin: int) -> tuple[Entry, ...]:
+        """The ledger from a round on; read once for all clients that lack the same."""
+        if self._read[0] != self.round:
+            self._read = (self.round, {})
+        read = self._read[1]
+        if begin not in read:
+            read[begin] = tuple(self.ledger.entries(begin))
+        return read[begin]
 
     def snapshot_wanted(self, available: Sequence[int] | None = None) -> int | None:
         """The client that is to make a snapshot before the round is opened, if one pays.
