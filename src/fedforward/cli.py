@@ -289,6 +289,41 @@ def server(
 
 
 @app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(help="TOML file", show_default=False)],
+    engine: Annotated[
+        str, typer.Option("--engine", help="HOST:PORT of a SuperLink", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value …", show_default=False)
+    ] = None,
+    authority: Annotated[
+        Path | None, typer.Option("--ca", help="its certificate's authority", show_default=False)
+    ] = None,
+    insecure: InsecureOption = False,
+    out: OutOption = None,
+) -> None:
+    """Hand a run to a Flower engine that is operated without `fedforward server`."""
+    from fedforward.sites import load_terms
+
+    out = out or Path("runs") / config.stem
+    with _friendly():
+        settings = load_terms(config, overrides or [])
+        _check_flower()
+        from fedforward.runtimes.flower.engine import hand_over
+
+        if insecure == (authority is not None):
+            raise FedForwardError("Give either --ca FILE or --insecure.")
+        if authority is not None and not authority.is_file():
+            raise FedForwardError(f"--ca {authority}: no such file.")
+        number = hand_over(settings, out, engine, authority)
+    _say(
+        out_console,
+        f"run {number} was submitted; where the engine runs it, it writes {out.absolute()}",
+    )
+
+
+@app.command()
 def client(
     config: Annotated[Path, typer.Argument(help="site.toml", show_default=False)],
     server: Annotated[str, typer.Option("--server", help="HOST:PORT", show_default=False)],

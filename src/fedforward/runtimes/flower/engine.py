@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -161,6 +162,19 @@ def write_app(folder: Path, config: Config, out: Path) -> Path:
         text = f'from fedforward.runtimes.flower.{name} import {name}\n\n__all__ = ["{name}"]\n'
         (package / f"{name}.py").write_text(text, encoding="utf-8")
     return folder
+
+
+def hand_over(config: Config, out: Path, address: str, authority: Path | None) -> str:
+    """Submit a run to an engine that others operate; returns the engine's number for it.
+
+    Args:
+        out: the run directory, on the machine on which the engine runs server apps.
+        authority: the certificate that the engine's is checked with; None is plaintext.
+    """
+    with tempfile.TemporaryDirectory(prefix="fedforward-") as folder:
+        home = Path(folder)
+        app = write_app(home / "app", config, out)
+        return CommandLine(home, address, authority).submit(app)
 
 
 def superlink(port: int, database: Path, secret: Path, certificates: Path | None) -> Sequence[str]:
