@@ -36,11 +36,14 @@ GONE = 20.0
 MARK = "FEDFORWARD_CLUSTER"
 MODEL = Path(str(files("fedforward.demo").joinpath("model")))
 #: What tells a process's role from its command line.
-_PROGRAMS = {
-    "superlink": "flower-superlink",
-    "superexec": "flower-superexec",
-    "supernode": "flower-supernode",
-    "worker": "fedforward.runtimes.worker",
+_ROLES = {
+    "fedforward.cli": "command",
+    "fedforward.runtimes.worker": "worker",
+    "flower-superlink": "superlink",
+    "flower-superexec": "superexec",
+    "flower-supernode": "supernode",
+    "flwr-serverapp": "coordinator",
+    "flwr-clientapp": "client app",
 }
 
 Settings = dict[str, Any]
@@ -53,6 +56,11 @@ class Process:
     pid: int
     parent: int
     command: str
+
+    @property
+    def role(self) -> str:
+        """What it does; empty for Flower's short commands."""
+        return next((role for word, role in _ROLES.items() if word in self.command), "")
 
 
 def processes(mark: str) -> list[Process]:
@@ -313,7 +321,7 @@ class Cluster:
         found = [
             process.pid
             for process in self.processes()
-            if process.parent == command and _PROGRAMS[role] in process.command
+            if process.parent == command and process.role == role
         ]
         assert len(found) == 1, f"{len(found)} processes are the {role} of {site}"
         return found[0]

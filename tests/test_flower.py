@@ -151,7 +151,10 @@ def test_the_gate_lets_only_sites_through(tmp_path: Path) -> None:
         gate.open()
         outside = f"http://127.0.0.1:{port}"
         headers = {"x-key": "k"}
-        answer = httpx.post(f"{outside}/v1/fleet/pull-messages", content=b"b", headers=headers)
+        pull = f"{outside}/v1/fleet/pull-messages"
+        assert httpx.post(pull, content=b"b", headers=headers).status_code == 503
+        gate.ready = True
+        answer = httpx.post(pull, content=b"b", headers=headers)
         assert answer.content == b"/v1/fleet/pull-messages bk"
         for path in ("/v1/control/register-node", "/v1/runtime/acquire-task", "/docs"):
             assert httpx.post(f"{outside}{path}", content=b"b", headers=headers).status_code == 404
@@ -162,6 +165,35 @@ def test_the_gate_lets_only_sites_through(tmp_path: Path) -> None:
             Gate("127.0.0.1", port, url, None, None).open()
         gate.close()
         inner.shutdown()
+
+
+def test_what_is_wrong_with_a_connection_is_found_out(tmp_path: Path) -> None:
+    from fedforward.runtimes.flower.client import trouble
+    from fedforward.runtimes.flower.gate import Gate
+
+    for name in ("ours", "elsewhere"):
+        certificates.make(tmp_path / name, ["localhost"], [])
+    pair = (str(tmp_path / "ours" / "server.crt"), str(tmp_path / "ours" / "server.key"))
+    ours, elsewhere = tmp_path / "ours" / "ca.crt", tmp_path / "elsewhere" / "ca.crt"
+    ports = {"tls": free_port(), "plain": free_port()}
+    nobody = "http://127.0.0.1:1"
+    gates = [
+        Gate("127.0.0.1", ports["tls"], nobody, None, pair),
+        Gate("127.0.0.1", ports["plain"], nobody, None, None),
+    ]
+    for gate in gates:
+        gate.open()
+    for port, authority, words in (
+        ("tls", None, "one side speaks TLS and the other does not"),
+        ("plain", ours, "one side speaks TLS and the other does not"),
+        ("tls", elsewhere, "is not signed by --tls's ca.crt"),
+        ("tls", ours, "the server is being started"),
+    ):
+        assert words in trouble(f"localhost:{ports[port]}", authority)
+    for gate in gates:
+        gate.close()
+    assert "cannot be reached" in trouble(f"localhost:{ports['plain']}", None)
+    assert "cannot be reached" in trouble("nobody.invalid:1", None)
 
 
 def test_a_worker_answers_over_its_socket_and_is_not_waited_for(tmp_path: Path) -> None:
