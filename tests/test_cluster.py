@@ -29,7 +29,7 @@ from fedforward.sites import load_site, load_terms, terms
 from tests.cluster import MODEL, Cluster, Forwarder, peak_bytes, processes
 
 #: Local steps that take some seconds, so that a round has a middle.
-LONG = 400
+LONG = 300
 
 
 def record(name: str, seconds: float) -> None:
@@ -141,7 +141,7 @@ def test_three_sites_have_the_bits_of_one_machine(
     ids=lambda text: {"a": "site"}.get(text, text),
 )
 def test_a_kill_in_a_round_loses_nothing(tmp_path: Path, role: str, where: str) -> None:
-    with Cluster(tmp_path, "ab", federation__rounds=4, method__local_steps=LONG) as cluster:
+    with Cluster(tmp_path, "ab", federation__rounds=3, method__local_steps=LONG) as cluster:
         begin(cluster)
         cluster.wait_for_round(1)
         cluster.wait_for_work("a", "b")
@@ -155,7 +155,7 @@ def test_a_kill_in_a_round_loses_nothing(tmp_path: Path, role: str, where: str) 
         cluster.wait_for_round(len(before) + 1)
         record(f"next round after SIGKILL of the {where}'s {role}", time.monotonic() - began)
         summary = cluster.finish()
-        assert summary["rounds"] == 4 == cluster.committed
+        assert summary["rounds"] == 3 == cluster.committed
         assert cluster.rounds()[: len(before)] == before
         for name in cluster.sites:
             assert cluster.kept(name)["digest"] == summary["state_digest"]
@@ -165,7 +165,7 @@ def test_a_kill_in_a_round_loses_nothing(tmp_path: Path, role: str, where: str) 
 @pytest.mark.cluster
 @pytest.mark.timeout(1200)
 def test_one_joins_late_and_one_leaves(tmp_path: Path) -> None:
-    changes = {"federation__rounds": 30, "federation__clients": 2, "federation__quorum": 1}
+    changes = {"federation__rounds": 26, "federation__clients": 2, "federation__quorum": 1}
     with Cluster(tmp_path, "abc", method__local_steps=20, **changes) as cluster:
         cluster.serve()
         cluster.join("a")
@@ -183,7 +183,7 @@ def test_one_joins_late_and_one_leaves(tmp_path: Path) -> None:
         cluster.wait_for_round(done + 2)
         record("two rounds after a site has left", time.monotonic() - began)
         summary = cluster.finish()
-        assert summary["rounds"] == 30
+        assert summary["rounds"] == 26
         assert set(summary["sites"]) == {"a", "b", "c"}
         for name in ("b", "c"):
             assert cluster.kept(name)["digest"] == summary["state_digest"]
@@ -193,7 +193,7 @@ def test_one_joins_late_and_one_leaves(tmp_path: Path) -> None:
 @pytest.mark.cluster
 @pytest.mark.timeout(1200)
 def test_ctrl_c_ends_in_order_and_the_run_goes_on(tmp_path: Path) -> None:
-    with Cluster(tmp_path, "ab", federation__rounds=4, method__local_steps=LONG) as cluster:
+    with Cluster(tmp_path, "ab", federation__rounds=3, method__local_steps=LONG) as cluster:
         begin(cluster)
         cluster.wait_for_round(1)
         for name in ("server", "a"):
@@ -212,7 +212,7 @@ def test_ctrl_c_ends_in_order_and_the_run_goes_on(tmp_path: Path) -> None:
         cluster.serve("--resume")
         cluster.join("a")
         summary = cluster.finish()
-        assert summary["rounds"] == 4 == cluster.committed
+        assert summary["rounds"] == 3 == cluster.committed
         assert cluster.rounds()[: len(before)] == before
         for name in cluster.sites:
             assert cluster.kept(name)["digest"] == summary["state_digest"]
