@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-cluster lint clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,7 +23,12 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-all: lint
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -m "not cluster"
+	$(BIN)/python -m pytest -n 0 -m cluster
+
+# One federation after the other: each has a dozen processes.
+test-cluster: .venv/.installed
+	$(BIN)/python -m pytest -n 0 -m cluster
 
 clean:
 	rm -rf .venv runs

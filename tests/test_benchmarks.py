@@ -213,3 +213,17 @@ def test_federation(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     up = {row["method"]: row["up"] for row in content["bytes"]}
     assert up["zorba"] <= 128 and up["decomfl"] <= 128 and up["fedavg"] > 100 * up["zorba"]
     assert all(row["same_state"] for row in content["late"])
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("flwr")
+    found = {row["name"]: row["value"] for row in results(capsys, "cluster")["rows"]}
+    for name in ("start-up: the first round opened", "overhead of a round, median"):
+        assert found[name] > 0
+    for way in ("up", "down"):
+        assert found[f"wire {way}, client and round"] > found[f"letters {way}, client and round"]
+        assert found[f"idle polling {way}, site and minute"] > 0
+    assert found["server: all"] > found["server: coordinator"] > 0
+    assert found["site: all but the worker"] > 0

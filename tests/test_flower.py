@@ -1,15 +1,12 @@
-"""The adapter to Flower: without an engine here, with one in `make test-cluster`."""
+"""The adapter to Flower without an engine; `test_cluster.py` has one."""
 
-import json
 import os
 import re
 import signal
 import stat
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,7 +161,10 @@ def test_the_gate_lets_only_sites_through(tmp_path: Path) -> None:
         gate.open()
         outside = f"http://127.0.0.1:{port}"
         headers = {"x-key": "k"}
-        answer = httpx.post(f"{outside}/v1/fleet/pull-messages", content=b"b", headers=headers)
+        pull = f"{outside}/v1/fleet/pull-messages"
+        assert httpx.post(pull, content=b"b", headers=headers).status_code == 503
+        gate.ready = True
+        answer = httpx.post(pull, content=b"b", headers=headers)
         assert answer.content == b"/v1/fleet/pull-messages bk"
         for path in ("/v1/control/register-node", "/v1/runtime/acquire-task", "/docs"):
             assert httpx.post(f"{outside}{path}", content=b"b", headers=headers).status_code == 404
@@ -175,6 +175,35 @@ def test_the_gate_lets_only_sites_through(tmp_path: Path) -> None:
             Gate("127.0.0.1", port, url, None, None).open()
         gate.close()
         inner.shutdown()
+
+
+def test_what_is_wrong_with_a_connection_is_found_out(tmp_path: Path) -> None:
+    from fedforward.runtimes.flower.client import trouble
+    from fedforward.runtimes.flower.gate import Gate
+
+    for name in ("ours", "elsewhere"):
+        certificates.make(tmp_path / name, ["localhost"], [])
+    pair = (str(tmp_path / "ours" / "server.crt"), str(tmp_path / "ours" / "server.key"))
+    ours, elsewhere = tmp_path / "ours" / "ca.crt", tmp_path / "elsewhere" / "ca.crt"
+    ports = {"tls": free_port(), "plain": free_port()}
+    nobody = "http://127.0.0.1:1"
+    gates = [
+        Gate("127.0.0.1", ports["tls"], nobody, None, pair),
+        Gate("127.0.0.1", ports["plain"], nobody, None, None),
+    ]
+    for gate in gates:
+        gate.open()
+    for port, authority, words in (
+        ("tls", None, "one side speaks TLS and the other does not"),
+        ("plain", ours, "one side speaks TLS and the other does not"),
+        ("tls", elsewhere, "is not signed by --tls's ca.crt"),
+        ("tls", ours, "the server is being started"),
+    ):
+        assert words in trouble(f"localhost:{ports[port]}", authority)
+    for gate in gates:
+        gate.close()
+    assert "cannot be reached" in trouble(f"localhost:{ports['plain']}", None)
+    assert "cannot be reached" in trouble("nobody.invalid:1", None)
 
 
 def test_a_worker_answers_over_its_socket_and_is_not_waited_for(tmp_path: Path) -> None:
@@ -201,55 +230,3 @@ def test_a_worker_answers_over_its_socket_and_is_not_waited_for(tmp_path: Path) 
         os.kill(last, 0)
     with pytest.raises(worker.WorkerGoneError, match="does not answer"):
         worker.ask(str(place), b"nonsense", patience=0.3)
-
-
-def _wait(seconds: float, seen: Callable[[], bool]) -> None:
-    last = time.monotonic() + seconds
-    while not seen():
-        assert time.monotonic() < last, "it took too long"
-        time.sleep(0.3)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_federation_over_tls_survives_a_kill(tmp_path: Path) -> None:
-    settings = run_toml(tmp_path, "federation.clients=2")
-    from fedforward.config import to_toml
-
-    (tmp_path / "run.toml").write_text(to_toml(settings), encoding="utf-8")
-    certificates.make(tmp_path / "certs", ["localhost"], ["a", "b"])
-    port, program = free_port(), [sys.executable, "-m", "fedforward.cli"]
-    server = [*program, "server", "run.toml", "--listen", f"127.0.0.1:{port}", "--tls", "certs"]
-    processes: list[subprocess.Popen[bytes]] = []
-    status = tmp_path / "out" / "status.json"
-
-    def look() -> dict[str, Any]:
-        try:
-            return dict(json.loads(status.read_text()))
-        except (OSError, ValueError):
-            return {"round": 0, "state": ""}
-
-    try:
-        processes.append(subprocess.Popen([*server, "--out", "out"], cwd=tmp_path))
-        for name in ("a", "b"):
-            file = tmp_path / f"{name}.toml"
-            file.write_text(to_toml(site_config(tmp_path, name)))  # type: ignore[arg-type]
-            key = f"certs/sites/{name}.key"
-            options = ["--server", f"localhost:{port}", "--tls", "certs", "--key", key, "--once"]
-            processes.append(
-                subprocess.Popen([*program, "client", str(file), *options], cwd=tmp_path)
-            )
-        _wait(240, lambda: look()["round"] >= 1)
-        os.kill(look()["pid"], signal.SIGKILL)
-        _wait(240, lambda: look()["state"] == "finished")
-        for process in processes:
-            assert process.wait(60) == 0
-    finally:
-        for process in processes:
-            process.terminate()
-            process.wait(30)
-    digest = json.loads((tmp_path / "out" / "summary.json").read_text())["state_digest"]
-    for name in ("a", "b"):
-        kept = json.loads((tmp_path / name / "state.json").read_text())
-        assert kept["digest"] == digest
-        assert (tmp_path / name / "worker.log").read_text().count("ready:") == 1

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 #: Seconds before a process that died is started again: doubled each time, up to the last.
-FIRST_PAUSE, LAST_PAUSE = 1.0, 30.0
+FIRST_PAUSE, LAST_PAUSE = 1.0, 10.0
 #: A process that ran for so many seconds counts as sound when it dies.
 SOUND = 60.0
 #: Seconds between asking a process to end and ending it.

@@ -1,16 +1,22 @@
 """`fedforward client`: a site's worker and its connection, both kept running."""
 
+import math
 import re
 import shutil
+import ssl
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+import httpx
 
 from fedforward.errors import FedForwardError
 from fedforward.runtimes.flower import certificates, engine
 from fedforward.runtimes.flower.client_app import SOCKET
+from fedforward.runtimes.flower.gate import SITES
 from fedforward.runtimes.supervision import Child, Supervisor, free_port
 from fedforward.sites import SiteConfig
 
@@ -33,10 +39,15 @@ _MEANINGS = (
         "one side speaks TLS and the other does not; --tls or --insecure must be the same on both",
     ),
     (
-        r"ConnectError|Connection refused|Name or service not known|No route to host|timed out",
+        r"ConnectError|ConnectTimeout|Connection refused|Name or service not known"
+        r"|No route to host|timed out",
         "the server cannot be reached; trying again",
     ),
 )
+#: What the log says of a request that failed and is tried again; why, it does not say.
+_FAILED, _MENDED = "Connection attempt failed", "Connection successful after"
+#: Seconds between looks at why, and for one look.
+_LOOK_AT_SERVER, _ANSWER = 5.0, 5.0
 
 Tell = Callable[[str], None]
 
@@ -122,7 +133,8 @@ def _watch(
         tell(line)
         over = over or line.startswith("the run is over")
 
-    connection = _Connection(tell)
+    authority = None if tls is None else tls / "ca.crt"
+    connection = _Connection(tell, partial(trouble, server, authority))
     environment = engine.environment(home) | {SOCKET: str(socket)}
     supervisor.start(
         Child(
@@ -134,7 +146,6 @@ def _watch(
         )
     )
     worker = supervisor.children[0]
-    authority = None if tls is None else tls / "ca.crt"
     supervisor.start(
         Child(
             "connection",
@@ -163,29 +174,62 @@ def _watch(
             return
 
 
+def trouble(server: str, authority: Path | None) -> str:
+    """Why a server cannot be spoken to, found out by trying it; nothing if it answers."""
+    scheme = "http" if authority is None else "https"
+    trust = True if authority is None else ssl.create_default_context(cafile=str(authority))
+    try:
+        answer = httpx.post(
+            f"{scheme}://{server}{SITES}", verify=trust, timeout=_ANSWER, trust_env=False
+        )
+    except httpx.HTTPError as error:
+        words = f"{type(error).__name__}: {error}"
+        return _meaning(words) or f"the server cannot be reached ({words}); trying again"
+    except httpx.InvalidURL as error:
+        return f"--server {server!r} is no address: {error}"
+    return "the server is being started; trying again" if answer.status_code == 503 else ""
+
+
+def _meaning(line: str) -> str:
+    """What a line of the log means; nothing if it is not about trouble."""
+    return next((words for pattern, words in _MEANINGS if re.search(pattern, line)), "")
+
+
 class _Connection:
     """Reads the connection's log for people."""
 
-    def __init__(self, tell: Tell) -> None:
+    def __init__(self, tell: Tell, look: Callable[[], str]) -> None:
+        """`look`: at the server, for why it cannot be spoken to."""
         self.tell = tell
+        self.look = look
         self.said = ""
         self.reason = ""
+        self._looked = -math.inf
 
     def line(self, line: str) -> None:
         """Look at a line of the log."""
         if "SuperNode ID" in line:
             self.reason = ""
             self._say("connected to the server")
-            return
-        for pattern, words in _MEANINGS:
-            if re.search(pattern, line):
-                self.reason = words
-                self._say(words)
-                return
+        elif _MENDED in line and self.reason:
+            self.reason = ""
+            self._say("the server answers again")
+        elif _FAILED in line:
+            now = time.monotonic()
+            if now - self._looked > _LOOK_AT_SERVER:
+                self._looked = now
+                self._because(self.look())
+        else:
+            self._because(_meaning(line))
 
     def ended(self) -> None:
         """The connection's process ended."""
         self._say(self.reason or "the connection ended; trying again")
+
+    def _because(self, words: str) -> None:
+        if words:
+            self.reason = words
+            self._say(words)
 
     def _say(self, words: str) -> None:
         if words != self.said:

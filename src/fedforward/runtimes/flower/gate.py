@@ -37,6 +37,8 @@ class Gate:
         received: bytes of requests' bodies that passed.
         sent: bytes of the answers' bodies.
         turned_away: requests for what is not the sites' part.
+        ready: whether the engine knows the sites' keys. Before that sites are asked to try again,
+            since the engine would tell them that they are not let in.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Gate:
             certificate: files of the gate's certificate and key; None is plaintext.
         """
         self.received = self.sent = self.turned_away = 0
+        self.ready = False
         self._client = httpx.AsyncClient(
             base_url=engine, verify=trust or False, timeout=PATIENCE, trust_env=False
         )
@@ -110,6 +113,8 @@ class Gate:
         if request.method != "POST" or not path.startswith(SITES) or ".." in path:
             self.turned_away += 1
             return PlainTextResponse("fedforward: only sites are served here\n", 404)
+        if not self.ready:
+            return PlainTextResponse("fedforward: the server is being started\n", 503)
         parts, size = [], 0
         async for part in request.stream():
             size += len(part)

@@ -180,6 +180,7 @@ class _Service:
             flower = engine.CommandLine(self.home, f"127.0.0.1:{self.port}", authority)
             keys = _Keys(self.door.tls, self.home / "registered.json", flower, self.tell)
             keys.look()
+            gate.ready = True
             app = engine.write_app(self.home / "app", self.config, self.directory.path)
             scheme = "https" if self.door.tls else "http"
             self.tell(f"sites are served at {scheme}://{self.door.host}:{self.door.port}")
