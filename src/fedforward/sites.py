@@ -37,7 +37,7 @@ class SiteSection(Section):
     """[site]"""
 
     name: Annotated[str, Field(max_length=64, pattern=r"^[\w.-]*$")] = Field(
-        "", description="what the site is called where it has no key; its key's name wins"
+        "", description="what people are shown beside the name that its key is registered under"
     )
     out: str = Field("site", description="folder for the log, and for what was tuned at the end")
     keep_letters: bool = Field(

@@ -170,7 +170,7 @@ class Coordinator:
     def _enrol(self, member: Member, enrolment: Enrolment) -> None:
         """Keep a site as a candidate, unless it has another model than the sites agreed on."""
         member.note, member.refused = "", None
-        member.examples = enrolment.examples
+        member.examples, member.said = enrolment.examples, enrolment.name
         if self.identity is not None and (words := difference(enrolment.model, self.identity)):
             self.members.dismiss(member, words)
             return

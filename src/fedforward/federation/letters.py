@@ -20,6 +20,8 @@ from fedforward.messages import WIRE_VERSION, MessageError
 LETTER_VERSION = 1
 #: Bytes of a sentence that are shown.
 LONGEST = 2000
+#: Characters of a site's name for itself.
+LONGEST_NAME = 64
 #: Bytes of a run's random name.
 RUN_BYTES = 8
 HEAD_FORM = struct.Struct(f"<2sBB{RUN_BYTES}s")
@@ -116,8 +118,12 @@ class Letter:
 
     def text(self) -> str:
         """The body of a letter that is a sentence, as it may be shown: it is another party's."""
-        text = self.body[:LONGEST].decode(errors="replace")
-        return "".join(c if c.isprintable() else " " for c in text)
+        return shown(self.body[:LONGEST].decode(errors="replace"))
+
+
+def shown(text: str) -> str:
+    """Another party's text as it may be put on a terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _no_number(text: str) -> None:
@@ -204,7 +210,7 @@ class Enrolment:
             )
             active = content["active_blocks"]
             return cls(
-                name=str(content["name"]),
+                name=shown(_text(content["name"]))[:LONGEST_NAME],
                 model=identity,
                 examples=_count(content["examples"]),
                 heldout=_count(content["heldout"]),

@@ -38,6 +38,7 @@ class Member:
 
     Attributes:
         name: the engine's name for it.
+        said: what it calls itself, for people alone.
         number: its client number; None before it is enrolled.
         examples: training examples.
         ready: whether it is enrolled in this process's lifetime.
@@ -53,6 +54,7 @@ class Member:
     """
 
     name: str
+    said: str = ""
     number: int | None = None
     examples: int = 0
     ready: bool = False
@@ -71,6 +73,12 @@ class Member:
         """`number` of a site that has one."""
         assert self.number is not None
         return self.number
+
+    @property
+    def label(self) -> str:
+        """What people are shown."""
+        other = self.said and self.said != self.name
+        return f"{self.said} ({self.name})" if other else self.name
 
     @property
     def free(self) -> bool:
@@ -140,7 +148,7 @@ class Members:
         there = set(self.link.present())
         for name in sorted(there - self._members.keys()):
             place = self.papers.places.get(name)
-            self._members[name] = Member(name, None if place is None else place.number)
+            self._members[name] = Member(name, number=None if place is None else place.number)
         for member in self._members.values():
             if member.present and member.name not in there:
                 # It may come back with another configuration.
@@ -183,6 +191,7 @@ class Members:
         return [
             {
                 "name": member.name,
+                "label": member.label,
                 "number": member.number,
                 "examples": member.examples,
                 "ready": member.ready,

@@ -149,7 +149,7 @@ def status_tables(content: dict[str, Any]) -> list[Any]:
     for site in content["sites"]:
         waiting = f"{site['pending']} for {site['waiting']:.0f} s" if site["pending"] else ""
         table.add_row(
-            site["name"],
+            site["label"],
             "" if site["number"] is None else str(site["number"]),
             str(site["examples"]),
             "yes" if site["present"] else "no",

@@ -296,7 +296,7 @@ class _Service:
             words = _words(site)
             if self.notes.get(site["name"]) != words:
                 self.notes[site["name"]] = words
-                self.tell(f"site {site['name']}: {words}")
+                self.tell(f"site {site['label']}: {words}")
         lines = self.directory.read_metrics(self.config.federation.rounds)
         if len(lines) > self.lines_seen:
             self.lines_seen = len(lines)
