@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from fedforward import assembly, config, sites
+from fedforward import assembly, cli, config, sites
 from fedforward.demo.text import ANSWER, PROMPT, site_examples
 from fedforward.errors import FedForwardError
 from fedforward.federation.client import Client
@@ -513,3 +514,28 @@ def test_fields_of_other_names(tmp_path: Path) -> None:
     wrong = {next(iter(names)): "nothing"}
     answer = Letter.open(party(tmp_path, "a", data__fields=wrong).answer(greeting))
     assert answer.kind is Kind.REFUSAL and "Their fields are" in answer.text()
+
+
+def test_a_servers_run_is_verified_and_exported_with_the_sites_model(
+    tmp_path: Path, three: dict[str, Site]
+) -> None:
+    from fedforward import artefacts
+
+    out = tmp_path / "out"
+    summary = carry_out(run_toml(tmp_path), out, Direct(three))
+    with pytest.raises(FedForwardError, match="Give --model FOLDER"):
+        artefacts.verify(out)
+    result = artefacts.verify(out, str(DEMO_MODEL))
+    assert result.differences == [] and result.proofs
+    assert result.state_digest == summary["state_digest"]
+    artefacts.export(out, tmp_path / "adapter", merge=False, base=str(DEMO_MODEL))
+    name = "adapter_model.safetensors"
+    kept = (tmp_path / "a" / "adapter" / name).read_bytes()
+    assert (tmp_path / "adapter" / name).read_bytes() == kept
+    shown = CliRunner().invoke(cli.app, ["status", str(out)])
+    assert "finished: 4 of 4 rounds" in shown.stdout and "takes part" not in shown.stdout
+    (out / "summary.json").write_text(
+        (out / "summary.json").read_text().replace(summary["state_digest"], "00" * 32)
+    )
+    (difference,) = artefacts.verify(out, str(DEMO_MODEL)).differences
+    assert "state_digest" in difference

@@ -23,6 +23,7 @@ from fedforward.models.causal_lm import CausalModel
 from fedforward.models.lora import LoraModel
 from fedforward.run_directory import RunDirectory
 from fedforward.session import check_header
+from fedforward.sites import AT_SITES
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,27 @@ class Rebuilt:
     differences: list[str]
 
 
-def rebuild(directory: RunDirectory) -> Rebuilt:
-    """Base model plus ledger; checks on the way the digests that clients proved."""
-    config, plan = directory.load()
+def rebuild(directory: RunDirectory, base: str | None = None) -> Rebuilt:
+    """Base model plus ledger; checks on the way the digests that clients proved.
+
+    Args:
+        base: folder or hub name of the base model; needed where the run directory is that of a
+            server, which has none.
+
+    Raises:
+        FedForwardError: no base model, or another one than the ledger's.
+    """
+    config = directory.config()
+    if base is None and config.model.path == AT_SITES:
+        raise FedForwardError(
+            f"{directory.path} is of a server, which has no model. Give --model FOLDER, the base "
+            "model that its sites have."
+        )
+    if base is None:
+        _, plan = directory.load()
+    else:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": base})})
+        plan = experiment.resolve_plan(config)
     ledger = Ledger(directory.ledger)
     # The data need not be there any more.
     classes = ledger.header.get("classes") or ()
@@ -90,15 +109,18 @@ def rebuild(directory: RunDirectory) -> Rebuilt:
     return Rebuilt(model, tokenizer, ledger, proofs, differences)
 
 
-def verify(path: Path) -> Verification:
+def verify(path: Path, base: str | None = None) -> Verification:
     """Rebuild the tuned state and compare it, bit for bit, with all that the run left.
+
+    Args:
+        base: see `rebuild`.
 
     Raises:
         FedForwardError: this is not a run, or its ledger or base model cannot be used.
     """
     directory = RunDirectory(path)
-    config, _ = directory.load()
-    rebuilt = rebuild(directory)
+    config = directory.config()
+    rebuilt = rebuild(directory, base)
     differences = list(rebuilt.differences)
     digest = rebuilt.model.digest().hex()
     current = False
@@ -129,7 +151,7 @@ def verify(path: Path) -> Verification:
         differences += _compare(rebuilt.model, folder)
         if isinstance(rebuilt.model, LoraModel):
             differences += _compare_settings(config, folder / "adapter_config.json")
-    elif current:
+    elif current and config.model.path != AT_SITES:
         differences.append(f"{folder.name}/ is missing (--resume writes it again)")
     rebuilt.ledger.close()
     return Verification(
@@ -185,15 +207,18 @@ def _compare_settings(config: Config, file: Path) -> list[str]:
     ]
 
 
-def export(path: Path, out: Path, *, merge: bool) -> Path:
+def export(path: Path, out: Path, *, merge: bool, base: str | None = None) -> Path:
     """Write the adapter, or with `merge` (or full tuning) a whole model, rebuilt from the ledger.
+
+    Args:
+        base: see `rebuild`.
 
     Raises:
         FedForwardError: `out` is in use, or the run cannot be rebuilt.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FedForwardError(f"--out {out} exists and is not an empty folder. Choose another.")
-    rebuilt = rebuild(RunDirectory(path))
+    rebuilt = rebuild(RunDirectory(path), base)
     rebuilt.ledger.close()
     if rebuilt.differences:
         raise FedForwardError(

@@ -235,6 +235,12 @@ def plan(
 TlsOption = Annotated[
     Path | None, typer.Option("--tls", help="folder of certificates", show_default=False)
 ]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="base model, where the run directory is a server's", show_default=False
+    ),
+]
 InsecureOption = Annotated[
     bool, typer.Option("--insecure", help="no certificates, no keys: to try out on one machine")
 ]
@@ -279,6 +285,11 @@ def server(
                 listener=display,
                 tell=lambda words: _say(console, words),
             )
+    from fedforward.report.plot import draw
+    from fedforward.run_directory import RunDirectory
+
+    directory = RunDirectory(out)
+    draw(directory.plot, directory.read_metrics(summary["rounds"]), summary)
     if as_json:
         print(json.dumps(summary, indent=2))
         return
@@ -497,6 +508,7 @@ def init(
 @app.command()
 def verify(
     run: Annotated[Path, typer.Argument(help="run directory", show_default=False)],
+    model: BaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Rebuild the tuned parameters from base and ledger, and say whether every bit agrees."""
@@ -507,7 +519,7 @@ def verify(
 
             from fedforward import artefacts
 
-            result = artefacts.verify(run)
+            result = artefacts.verify(run, model)
         if as_json:
             print(json.dumps(asdict(result), indent=2))
         elif not result.differences:
@@ -529,13 +541,14 @@ def export(
     run: Annotated[Path, typer.Argument(help="run directory", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="new folder", show_default=False)],
     merge: Annotated[bool, typer.Option("--merge", help="a whole model, adapters merged")] = False,
+    model: BaseOption = None,
 ) -> None:
     """Write the adapter (PEFT format) or a merged model, rebuilt from the ledger."""
     with _friendly(), console.status("rebuilding from base and ledger"):
         quiet_libraries()
         from fedforward import artefacts
 
-        artefacts.export(run, out, merge=merge)
+        artefacts.export(run, out, merge=merge, base=model)
     _say(out_console, f"wrote {out}")
 
 

@@ -506,6 +506,7 @@ class Coordinator:
             "objective": config.method.objective,
             "tune": config.model.tune,
             "sites": {name: place.examples for name, place in self.papers.places.items()},
+            "clients": len(self.papers.places),
             "rounds": server.round,
             "local_steps": config.method.local_steps,
             "stopped": reason or None,
