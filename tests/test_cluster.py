@@ -313,13 +313,16 @@ def test_who_is_refused_hears_why_and_harms_no_round(
 def test_an_altered_report_is_refused_and_the_round_unharmed(
     tmp_path: Path, libraries_are_no_garbage: None
 ) -> None:
-    """In plaintext, where someone between a site and the server can alter anything."""
+    """In plaintext, where someone between a site and the server can alter anything.
+
+    Flower gives an answer up that never becomes whole after three minutes; it is asked for again.
+    """
     report, altered = b"FL\x01\x11", 0
 
     def alter(data: bytes) -> bytes:
         nonlocal altered
         place = data.find(report)
-        if place < 0 or place + 40 > len(data) or altered >= 2:
+        if place < 0 or place + 40 > len(data) or altered:
             return data
         altered += 1
         return data[: place + 30] + bytes([data[place + 30] ^ 1]) + data[place + 31 :]
@@ -338,8 +341,11 @@ def test_an_altered_report_is_refused_and_the_round_unharmed(
         cluster.wait_for_words("c", sentence)
         cluster.commands["c"].terminate()
         assert cluster.ended("c") == 143
+        began = time.monotonic()
+        cluster.wait_for_round(1)
+        record("a round with an altered report", time.monotonic() - began)
         summary = cluster.finish()
-        assert altered == 2
+        assert altered == 1
         here, digest, _ = simulated(cluster, 3)
         assert entries(cluster) == here
         assert summary["state_digest"] == digest
