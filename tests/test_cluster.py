@@ -80,6 +80,7 @@ def begin(cluster: Cluster, *, once: bool = True) -> None:
         cluster.join(name, once=once)
 
 
+@pytest.mark.timeout(600)
 def test_two_sites_over_tls_with_keys(tmp_path: Path) -> None:
     with Cluster(tmp_path, "ab") as cluster:
         begin(cluster)
