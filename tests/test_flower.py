@@ -57,10 +57,11 @@ def test_the_client_app_imports_little() -> None:
 
 
 class FakeGrid:
-    """Answers each message with its letter reversed; `node-2` never does."""
+    """Answers each message with its letter reversed; `node-2` never does, and may hold one up."""
 
     def __init__(self) -> None:
         self.pushed: dict[str, Any] = {}
+        self.free = threading.Event()
 
     def get_nodes(self) -> list[Any]:
         names = [("a", 1, "online"), ("", 2, "online"), ("c", 3, "offline")]
@@ -78,6 +79,7 @@ class FakeGrid:
         for number in numbers:
             message = self.pushed[number]
             if message.metadata.dst_node_id == 2:
+                self.free.wait(30)
                 continue
             content = wrapped(unwrapped(message.content)[::-1])
             metadata = SimpleNamespace(reply_to_message_id=number)
@@ -92,13 +94,20 @@ def test_letters_over_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for key in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, key, 1)
-    link = GridLink(FakeGrid())
+    grid = FakeGrid()
+    link = GridLink(grid)
     assert list(link.present()) == ["a", "node-2"]
     for name in ("a", "node-2", "c"):
         link.send(name, b"abc")
-    arrived = {arrival.site: arrival for arrival in link.receive()}
+    arrived = {}
+    last = time.monotonic() + 10
+    while len(arrived) < 2 and time.monotonic() < last:
+        arrived |= {arrival.site: arrival for arrival in link.receive()}
     assert arrived["a"].data == b"cba" and arrived["c"].error and "node-2" not in arrived
     assert link.receive() == []
+    # Who is held up is not asked for again meanwhile.
+    assert [list(pull.numbers) for pull in link._pulls] == [["m1"]]
+    grid.free.set()
     assert isinstance(Message(wrapped(b"x"), 1, "query.letter"), Message)
 
 

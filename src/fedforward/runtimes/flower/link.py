@@ -1,5 +1,6 @@
 """Letters over Flower's `Grid`, as the `Link` that a coordinator asks for."""
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,8 @@ RECORD, KEY = "fedforward", "letter"
 MESSAGE = "query.letter"
 #: Seconds between two looks at which nodes are online.
 LOOK = 1.0
+#: Seconds between two looks at what has been answered, and in how many groups at once.
+PULL, GROUPS = 0.3, 16
 #: Seconds that a letter may take, both ways.
 LIFE = 24 * 3600.0
 
@@ -30,8 +33,35 @@ def unwrapped(content: RecordDict) -> bytes:
     return data if isinstance(data, bytes) else b""
 
 
+class _Pull:
+    """Looks whether some letters have been answered, in a thread of its own."""
+
+    def __init__(self, grid: Any, numbers: Sequence[str]) -> None:
+        self.grid = grid
+        self.numbers = numbers
+        self.messages: list[Any] = []
+        self.error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="pull", daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        """Whether it has looked."""
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self.messages = list(self.grid.pull_messages(list(self.numbers)))
+        except Exception as error:
+            self.error = error
+
+
 class GridLink:
-    """See the module. A site's name is the one that its key was registered under."""
+    """See the module. A site's name is the one that its key was registered under.
+
+    Flower waits for minutes for the rest of an answer whose upload broke off. So answers are looked
+    for in groups, beside the coordinator: such a site holds up nobody, or only those of its group.
+    """
 
     def __init__(self, grid: Any) -> None:
         self.grid = grid
@@ -39,6 +69,8 @@ class GridLink:
         self._looked = 0.0
         self._pending: dict[str, str] = {}
         self._lost: list[Arrival] = []
+        self._pulls: list[_Pull] = []
+        self._pulled = 0.0
 
     def present(self) -> Sequence[str]:
         """The names of the nodes that are online."""
@@ -67,16 +99,26 @@ class GridLink:
             self._pending[number] = site
 
     def receive(self) -> Sequence[Arrival]:
-        """Pull whatever has been answered."""
+        """Whatever has been answered since the last call."""
         arrived, self._lost = self._lost, []
-        if not self._pending:
-            return arrived
-        for message in self.grid.pull_messages(list(self._pending)):
-            site = self._pending.pop(message.metadata.reply_to_message_id, None)
-            if site is None:
-                continue
-            if message.has_error():
-                arrived.append(Arrival(site, error=f"no answer: {message.error.reason}"))
-            else:
-                arrived.append(Arrival(site, unwrapped(message.content)))
+        for pull in [pull for pull in self._pulls if pull.done]:
+            self._pulls.remove(pull)
+            if pull.error is not None:
+                raise pull.error
+            arrived += [a for m in pull.messages if (a := self._arrival(m)) is not None]
+        now = time.monotonic()
+        if now - self._pulled >= PULL:
+            self._pulled = now
+            asked = {number for pull in self._pulls for number in pull.numbers}
+            idle = [number for number in self._pending if number not in asked]
+            groups = [idle[begin::GROUPS] for begin in range(min(GROUPS, len(idle)))]
+            self._pulls += [_Pull(self.grid, group) for group in groups]
         return arrived
+
+    def _arrival(self, message: Any) -> Arrival | None:
+        site = self._pending.pop(message.metadata.reply_to_message_id, None)
+        if site is None:
+            return None
+        if message.has_error():
+            return Arrival(site, error=f"no answer: {message.error.reason}")
+        return Arrival(site, unwrapped(message.content))
