@@ -1,6 +1,8 @@
 """The examples and the README's commands do what they say."""
 
 import runpy
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -33,3 +35,17 @@ def test_the_readme_names_keys_that_exist() -> None:
             name = key.split("`")[0].split(" ")[0].split("=")[0]
             # `run.toml` is a file, `run.…` are keys.
             assert name == "toml" or name in kind.model_fields, f"{section}.{name}"
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_a_federation_on_one_machine(tmp_path: Path) -> None:
+    pytest.importorskip("flwr")
+    command = [sys.executable, str(ROOT / "examples/federation/start.py"), str(tmp_path / "fed")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "garden the run is over after 10 rounds" in done.stdout
+    assert list((tmp_path / "fed/garden/letters").glob("*-out-report"))
+    # The same command finds that there is nothing left to do.
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "the run was over already" in done.stdout

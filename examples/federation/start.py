@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -117,12 +118,10 @@ def main() -> int:
             processes.append(start(folder, name, colour, "client", f"{name}.toml", *where))
         if server.wait():
             return 1
-        for process in processes[1:]:
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                # The run was over before; there is nothing to wait for.
-                break
+        # If the run was over before, no site hears of its end.
+        last = time.monotonic() + 30
+        while time.monotonic() < last and any(process.poll() is None for process in processes):
+            time.sleep(0.5)
     except KeyboardInterrupt:
         # The terminal has told the others as well.
         return 130
