@@ -968,6 +968,25 @@ def test_a_site_with_another_model_is_dismissed(
     assert len(found.link.bodies("d", Kind.GREETING)) == 1 and not found.of("d")["ready"]
 
 
+def test_a_site_of_another_release_is_told(world: Any, undisturbed: Undisturbed) -> None:
+    found = world(names="abcd")
+    heard: list[str] = []
+    found.inside["d"] = Site(found.settings("d"), heard.append)
+
+    def hook(name: str, letter: Letter, answer: Any) -> bytes:
+        data: bytes = answer()
+        if name != "d" or letter.kind is not Kind.GREETING:
+            return data
+        content = Letter.open(data).json() | {"direction_version": "0"}
+        return Letter(Kind.ENROLMENT, letter.run, packed(content)).seal()
+
+    found.link.hook = hook
+    summary = found.run()
+    assert found.ledger == undisturbed.ledger and summary["state_digest"] == undisturbed.digest
+    (told,) = [text for text in heard if "will not have this site" in text]
+    assert "direction version 0" in told and "same release" in found.of("d")["note"]
+
+
 def test_no_majority_is_a_sentence(world: Any) -> None:
     found = world(names="ad", federation__clients=2)
     found.inside["d"] = found.site("d", model__path=another_model(found, "base"))

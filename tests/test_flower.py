@@ -1,5 +1,6 @@
 """The adapter to Flower without an engine; `test_cluster.py` has one."""
 
+import json
 import os
 import re
 import signal
@@ -133,6 +134,29 @@ def test_certificates(tmp_path: Path) -> None:
         certificates.make(folder, ["x"], [])
 
 
+def test_flowers_commands_together(tmp_path: Path) -> None:
+    """Each by itself: what one says is not another's."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fedforward.runtimes.flower.commands"],
+        input=json.dumps([["nonsense"], ["--help"], ["supernode", "register", "no/key", "x"]]),
+        env={**os.environ, **engine.environment(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    wrong, helped, missing = json.loads(done.stdout)
+    assert wrong["code"] and "nonsense" in wrong["error"] and not wrong["out"]
+    assert helped["code"] == 0 and "supernode" in helped["out"]
+    assert missing["code"] and "no/key" in missing["error"] + missing["out"]
+    flower = engine.CommandLine(tmp_path, "127.0.0.1:1", None)
+    (tmp_path / "bad.pub").write_text("no key")
+    registered = flower.register({"a": tmp_path / "bad.pub"})
+    assert isinstance(registered["a"], str) and registered["a"]
+    with pytest.raises(FedForwardError, match=r"`flwr stop 1 fedforward` failed: \S"):
+        flower.stop("1")
+    assert flower.register({}) == {}
+
+
 @pytest.mark.parametrize(
     ("listen", "insecure", "words"),
     [
@@ -146,7 +170,8 @@ def test_a_door_that_is_none(listen: str, insecure: bool, words: str) -> None:
         Door.parse(listen, None, insecure)
 
 
-def test_the_gate_lets_only_sites_through(tmp_path: Path) -> None:
+def test_the_gate_lets_only_sites_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedforward.runtimes.flower.gate.HOLD", 0.3)
     import http.server
 
     import httpx
@@ -187,7 +212,10 @@ def test_the_gate_lets_only_sites_through(tmp_path: Path) -> None:
         inner.shutdown()
 
 
-def test_what_is_wrong_with_a_connection_is_found_out(tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_connection_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedforward.runtimes.flower.gate.HOLD", 0.3)
     from fedforward.runtimes.flower.client import trouble
     from fedforward.runtimes.flower.gate import Gate
 

@@ -1,6 +1,7 @@
 """The two halves of a configuration across machines: what travels, and what a site refuses."""
 
 import json
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -515,3 +516,21 @@ def test_the_configuration_of_a_simulation_has_fields_too(configure: Any, tmp_pa
         experiment._read_rows(configure(data__fields={"question": "answer"}))
     moved, _ = experiment._read_rows(config)
     assert [row["question"] for row in moved] == [row["answer"] for row in rows]
+
+
+def test_another_list_of_merges_is_another_tokenizer(tmp_path: Path) -> None:
+    """With the same vocabulary, and the same pieces of the sentences that it is tried on."""
+    from transformers import AutoTokenizer
+
+    from fedforward.experiment import _PROBE_TEXTS, tokenizer_fingerprint
+
+    shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    mine = AutoTokenizer.from_pretrained(tmp_path / "model")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    del content["model"]["merges"][-1]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    other = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert other.get_vocab() == mine.get_vocab()
+    assert all(mine(text)["input_ids"] == other(text)["input_ids"] for text in _PROBE_TEXTS)
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(mine)

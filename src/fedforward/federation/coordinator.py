@@ -140,7 +140,13 @@ class Coordinator:
                 self._server.doubt_snapshot(member.number)
             raise MessageError(letter.text())
         if letter.kind is Kind.ENROLMENT:
-            self._enrol(member, Enrolment.decode(letter.json()))
+            try:
+                enrolment = Enrolment.decode(letter.json())
+            except MessageError as error:
+                # Of another release, perhaps: both ends are told.
+                self.members.dismiss(member, str(error))
+            else:
+                self._enrol(member, enrolment)
         elif letter.kind is Kind.REPORT:
             self._report(member, letter.body)
         elif letter.kind is Kind.BEHIND:

@@ -47,7 +47,7 @@ _MEANINGS = (
 #: What the log says of a request that failed and is tried again; why, it does not say.
 _FAILED, _MENDED = "Connection attempt failed", "Connection successful after"
 #: Seconds between looks at why, and for one look.
-_LOOK_AT_SERVER, _ANSWER = 5.0, 5.0
+_LOOK_AT_SERVER, _ANSWER = 5.0, 8.0
 
 Tell = Callable[[str], None]
 

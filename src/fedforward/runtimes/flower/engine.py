@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedforward.config import Config, toml_value
@@ -76,42 +76,56 @@ class CommandLine:
             lines.append(f"root-certificates = {toml_value(str(authority.absolute()))}")
         (home / "config.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
+    def carry_out(self, commands: Sequence[Sequence[str]]) -> list[dict[str, object] | str]:
+        """The JSON that each command prints, or what it said where it failed.
+
+        Raises:
+            FedForwardError: they did not end in time.
+        """
+        program = [sys.executable, "-m", "fedforward.runtimes.flower.commands"]
+        patience = PATIENCE + len(commands)
+        try:
+            done = subprocess.run(
+                program,
+                input=json.dumps([[*command, "--format", "json"] for command in commands]),
+                env={**os.environ, **environment(self.home)},
+                capture_output=True,
+                text=True,
+                timeout=patience,
+                start_new_session=True,
+                check=False,
+            )
+            results = json.loads(done.stdout)
+        except subprocess.TimeoutExpired as error:
+            raise FedForwardError(
+                f"`flwr {' '.join(commands[0])}` did not end within {patience:.0f} s."
+            ) from error
+        except ValueError:
+            results = [{"out": "", "error": done.stderr, "code": 1} for _ in commands]
+        return [_printed(**result) for result in results]
+
     def __call__(self, *arguments: str) -> dict[str, object]:
         """The JSON that a command prints.
 
         Raises:
             FedForwardError: it failed, with what it said.
         """
-        command = [program("flwr"), *arguments, "--format", "json"]
-        try:
-            done = subprocess.run(
-                command,
-                env={**os.environ, **environment(self.home)},
-                capture_output=True,
-                text=True,
-                timeout=PATIENCE,
-                start_new_session=True,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise FedForwardError(
-                f"`flwr {' '.join(arguments)}` did not end within {PATIENCE:.0f} s."
-            ) from error
-        output = done.stdout
-        begin = output.find("{")
-        try:
-            content = json.loads(output[begin:]) if begin >= 0 else {}
-        except ValueError:
-            content = {}
-        if done.returncode or not content.get("success", True):
-            words = content.get("error-message") or (done.stderr or output).strip()
-            raise FedForwardError(f"`flwr {' '.join(arguments)}` failed: {words}")
-        return dict(content)
+        (answer,) = self.carry_out([arguments])
+        if isinstance(answer, str):
+            raise FedForwardError(f"`flwr {' '.join(arguments)}` failed: {answer}")
+        return answer
 
-    def register(self, name: str, public_key: Path) -> int:
-        """Let in whoever has the key; returns the node's number."""
-        answer = self("supernode", "register", str(public_key), CONNECTION, "--name", name)
-        return int(str(answer["node-id"]))
+    def register(self, public_keys: Mapping[str, Path]) -> dict[str, int | str]:
+        """Let in whoever has these keys; returns the nodes' numbers, or what went wrong."""
+        commands = [
+            ("supernode", "register", str(path), CONNECTION, "--name", name)
+            for name, path in public_keys.items()
+        ]
+        answers = self.carry_out(commands) if commands else []
+        return {
+            name: answer if isinstance(answer, str) else int(str(answer["node-id"]))
+            for name, answer in zip(public_keys, answers, strict=True)
+        }
 
     def unregister(self, node: int) -> None:
         """No longer let in a node."""
@@ -124,6 +138,18 @@ class CommandLine:
     def stop(self, run: str) -> None:
         """End a run, if it has not ended."""
         self("stop", run, CONNECTION)
+
+
+def _printed(out: str, error: str, code: int) -> dict[str, object] | str:
+    """What a command printed as JSON, or in words why it failed."""
+    begin = out.find("{")
+    try:
+        content = json.loads(out[begin:]) if begin >= 0 else {}
+    except ValueError:
+        content = {}
+    if code or not content.get("success", True):
+        return str(content.get("error-message") or (error or out).strip() or "no reason given")
+    return dict(content)
 
 
 def write_app(folder: Path, config: Config, out: Path) -> Path:

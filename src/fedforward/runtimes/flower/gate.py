@@ -6,6 +6,7 @@ listens on the loopback device alone, and this gate hands on the sites' part (`/
 site is, is still proven to the engine by its key in every request.
 """
 
+import asyncio
 import ssl
 import threading
 import time
@@ -28,6 +29,8 @@ LARGEST = 1 << 30
 _OWN_HOP = {"host", "connection", "keep-alive", "transfer-encoding", "content-length", "upgrade"}
 #: Seconds for the gate to open, and for the engine to answer.
 PATIENCE = 60.0
+#: Seconds that a request waits while the server is being started.
+HOLD = 4.0
 
 
 class Gate:
@@ -37,8 +40,8 @@ class Gate:
         received: bytes of requests' bodies that passed.
         sent: bytes of the answers' bodies.
         turned_away: requests for what is not the sites' part.
-        ready: whether the engine knows the sites' keys. Before that sites are asked to try again,
-            since the engine would tell them that they are not let in.
+        ready: whether the engine knows the sites' keys. Before that sites wait, and are then asked
+            to try again, since the engine would tell them that they are not let in.
     """
 
     def __init__(
@@ -113,6 +116,9 @@ class Gate:
         if request.method != "POST" or not path.startswith(SITES) or ".." in path:
             self.turned_away += 1
             return PlainTextResponse("fedforward: only sites are served here\n", 404)
+        last = time.monotonic() + HOLD
+        while not self.ready and time.monotonic() < last:
+            await asyncio.sleep(0.1)
         if not self.ready:
             return PlainTextResponse("fedforward: the server is being started\n", 503)
         parts, size = [], 0

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -337,26 +336,25 @@ class _Keys:
             for path in sorted(self.folder.glob("*.pub"))
         }
         for name in [n for n in self.known if found.get(n, ("", ""))[1] != self.known[n]["key"]]:
-            self._try(name, partial(self.flower.unregister, self.known[name]["node"]))
+            with suppress(FedForwardError):
+                self.flower.unregister(self.known[name]["node"])
             self.tell(f"site {name}: its key was taken away")
             del self.known[name]
             self._save()
-        for name, (path, key) in found.items():
-            if name in self.known or self.complaints.get(name) == key:
-                continue
-            node = self._try(name, partial(self.flower.register, name, path))
-            if node is None:
+        new = {
+            name: path
+            for name, (path, key) in found.items()
+            if name not in self.known and self.complaints.get(name) != key
+        }
+        for name, node in self.flower.register(new).items():
+            key = found[name][1]
+            if isinstance(node, str):
                 self.complaints[name] = key
-                continue
-            self.known[name] = {"key": key, "node": node}
+                self.tell(f"site {name}: its key {new[name]} cannot be used: {node}")
+            else:
+                self.known[name] = {"key": key, "node": node}
+        if new:
             self._save()
-
-    def _try(self, name: str, act: Callable[[], Any]) -> Any:
-        try:
-            return act()
-        except FedForwardError as error:
-            self.tell(f"site {name}: {error}")
-            return None
 
     def _save(self) -> None:
         write_json(self.record, self.known)
