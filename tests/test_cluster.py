@@ -90,6 +90,7 @@ def test_two_sites_over_tls_with_keys(tmp_path: Path) -> None:
         assert peak_bytes(coordinator) < 300e6
         summary = cluster.finish()
         assert summary["rounds"] == 2 == cluster.committed
+        assert "cannot be used" not in cluster.said("server")
         for name in cluster.sites:
             assert cluster.kept(name)["digest"] == summary["state_digest"]
             assert cluster.log(name).count("ready:") == 1

@@ -148,7 +148,9 @@ def _printed(out: str, error: str, code: int) -> dict[str, object] | str:
     except ValueError:
         content = {}
     if code or not content.get("success", True):
-        return str(content.get("error-message") or (error or out).strip() or "no reason given")
+        said = str(content.get("error-message") or error or out).splitlines()
+        words = [line.strip() for line in said if "Using SuperLink" not in line]
+        return " ".join(words).strip() or "no reason given"
     return dict(content)
 
 

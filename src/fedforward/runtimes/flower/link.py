@@ -17,6 +17,8 @@ MESSAGE = "query.letter"
 LOOK = 1.0
 #: Seconds between two looks at what has been answered, and in how many groups at once.
 PULL, GROUPS = 0.3, 16
+#: Letters that are pushed at once.
+TOGETHER = 100
 #: Seconds that a letter may take, both ways.
 LIFE = 24 * 3600.0
 
@@ -68,6 +70,7 @@ class GridLink:
         self.nodes: dict[str, int] = {}
         self._looked = 0.0
         self._pending: dict[str, str] = {}
+        self._out: list[tuple[str, Any]] = []
         self._lost: list[Arrival] = []
         self._pulls: list[_Pull] = []
         self._pulled = 0.0
@@ -86,20 +89,29 @@ class GridLink:
         return list(self.nodes)
 
     def send(self, site: str, data: bytes) -> None:
-        """Push a letter to a node."""
+        """Keep a letter for a node until the next `receive`, which pushes all of them together."""
         node = self.nodes.get(site)
         if node is None:
             self._lost.append(Arrival(site, error="it is not connected"))
-            return
-        message = Message(wrapped(data), node, MESSAGE, ttl=LIFE)
-        (number,) = self.grid.push_messages([message]) or (None,)
-        if number is None:
-            self._lost.append(Arrival(site, error="the engine did not take the letter"))
         else:
-            self._pending[number] = site
+            self._out.append((site, Message(wrapped(data), node, MESSAGE, ttl=LIFE)))
+
+    def _push(self) -> None:
+        while self._out:
+            some, self._out = self._out[:TOGETHER], self._out[TOGETHER:]
+            numbers: list[str | None] = list(
+                self.grid.push_messages([message for _, message in some])
+            )
+            numbers += [None] * (len(some) - len(numbers))
+            for (site, _), number in zip(some, numbers, strict=True):
+                if number:
+                    self._pending[number] = site
+                else:
+                    self._lost.append(Arrival(site, error="the engine did not take the letter"))
 
     def receive(self) -> Sequence[Arrival]:
-        """Whatever has been answered since the last call."""
+        """Push what is to go, and return whatever has been answered since the last call."""
+        self._push()
         arrived, self._lost = self._lost, []
         for pull in [pull for pull in self._pulls if pull.done]:
             self._pulls.remove(pull)
