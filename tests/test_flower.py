@@ -112,6 +112,91 @@ def test_letters_over_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(Message(wrapped(b"x"), 1, "query.letter"), Message)
 
 
+def test_an_answer_that_cannot_be_read_costs_nobody_else_theirs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from fedforward.runtimes.flower import link as module
+
+    for key in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, key, 1)
+    monkeypatch.setattr(module, "PULL", 0.0)
+    monkeypatch.setattr(module, "GROUPS", 1)
+
+    class Broken(FakeGrid):
+        def get_nodes(self) -> list[Any]:
+            return [
+                SimpleNamespace(name=n, node_id=i, status="online") for i, n in ((1, "a"), (3, "c"))
+            ]
+
+        def pull_messages(self, numbers: list[str]) -> list[Any]:
+            if any(self.pushed[number].metadata.dst_node_id == 3 for number in numbers):
+                raise ValueError("nothing that Flower knows")
+            return super().pull_messages(numbers)
+
+    link = GridLink(Broken())
+    link.present()
+    for name in ("a", "c"):
+        link.send(name, b"abc")
+    arrived: dict[str, Any] = {}
+    last = time.monotonic() + 10
+    while len(arrived) < 2 and time.monotonic() < last:
+        arrived |= {arrival.site: arrival for arrival in link.receive()}
+        time.sleep(0.01)
+    assert arrived["a"].data == b"cba"
+    assert "cannot be read: nothing that Flower knows" in arrived["c"].error
+
+
+def test_keys_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the engine is being started again, or a file cannot be read."""
+    from fedforward.runtimes.flower import server as module
+
+    class Engine:
+        def __init__(self) -> None:
+            self.known: dict[int, str] = {}
+            self.down = False
+
+        def register(self, new: dict[str, Path]) -> dict[str, int | str]:
+            if self.down:
+                raise FedForwardError("it does not answer")
+            found: dict[str, int | str] = {}
+            for name, path in new.items():
+                found[name] = 1 + max(self.known, default=0)
+                self.known[int(found[name])] = path.read_text()
+            return found
+
+        def unregister(self, node: int) -> None:
+            if self.down:
+                raise FedForwardError("it does not answer")
+            del self.known[node]
+
+    folder = tmp_path / "sites"
+    folder.mkdir()
+    flower, told = Engine(), []
+    monkeypatch.setattr(module, "RETRY", 0.0)
+    keys = module._Keys(tmp_path, tmp_path / "r.json", flower, told.append)  # type: ignore[arg-type]
+    (folder / "a.pub").write_text("A")
+    (folder / "b.pub").symlink_to(tmp_path / "nowhere")
+    keys.look()
+    assert flower.known == {1: "A"} and "cannot be read" in told[0]
+    flower.down = True
+    (folder / "a.pub").unlink()
+    (folder / "c.pub").write_text("C")
+    for _ in range(3):
+        keys.look()
+    assert flower.known == {1: "A"} and len(told) == 3
+    assert "cannot be taken away" in told[1] and "is not taken" in told[2]
+    flower.down = False
+    keys.look()
+    assert list(flower.known.values()) == ["C"] and told[-1] == "site a: its key was taken away"
+    # A server that begins anew knows whom it let in.
+    again = module._Keys(tmp_path, tmp_path / "r.json", flower, told.append)  # type: ignore[arg-type]
+    (folder / "c.pub").write_text("D")
+    again.look()
+    assert list(flower.known.values()) == ["D"]
+
+
 def test_certificates(tmp_path: Path) -> None:
     folder = tmp_path / "certs"
     with pytest.raises(FedForwardError, match=r"there is no ca\.crt"):
@@ -206,6 +291,9 @@ def test_the_gate_lets_only_sites_through(tmp_path: Path, monkeypatch: pytest.Mo
         sneaky = f"{outside}/v1/fleet/%2e%2e/control/start-run"
         assert httpx.post(sneaky, content=b"b", headers=headers).status_code == 404
         assert gate.turned_away == 4
+        monkeypatch.setattr("fedforward.runtimes.flower.gate.MOST_HELD", 10)
+        assert httpx.post(pull, content=bytes(11), headers=headers).status_code == 413
+        assert gate._held == 0
         with pytest.raises(FedForwardError, match="cannot be listened on"):
             Gate("127.0.0.1", port, url, None, None).open()
         gate.close()

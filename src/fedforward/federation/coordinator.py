@@ -48,6 +48,8 @@ PAUSE = 0.2
 ATTEMPTS = 5
 #: Seconds that all wait for a snapshot, unless the deadline of a round is sooner.
 SNAPSHOT_PATIENCE = 120.0
+#: Seconds for sites to keep what was tuned, and that those still at work are waited for before.
+FAREWELL_PATIENCE, LAST_PATIENCE = 600.0, 60.0
 
 
 class Stopped(FedForwardError):  # noqa: N818 - the run goes on later; it is no error
@@ -82,8 +84,12 @@ class Coordinator:
         self.identity: ModelIdentity | None = None
         self.candidates: dict[str, Enrolment] = {}
         self.late = self.asked = 0
+        objective = config.method.objective
+        optimised = () if objective in ("loss", *config.evaluation.metrics) else (objective,)
+        self.wanted = (*optimised, *config.evaluation.metrics)
         self.lines: list[dict[str, Any]] = []
         self.what = "waiting for sites"
+        self.disagreement = ""
         self._allocator: tuple[Any, Allocator] | None = None
         self._status_written = -math.inf
 
@@ -136,7 +142,7 @@ class Coordinator:
     def _accept(self, member: Member, letter: Letter, asked: Kind) -> None:
         """Act on an answer; raises `MessageError` for what is wrong with it."""
         if letter.kind is Kind.REFUSAL:
-            if asked is not Kind.GREETING and member.number is not None:
+            if self.server is not None and member.number is not None:
                 self._server.doubt_snapshot(member.number)
             raise MessageError(letter.text())
         if letter.kind is Kind.ENROLMENT:
@@ -154,7 +160,13 @@ class Coordinator:
         elif letter.kind is Kind.SNAPSHOT:
             self._server.receive_snapshot(letter.body, member.client)
         elif asked is not Kind.DISMISSAL:
-            member.figures = Figures.decode(letter.json())
+            figures = Figures.decode(letter.json())
+            if asked is Kind.EVALUATION and not figures.complete(self.wanted):
+                raise MessageError(
+                    f"Figures of {', '.join(figures.metrics) or 'nothing'} were refused where "
+                    f"{', '.join(('loss', *self.wanted))} were asked for."
+                )
+            member.figures = figures
 
     def _report(self, member: Member, body: bytes) -> None:
         if not self._server.waits_for(member.client):
@@ -202,6 +214,7 @@ class Coordinator:
         identity = None
         here: dict[str, Enrolment] = {}
         while identity is None or len(here) < config.quorum:
+            identity = None
             self.what = f"waiting for sites: {len(here)} of {wanted} are ready"
             self._look()
             here = {
@@ -254,6 +267,7 @@ class Coordinator:
         allocate = self._allocate if self.method.by_block else None
         settings = assembly.server_settings(self.config, identity, self.papers.examples(), allocate)
         self.server = Server(settings, self.method, ledger)
+        self.server.reset |= self.papers.reset
 
     # ---- blocks ------------------------------------------------------------------------------
 
@@ -274,6 +288,9 @@ class Coordinator:
         """The blocks of each participant, from what each site says that it can perturb."""
         assert self.identity is not None
         active, examples = self._active(), self.papers.examples()
+        blocks = len(self.identity.layout.blocks)
+        if sum(active) < blocks:
+            return _in_turn(self._server.round, [active[client] for client in participants], blocks)
         if self.config.federation.weights == "equal":
             examples = [1] * len(examples)
         key = (tuple(active), tuple(examples))
@@ -309,7 +326,11 @@ class Coordinator:
 
             def closed(seconds: float, gone: Sequence[Member]) -> bool:
                 numbers = {member.client for member in gone}
-                return server.ready(seconds, numbers) or set(server.missing()) <= numbers
+                if server.ready(seconds, numbers) or set(server.missing()) <= numbers:
+                    return True
+                # Others than those who were asked may hold the round.
+                over = seconds >= server.settings.deadline
+                return over and len(self.members.free()) >= self.config.federation.quorum
 
             self._exchange(
                 Kind.TASK, asked, body, lambda member: not server.waits_for(member.client), closed
@@ -320,19 +341,23 @@ class Coordinator:
                 attempts += 1
                 if attempts == ATTEMPTS:
                     raise
+            finally:
+                self.papers.note_reset(server.reset)
 
     def _quorum(self) -> list[Member]:
         """Wait for enough sites to hold a round; a snapshot is there if one pays."""
         quorum, number = self.config.federation.quorum, self._server.round + 1
         fetched = False
         while True:
-            free = self.members.free()
+            now = self.clock()
+            free = [member for member in self.members.free() if not member.failing(now)]
+            resting = self._resting() if number == 1 else 0
             if len(free) < quorum:
                 self.what = f"round {number}: waiting for sites, {len(free)} of {quorum} are free"
-            elif self._resting():
+            elif resting:
                 self.what = (
-                    f"round {number}: waiting for sites that can perturb {self._resting()} more "
-                    "blocks (limits.active_blocks)"
+                    f"round {number}: waiting for sites that can perturb {resting} more blocks "
+                    "(limits.active_blocks)"
                 )
             elif not fetched and self._fetch_snapshot(free):
                 # Time has passed, in which sites may have gone.
@@ -390,7 +415,7 @@ class Coordinator:
                     member.tries += 1
                     self.members.send(member, kind, body(member))
             now = self.clock()
-            gone = [m for m in members if not done(m) and not m.pending and m.lost(now)]
+            gone = [m for m in members if not done(m) and m.pending is not kind and m.lost(now)]
             if closed(now - began, gone):
                 return
             self._look()
@@ -405,6 +430,8 @@ class Coordinator:
         server = self._server
         judges = self.members.free() if kind is Kind.FAREWELL else self._judges()
         limit = server.settings.deadline
+        if kind is Kind.FAREWELL:
+            limit = min(limit, FAREWELL_PATIENCE)
 
         def closed(seconds: float, gone: Sequence[Member]) -> bool:
             answered = sum(member.figures is not None for member in judges)
@@ -417,12 +444,20 @@ class Coordinator:
             lambda member: member.figures is not None,
             closed,
         )
+        for member in judges:
+            # Who cannot evaluate may still hold rounds.
+            member.tries = 0
         answers = {
             member.client: member.figures
             for member in judges
             if member.figures is not None and member.figures.rounds == server.round
         }
-        wrong = server.agree({n: bytes.fromhex(f.digest) for n, f in answers.items()})
+        try:
+            wrong = server.agree({n: bytes.fromhex(f.digest) for n, f in answers.items()})
+        except QuorumError as error:
+            wrong = set(answers)
+            self.disagreement = str(error)
+        self.papers.note_reset(server.reset)
         for member in judges:
             if member.client in wrong:
                 member.note = "its tuned state is not that of the others; it starts again"
@@ -445,13 +480,21 @@ class Coordinator:
         """Make the metrics agree with the ledger, and begin them if there are none."""
         server = self._server
         self.lines = self.directory.read_metrics(server.round)
+        attempts = 0
         while not self.lines:
-            self.what = "evaluating the base model"
+            named = self.config.evaluation.site
+            self.what = "waiting for a site to evaluate the base model" + (
+                f": {named} (evaluation.site)" if named else ""
+            )
             while not self._judges():
                 self._look()
+            self.what = "evaluating the base model"
             figures = self._evaluate()
+            attempts += 1
             if "heldout_loss" in figures:
                 self.lines = [{"round": 0, **figures, "example": None, "seconds": 0.0}]
+            elif attempts >= ATTEMPTS and self.disagreement:
+                raise QuorumError(self.disagreement)
         # A kill between a round and its line loses the line, never the round.
         for record in server.ledger.rounds(self.lines[-1]["round"]):
             line = progress.round_line(record)
@@ -485,6 +528,13 @@ class Coordinator:
     # ---- the end -----------------------------------------------------------------------------
 
     def _finish(self, reason: str) -> dict[str, Any]:
+        self.what = "waiting for sites that are still at work"
+        began = self.clock()
+        limit = min(self._server.settings.deadline, LAST_PATIENCE)
+        while any(m.pending and m.present for m in self.members.all()):
+            if self.clock() - began >= limit:
+                break
+            self._look()
         self.what = "letting sites keep what was tuned"
         figures = self._evaluate(Kind.FAREWELL)
         if "heldout_loss" not in self.lines[-1]:
@@ -556,6 +606,19 @@ class Coordinator:
                 "sites": sites,
             }
         )
+
+
+def _in_turn(round_: int, active: Sequence[int], blocks: int) -> NDArray[np.bool_]:
+    """As many blocks for each as it can perturb, from where the last one's end, bool [n, blocks].
+
+    For sites that together cannot cover all: each round begins with another block.
+    """
+    matrix = np.zeros((len(active), blocks), np.bool_)
+    place = round_ * sum(active)
+    for row, count in zip(matrix, active, strict=True):
+        row[np.arange(place, place + count) % blocks] = True
+        place += count
+    return matrix
 
 
 def _agreed(here: dict[str, Enrolment]) -> ModelIdentity:

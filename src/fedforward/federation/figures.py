@@ -53,6 +53,10 @@ class Figures:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise MessageError(f"Figures were refused: {error!r} in them.") from error
 
+    def complete(self, names: Sequence[str]) -> bool:
+        """Whether the loss and these metrics are there, and no others."""
+        return self.loss is not None and set(self.metrics) == set(names)
+
 
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**53:

@@ -20,6 +20,8 @@ from fedforward.messages import WIRE_VERSION, MessageError
 LETTER_VERSION = 1
 #: Bytes of a sentence that are shown.
 LONGEST = 2000
+#: Training examples that a site can have, and axes of a tuned tensor.
+MOST_EXAMPLES, MOST_AXES = 2**31, 8
 #: Characters of a site's name for itself.
 LONGEST_NAME = 64
 #: Bytes of a run's random name.
@@ -196,7 +198,7 @@ class Enrolment:
             names, shapes, blocks, owners = model["layout"]
             layout = Layout(
                 tuple(map(str, names)),
-                tuple(tuple(map(_count, shape)) for shape in shapes),
+                tuple(tuple(map(_count, shape[:MOST_AXES])) for shape in shapes),
                 tuple(map(str, blocks)),
                 tuple(map(_count, owners)),
             )
@@ -212,7 +214,7 @@ class Enrolment:
             return cls(
                 name=shown(_text(content["name"]))[:LONGEST_NAME],
                 model=identity,
-                examples=_count(content["examples"]),
+                examples=_examples(content["examples"]),
                 heldout=_count(content["heldout"]),
                 rounds=_count(content["rounds"]),
                 active_blocks=None if active is None else max(1, _count(active)),
@@ -226,6 +228,13 @@ def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError(f"{value!r} is not a count")
     return value
+
+
+def _examples(value: Any) -> int:
+    """Training examples: they weigh a site's part, so they are some, and a number of this world."""
+    if not 1 <= _count(value) <= MOST_EXAMPLES:
+        raise ValueError(f"{value!r} training examples")
+    return int(value)
 
 
 def _text(value: Any) -> str:

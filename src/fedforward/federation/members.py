@@ -1,7 +1,7 @@
 """The sites as the coordinator knows them, and the post between it and them.
 
-Nothing that a site sends can do more than end its own part: what is wrong with an answer becomes a
-note on the site, and the others go on.
+What is wrong with an answer becomes a note on the site, and the others go on. What is well-formed
+is believed: a site that is let in can report numbers that harm the tuning, or end it as diverged.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedforward.federation.figures import Figures
-from fedforward.federation.letters import Kind, Letter
+from fedforward.federation.letters import LONGEST, Kind, Letter, shown
 from fedforward.federation.link import Arrival, Link
 from fedforward.federation.papers import Papers
 from fedforward.messages import MessageError
@@ -85,6 +85,10 @@ class Member:
         """Whether it can be asked something now."""
         return self.ready and self.present and self.number is not None and self.pending is None
 
+    def failing(self, now: float) -> bool:
+        """Whether it was asked in vain so often that it is left alone for a while."""
+        return self.tries >= TRIES and self.failed is not None and now - self.failed < PATIENCE
+
     def lost(self, now: float) -> bool:
         """Whether the others need not wait for it any longer."""
         return self.tries >= TRIES or (self.failed is not None and now - self.failed > GRACE)
@@ -140,8 +144,8 @@ class Members:
 
     def dismiss(self, member: Member, words: str) -> None:
         """Tell a site why it cannot take part; it is greeted again after a while."""
-        member.note, member.ready, member.refused = words, False, self.clock()
-        self.send(member, Kind.DISMISSAL, words.encode())
+        member.note, member.ready, member.refused = shown(words)[:LONGEST], False, self.clock()
+        self.send(member, Kind.DISMISSAL, words[:LONGEST].encode(errors="replace"))
 
     def look(self, accept: Accept) -> None:
         """See who is there and what has come, and greet whoever is new."""
@@ -181,7 +185,7 @@ class Members:
             else:
                 accept(member, letter, asked)
         except MessageError as error:
-            member.note, member.failed = str(error), self.clock()
+            member.note, member.failed = shown(str(error))[:LONGEST], self.clock()
             if asked is Kind.GREETING:
                 member.ready, member.refused = False, self.clock()
 

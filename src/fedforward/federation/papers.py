@@ -7,7 +7,7 @@ stop             its being there asks the coordinator to stop
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,13 @@ class Papers:
     Attributes:
         run: the run's random name.
         places: of the sites, by name.
+        reset: numbers of sites whose state was refused, and that have not started again yet.
     """
 
     directory: RunDirectory
     run: bytes = b""
     places: dict[str, Place] = field(default_factory=dict)
+    reset: set[int] = field(default_factory=set)
 
     @property
     def _federation(self) -> Path:
@@ -83,6 +85,7 @@ class Papers:
             content = json.loads(self._federation.read_text(encoding="utf-8"))
             self.run = bytes.fromhex(content["run"])
             self.places = {str(name): Place(**place) for name, place in content["sites"].items()}
+            self.reset = {int(number) for number in content["reset"]}
             if sorted(place.number for place in self.places.values()) != [*range(len(self.places))]:
                 raise ValueError("the sites' numbers are not 0, 1, 2, …")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -107,7 +110,14 @@ class Papers:
 
     def _save(self) -> None:
         sites = {name: asdict(place) for name, place in self.places.items()}
-        run_directory.write_json(self._federation, {"run": self.run.hex(), "sites": sites})
+        content = {"run": self.run.hex(), "reset": sorted(self.reset), "sites": sites}
+        run_directory.write_json(self._federation, content)
+
+    def note_reset(self, numbers: Set[int]) -> None:
+        """Keep who must start again, for a coordinator that begins anew."""
+        if self.reset != numbers:
+            self.reset = set(numbers)
+            self._save()
 
     def write_status(self, content: dict[str, Any]) -> None:
         """Replace `status.json`."""

@@ -6,7 +6,7 @@ server that was killed goes on from the file. It imports no PyTorch.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,7 +107,7 @@ class Server:
         self._rates: dict[int, float] = {}
         self._active: dict[int, NDArray[np.bool_]] = {}
         self._reports: dict[int, Report] = {}
-        self._digest_wanted = False
+        self._digest_wanted = self._unproven = False
         self._snapshot: Snapshot | None = None
         self._snapshot_giver = -1
         self._snapshot_takers: set[int] = set()
@@ -164,7 +164,9 @@ class Server:
         lacking = {client: self._lacking(client) for client in participants}
         # Whoever catches up proves that it has arrived where the others are.
         behind = any(len(entries) > 1 or start for start, entries in lacking.values())
-        self._digest_wanted = self.round % DIGEST_EVERY == 0 or behind or bool(self.reset)
+        due = self.round % DIGEST_EVERY == 0 or self._unproven
+        self._digest_wanted = due or behind or bool(self.reset)
+        self._unproven = False
         return {client: self._task(client, *lacking[client]) for client in participants}
 
     def _task(self, client: int, snapshot: bytes, entries: tuple[Entry, ...]) -> bytes:
@@ -186,7 +188,10 @@ class Server:
 
         For a client that was started again in the middle of a round.
         """
-        return self._task(client, *self._lacking(client))
+        snapshot, entries = self._lacking(client)
+        # The open round asks all for a proof or none; the next one makes up for it.
+        self._unproven = self._unproven or len(entries) > 1 or bool(snapshot)
+        return self._task(client, snapshot, entries)
 
     def visit(self, client: int) -> bytes:
         """An encoded task that only brings a client to the coming round, for it to evaluate."""
@@ -431,8 +436,8 @@ class Server:
         Clients whose state is not that of the majority are left out and told to start again.
 
         Raises:
-            QuorumError: too few clients have reported.
-            MessageError: clients disagree on the tuned state, and no majority tells who is right.
+            QuorumError: too few clients have reported, or they disagree on the tuned state and no
+                majority tells who is right.
         """
         reports = self._agreeing([self._reports[client] for client in sorted(self._reports)])
         if len(reports) < max(1, min(self.settings.quorum, len(self._rates))):
@@ -460,30 +465,42 @@ class Server:
     def agree(self, digests: Mapping[int, bytes]) -> set[int]:
         """The clients whose state is not that of most; they start again from the base.
 
+        Where no state is that of most, all do.
+
         Args:
             digests: of the tuned state that each client has at the beginning of the round.
 
         Raises:
-            MessageError: no state is that of most.
+            QuorumError: no state is that of most.
         """
-        (right, count), *others = Counter(digests.values()).most_common() or [(b"", 0)]
-        if not others:
+        if len(set(digests.values())) < 2:
+            if any(digests.values()):
+                self._snapshot_takers -= digests.keys()
             return set()
-        if 2 * count <= len(digests):
+        # Whoever began with a snapshot has its maker's state, and no voice of its own yet.
+        own = [d for client, d in digests.items() if client not in self._snapshot_takers]
+        voices = own or list(digests.values())
+        right, count = Counter(voices).most_common(1)[0]
+        if 2 * count <= len(voices):
+            self._start_again(digests)
             first, *rest = digests
             other = next(client for client in rest if digests[client] != digests[first])
-            raise MessageError(
+            raise QuorumError(
                 f"Clients {first} and {other} hold different tuned states "
                 f"({digests[first].hex()} and {digests[other].hex()}) in round {self.round}, and "
                 "no majority tells which is right. One of them has another base model or a damaged "
                 "state; it must start again from the base."
             )
         wrong = {client for client, digest in digests.items() if digest != right}
-        for client in wrong:
-            self.doubt_snapshot(client)
-        self.reset |= wrong
-        self.held.update(dict.fromkeys(wrong, 0))
+        self._start_again(wrong)
+        self._snapshot_takers -= digests.keys()
         return wrong
+
+    def _start_again(self, clients: Iterable[int]) -> None:
+        for client in clients:
+            self.doubt_snapshot(client)
+            self.reset.add(client)
+            self.held[client] = 0
 
     def _join(self, returned: Sequence[Returned]) -> Round:
         assert isinstance(self.method, Method)

@@ -198,6 +198,9 @@ class Site:
         )
 
     def _report(self, tuning: Tuning, task: Task, body: bytes) -> tuple[Kind, bytes]:
+        agreed = tuning.config.federation.rounds
+        if task.round >= agreed:
+            raise MessageError(f"Round {task.round + 1} was refused: the terms have {agreed}.")
         began = time.monotonic()
         steps = tuning.client(task.client).answer(body)
         try:

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
@@ -26,6 +26,8 @@ from fedforward.errors import FedForwardError
 SITES = "/v1/fleet/"
 #: Bytes that a request may have: a snapshot of an adapter, with room.
 LARGEST = 1 << 30
+#: Bytes of all unfinished requests together: whoever reaches the port can begin one.
+MOST_HELD = 2 << 30
 _OWN_HOP = {"host", "connection", "keep-alive", "transfer-encoding", "content-length", "upgrade"}
 #: Seconds for the gate to open, and for the engine to answer.
 PATIENCE = 60.0
@@ -60,6 +62,7 @@ class Gate:
         """
         self.received = self.sent = self.turned_away = 0
         self.ready = False
+        self._held = 0
         self._client = httpx.AsyncClient(
             base_url=engine, verify=trust or False, timeout=PATIENCE, trust_env=False
         )
@@ -121,16 +124,26 @@ class Gate:
             await asyncio.sleep(0.1)
         if not self.ready:
             return PlainTextResponse("fedforward: the server is being started\n", 503)
-        parts, size = [], 0
-        async for part in request.stream():
-            size += len(part)
-            if size > LARGEST:
-                return PlainTextResponse("fedforward: the request is too large\n", 413)
-            parts.append(part)
-        self.received += size
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async for part in request.stream():
+                size += len(part)
+                self._held += len(part)
+                if size > LARGEST or self._held > MOST_HELD:
+                    return PlainTextResponse("fedforward: too much at once\n", 413)
+                parts.append(part)
+            return await self._hand_on(request, b"".join(parts))
+        except ClientDisconnect:
+            return PlainTextResponse("fedforward: the request broke off\n", 400)
+        finally:
+            self._held -= size
+
+    async def _hand_on(self, request: Request, body: bytes) -> Response:
+        self.received += len(body)
         headers = {k: v for k, v in request.headers.items() if k.lower() not in _OWN_HOP}
         try:
-            answer = await self._client.post(path, content=b"".join(parts), headers=headers)
+            answer = await self._client.post(request.url.path, content=body, headers=headers)
         except httpx.HTTPError:
             return PlainTextResponse("fedforward: the engine is being started again\n", 503)
         self.sent += len(answer.content)

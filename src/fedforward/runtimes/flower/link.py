@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ MESSAGE = "query.letter"
 LOOK = 1.0
 #: Seconds between two looks at what has been answered, and in how many groups at once.
 PULL, GROUPS = 0.3, 16
+#: How often an answer that cannot be read is looked at again.
+FAILURES = 3
 #: Letters that are pushed at once.
 TOGETHER = 100
 #: Seconds that a letter may take, both ways.
@@ -73,6 +76,7 @@ class GridLink:
         self._out: list[tuple[str, Any]] = []
         self._lost: list[Arrival] = []
         self._pulls: list[_Pull] = []
+        self._failures: Counter[str] = Counter()
         self._pulled = 0.0
 
     def present(self) -> Sequence[str]:
@@ -112,22 +116,38 @@ class GridLink:
     def receive(self) -> Sequence[Arrival]:
         """Push what is to go, and return whatever has been answered since the last call."""
         self._push()
-        arrived, self._lost = self._lost, []
+        arrived = self._taken()
         for pull in [pull for pull in self._pulls if pull.done]:
             self._pulls.remove(pull)
             if pull.error is not None:
-                raise pull.error
+                self._retry(pull)
             arrived += [a for m in pull.messages if (a := self._arrival(m)) is not None]
         now = time.monotonic()
         if now - self._pulled >= PULL:
             self._pulled = now
             asked = {number for pull in self._pulls for number in pull.numbers}
             idle = [number for number in self._pending if number not in asked]
+            alone = [number for number in idle if number in self._failures]
+            idle = [number for number in idle if number not in self._failures]
             groups = [idle[begin::GROUPS] for begin in range(min(GROUPS, len(idle)))]
+            groups += [[number] for number in alone[:GROUPS]]
             self._pulls += [_Pull(self.grid, group) for group in groups]
-        return arrived
+        return [*arrived, *self._taken()]
+
+    def _retry(self, pull: _Pull) -> None:
+        """One answer that cannot be read must not cost the others theirs: each is pulled alone."""
+        for number in pull.numbers:
+            self._failures[number] += 1
+            if self._failures[number] > FAILURES and number in self._pending:
+                site = self._pending.pop(number)
+                self._lost.append(Arrival(site, error=f"its answer cannot be read: {pull.error}"))
+
+    def _taken(self) -> list[Arrival]:
+        lost, self._lost = self._lost, []
+        return lost
 
     def _arrival(self, message: Any) -> Arrival | None:
+        self._failures.pop(message.metadata.reply_to_message_id, None)
         site = self._pending.pop(message.metadata.reply_to_message_id, None)
         if site is None:
             return None

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +30,8 @@ from fedforward.runtimes.supervision import Child, Supervisor, free_port
 
 #: Seconds between looks at the run and at the keys of sites.
 LOOK, LOOK_AT_KEYS = 0.5, 5.0
+#: Seconds after which a key that was not taken is tried again.
+RETRY = 60.0
 #: Seconds for the engine to start, and for the coordinator to begin or to be seen again.
 PATIENCE = 90.0
 #: How often a run is begun again without getting a round further.
@@ -103,6 +106,9 @@ def serve(
         tell("the run was over already")
         return over
     Papers(directory).open(config, resume)
+    # Every site has a connection or two.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with _alone(directory), Supervisor() as supervisor:
         return _Service(config, directory, door, supervisor, listener, tell).run()
 
@@ -325,36 +331,58 @@ class _Keys:
         self.known: dict[str, dict[str, Any]] = {}
         if record.is_file():
             self.known = json.loads(record.read_text(encoding="utf-8"))
-        self.complaints: dict[str, str] = {}
+        self.complaints: dict[tuple[str, str], str] = {}
+        self.tried: dict[tuple[str, str], float] = {}
 
     def look(self) -> None:
         """Let in new keys, and no longer those that are gone or were replaced."""
         if self.folder is None or not self.folder.is_dir():
             return
-        found = {
-            path.stem: (path, hashlib.sha256(path.read_bytes()).hexdigest())
-            for path in sorted(self.folder.glob("*.pub"))
-        }
+        found = self._read(self.folder)
         for name in [n for n in self.known if found.get(n, ("", ""))[1] != self.known[n]["key"]]:
-            with suppress(FedForwardError):
+            try:
                 self.flower.unregister(self.known[name]["node"])
+            except FedForwardError as error:
+                # Until it has worked, the site is still let in; the next look tries again.
+                self._complain(name, "", f"its key cannot be taken away: {error}")
+                continue
             self.tell(f"site {name}: its key was taken away")
             del self.known[name]
             self._save()
+        now = time.monotonic()
         new = {
             name: path
             for name, (path, key) in found.items()
-            if name not in self.known and self.complaints.get(name) != key
+            if name not in self.known and now - self.tried.get((name, key), -RETRY) >= RETRY
         }
-        for name, node in self.flower.register(new).items():
-            key = found[name][1]
+        self.tried |= {(name, found[name][1]): now for name in new}
+        try:
+            nodes = self.flower.register(new)
+        except FedForwardError as error:
+            nodes = {name: str(error) for name in new}
+        for name, node in nodes.items():
             if isinstance(node, str):
-                self.complaints[name] = key
-                self.tell(f"site {name}: its key {new[name]} cannot be used: {node}")
+                self._complain(name, found[name][1], f"its key {new[name]} is not taken: {node}")
             else:
-                self.known[name] = {"key": key, "node": node}
-        if new:
+                self.known[name] = {"key": found[name][1], "node": node}
+        if nodes:
             self._save()
+
+    def _read(self, folder: Path) -> dict[str, tuple[Path, str]]:
+        """The public keys that are there: file and fingerprint, by name."""
+        found = {}
+        for path in sorted(folder.glob("*.pub")):
+            try:
+                found[path.stem] = (path, hashlib.sha256(path.read_bytes()).hexdigest())
+            except OSError as error:
+                self._complain(path.stem, "", f"its key {path} cannot be read: {error.strerror}")
+        return found
+
+    def _complain(self, name: str, key: str, words: str) -> None:
+        """Say what is wrong with a site's key, once."""
+        if self.complaints.get((name, key)) != words:
+            self.complaints[name, key] = words
+            self.tell(f"site {name}: {words}")
 
     def _save(self) -> None:
         write_json(self.record, self.known)
