@@ -131,7 +131,7 @@ class Cluster:
         }
         for key, value in changes.items():
             section, _, name = key.partition("__")
-            content[section][name] = value
+            content.setdefault(section, {})[name] = value
         (folder / "run.toml").write_text(to_toml(content), encoding="utf-8")
         for number, name in enumerate(self.sites):
             self.write_site(name, number)

@@ -7,6 +7,7 @@ written to the JSON file that the environment variable FEDFORWARD_CLUSTER_FIGURE
 import json
 import os
 import shutil
+import signal
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -190,6 +191,41 @@ def test_one_joins_late_and_one_leaves(tmp_path: Path) -> None:
         for name in ("b", "c"):
             assert cluster.kept(name)["digest"] == summary["state_digest"]
         assert not (tmp_path / "a" / "state.json").exists()
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(1200)
+def test_a_straggler_is_not_waited_for_beyond_the_deadline(
+    tmp_path: Path, libraries_are_no_garbage: None
+) -> None:
+    """One site hangs in a round and comes to itself later; the other alone evaluates."""
+    from fedforward import artefacts
+
+    changes = {"federation__rounds": 16, "federation__quorum": 1, "federation__deadline": 30.0}
+    changes |= {"evaluation__site": "a", "method__local_steps": 20}
+    with Cluster(tmp_path, "ab", **changes) as cluster:
+        begin(cluster)
+        cluster.wait_for_round(1)
+        hanging = cluster.pid("worker", "b")
+        os.kill(hanging, signal.SIGSTOP)
+        done = cluster.committed
+        cluster.wait_for_round(done + 3)
+        os.kill(hanging, signal.SIGCONT)
+        summary = cluster.finish()
+        lines = [json.loads(x) for x in (cluster.out / "metrics.jsonl").read_text().splitlines()]
+        counted = [line["clients"] for line in lines if "clients" in line]
+        assert {"asked": 2, "reported": 1, "late": 0} in counted
+        assert sum(clients["late"] for clients in counted) == 1
+        for name in cluster.sites:
+            assert cluster.kept(name)["digest"] == summary["state_digest"]
+        assert "held-out loss" in cluster.log("a") and "held-out loss" not in cluster.log("b")
+        # Any site can make the adapter from a copy of the server's folder.
+        result = artefacts.verify(cluster.out, str(MODEL))
+        assert result.differences == [] and result.state_digest == summary["state_digest"]
+        name = "adapter_model.safetensors"
+        artefacts.export(cluster.out, tmp_path / "made", merge=False, base=str(MODEL))
+        kept = (tmp_path / "b" / "adapter" / name).read_bytes()
+        assert (tmp_path / "made" / name).read_bytes() == kept
 
 
 @pytest.mark.cluster

@@ -1251,11 +1251,7 @@ def test_a_snapshot_does_not_vote(world: Any) -> None:
     """Its maker and two that began with it are not a majority over the one that did not."""
     found = world(
         names="abcd",
-        lora__rank=1,
-        lora__targets=["v_proj"],
-        model__blocks=[0],
-        method__directions=20,
-        method__learning_rate=1e-5,
+        **SNAPSHOTS_PAY,
         federation__clients=2,
         federation__rounds=9,
         run__evaluate_every=9,
@@ -1303,6 +1299,15 @@ def test_blocks_in_turn_where_not_all_can_be_perturbed(world: Any) -> None:
 
 # Blocks and snapshots.
 
+#: Few tuned tensors and many scalars a round.
+SNAPSHOTS_PAY: dict[str, Any] = {
+    "lora__rank": 1,
+    "lora__targets": ["v_proj"],
+    "model__blocks": [0],
+    "method__directions": 20,
+    "method__learning_rate": 1e-5,
+}
+
 
 def test_blocks_are_planned_again_for_whoever_is_there(world: Any) -> None:
     """While a site with few blocks is away, the others have all between them."""
@@ -1342,11 +1347,7 @@ def test_blocks_that_nobody_is_there_for_rest(world: Any) -> None:
 def test_a_late_site_is_sent_a_snapshot_where_that_is_less(world: Any, hangs: bool) -> None:
     found = world(
         names="abcd",
-        lora__rank=1,
-        lora__targets=["v_proj"],
-        model__blocks=[0],
-        method__directions=20,
-        method__learning_rate=1e-5,
+        **SNAPSHOTS_PAY,
         federation__deadline=20.0,
         federation__rounds=8,
         run__evaluate_every=8,
@@ -1367,11 +1368,7 @@ def test_a_late_site_is_sent_a_snapshot_where_that_is_less(world: Any, hangs: bo
 def test_a_wrong_snapshot_is_not_sent_again(world: Any) -> None:
     found = world(
         names="abcd",
-        lora__rank=1,
-        lora__targets=["v_proj"],
-        model__blocks=[0],
-        method__directions=20,
-        method__learning_rate=1e-5,
+        **SNAPSHOTS_PAY,
         federation__rounds=9,
         run__evaluate_every=9,
     )

@@ -71,6 +71,24 @@ class RunDirectory:
         if not os.access(self.path, os.W_OK):
             raise FedForwardError(f"{self.path} cannot be written. Choose another --out.")
 
+    def continues(self, config: Config, resume: bool) -> bool:
+        """Whether a run that was started here is to be continued; else the folder is claimed.
+
+        Raises:
+            FedForwardError: there is one and `resume` is not asked for, or it is another's; or the
+                folder cannot be used.
+        """
+        if not self.started:
+            self.claim()
+            return False
+        if not resume:
+            raise FedForwardError(
+                f"{self.path} holds a run already. Continue it with --resume, or choose another "
+                "--out."
+            )
+        self.check_same(config)
+        return True
+
     def start(self, config: Config, plan: ProbePlan | None = None) -> None:
         """Write what the run is, before its first round.
 

@@ -101,13 +101,7 @@ class Session:
     def _claim(self, resume: bool) -> ProbePlan:
         """Make the run directory ours, or refuse it; returns the plan of the run."""
         directory = self.directory
-        if directory.started:
-            if not resume:
-                raise FedForwardError(
-                    f"{directory.path} holds a run already. Continue it with --resume, or choose "
-                    "another --out."
-                )
-            directory.check_same(self.config)
+        if directory.continues(self.config, resume):
             plan = directory.load()[1]
             device = experiment.resolve_device(self.config.run.device)
             if device.split(":")[0] != plan.device.split(":")[0]:
@@ -117,7 +111,6 @@ class Session:
                     "bits. Resume it on such a device."
                 )
             return plan
-        directory.claim()
         return experiment.resolve_plan(self.config)
 
     def _open_ledger(self) -> Ledger:

@@ -275,8 +275,8 @@ class Coordinator:
         """How many blocks each site that was ever taken in can perturb, by number."""
         assert self.identity is not None
         blocks = len(self.identity.layout.blocks)
-        places = sorted(self.papers.places.values(), key=lambda place: place.number)
-        return [min(place.active_blocks or blocks, blocks) for place in places]
+        places = self.papers.by_number()
+        return [min(place.active_blocks or blocks, blocks) for _, place in places]
 
     def _resting(self) -> int:
         """Blocks that all sites together cannot perturb, for a method that allots blocks."""
@@ -295,8 +295,7 @@ class Coordinator:
             examples = [1] * len(examples)
         key = (tuple(active), tuple(examples))
         if self._allocator is None or self._allocator[0] != key:
-            by_number = sorted(self.papers.places.items(), key=lambda item: item[1].number)
-            names = [name for name, _ in by_number]
+            names = [name for name, _ in self.papers.by_number()]
             planner = counted(
                 self.config.planning,
                 self.identity.layout,

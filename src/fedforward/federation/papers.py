@@ -65,16 +65,9 @@ class Papers:
             FedForwardError: the folder holds another run, or none that can be continued.
         """
         directory = self.directory
-        if directory.started:
-            if not resume:
-                raise FedForwardError(
-                    f"{directory.path} holds a run already. Continue it with --resume, or choose "
-                    "another --out."
-                )
-            directory.check_same(config)
+        if directory.continues(config, resume):
             self._read()
         else:
-            directory.claim()
             self.run = os.urandom(RUN_BYTES)
             self._save()
             directory.start(config)
@@ -104,9 +97,13 @@ class Papers:
         if self.places != before:
             self._save()
 
+    def by_number(self) -> list[tuple[str, Place]]:
+        """Names and places of all sites, by number."""
+        return sorted(self.places.items(), key=lambda item: item[1].number)
+
     def examples(self) -> list[int]:
         """Training examples of all sites, by number."""
-        return [place.examples for place in sorted(self.places.values(), key=lambda p: p.number)]
+        return [place.examples for _, place in self.by_number()]
 
     def _save(self) -> None:
         sites = {name: asdict(place) for name, place in self.places.items()}
