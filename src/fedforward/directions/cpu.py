@@ -25,7 +25,7 @@ from fedforward.directions.specification import (
 )
 from fedforward.steps import Steps
 
-#: Seeds whose words are kept at once; bounds the scratch of a thread to half a megabyte.
+#: Seeds whose words are kept at once; bounds the scratch of a thread to 64 KiB.
 SEEDS_AT_ONCE = 128
 #: Below this many tile-seeds a second thread costs more than it saves.
 THREADING_THRESHOLD = 64
@@ -62,15 +62,25 @@ def _philox(words, calls, tile, stream, seed):  # type: ignore[no-untyped-def]
         words[3 * calls + k] = c3
 
 
+@intrinsic
+def _shift_left(context, word, count):  # type: ignore[no-untyped-def]
+    """word << count in 32 bits, count below 32; numba's own widens to 64 and halves the lanes."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.shl(*arguments)
+
+    return types.uint32(types.uint32, types.uint32), generate
+
+
 @njit(inline="always")
 def _signed(c, word, shift):  # type: ignore[no-untyped-def]
     """The float32 with the bits `c`, its sign flipped where bit 31 of `word << shift` is set."""
-    return np.uint32(c ^ (uint32(word << shift) & uint32(0x80000000))).view(np.float32)
+    return np.uint32(c ^ (_shift_left(word, shift) & uint32(0x80000000))).view(np.float32)
 
 
 @njit(inline="always")
 def _add_rademacher(acc, words, seeds, bits, start, stop, tile, stream):  # type: ignore[no-untyped-def]
-    """acc[64 j + i] += ±c for the seeds start..stop, in order; bits are the coefficients' bits."""
+    """acc[j, i] += ±c for the seeds start..stop, in order; bits are the coefficients' bits."""
     count = stop - start
     for s in range(count):
         _philox(words[s], 16, tile, stream, seeds[start + s])
@@ -101,45 +111,53 @@ def _add_rademacher(acc, words, seeds, bits, start, stop, tile, stream):  # type
 
 
 @njit(inline="always")
-def _add_gaussian(acc, words, seeds, bits, start, stop, tile, stream, table):  # type: ignore[no-untyped-def]
-    """acc[1024 j + i] += c z for the seeds start..stop, in order; two roundings, never fused."""
-    for s in range(start, stop):
-        c = np.uint32(bits[s]).view(np.float32)
-        _philox(words, 256, tile, stream, seeds[s])
-        for i in range(1024):
-            w = words[i]
-            low = c * table[w & uint32(0x7FFF)]
-            high = c * table[(w >> uint32(16)) & uint32(0x7FFF)]
-            low_bits = np.float32(low).view(np.uint32) ^ (
-                uint32(w << uint32(16)) & uint32(0x80000000)
-            )
-            high_bits = np.float32(high).view(np.uint32) ^ (w & uint32(0x80000000))
-            acc[i] += np.uint32(low_bits).view(np.float32)
-            acc[1024 + i] += np.uint32(high_bits).view(np.float32)
+def _gaussian(z, words, tile, stream, seed, table):  # type: ignore[no-untyped-def]
+    """z[:] = a Gaussian tile; table holds the bits of the half-normal quantiles.
+
+    The look-ups stand alone, as they are the only part that is done one number at a time.
+    """
+    raw = z.view(np.uint32)
+    _philox(words, 256, tile, stream, seed)
+    for i in range(1024):
+        w = words[i]
+        raw[i] = table[w & uint32(0x7FFF)]
+        raw[1024 + i] = table[(w >> uint32(16)) & uint32(0x7FFF)]
+    for i in range(1024):
+        w = words[i]
+        raw[i] ^= uint32(w << uint32(16)) & uint32(0x80000000)
+        raw[1024 + i] ^= w & uint32(0x80000000)
 
 
 @njit(inline="always")
-def _both_signs(plus, minus, acc, words, wide, seed, bits, gaussian, tile, stream, table):  # type: ignore[no-untyped-def]
+def _add_gaussian(acc, scratch, seeds, bits, start, stop, tile, stream, table):  # type: ignore[no-untyped-def]
+    """acc[i] += c z[i] for the seeds start..stop, in order; two roundings, never fused."""
+    _, wide, z = scratch
+    for s in range(start, stop):
+        c = np.uint32(bits[s]).view(np.float32)
+        _gaussian(z, wide, tile, stream, seeds[s], table)
+        for i in range(TILE):
+            acc[i] += c * z[i]
+
+
+@njit(inline="always")
+def _both_signs(  # type: ignore[no-untyped-def]
+    plus, minus, acc, scratch, seed, bits, gaussian, tile, stream, table
+):
     """plus = acc + c z and minus = acc - c z for one seed on one tile; z is made once."""
+    words, wide, z = scratch
     if gaussian:
         c = np.uint32(bits).view(np.float32)
-        _philox(wide, 256, tile, stream, seed)
-        for i in range(1024):
-            w = wide[i]
-            low = np.float32(c * table[w & uint32(0x7FFF)]).view(np.uint32)
-            high = np.float32(c * table[(w >> uint32(16)) & uint32(0x7FFF)]).view(np.uint32)
-            low ^= uint32(w << uint32(16)) & uint32(0x80000000)
-            high ^= w & uint32(0x80000000)
-            plus[i] = acc[i] + np.uint32(low).view(np.float32)
-            minus[i] = acc[i] - np.uint32(low).view(np.float32)
-            plus[1024 + i] = acc[1024 + i] + np.uint32(high).view(np.float32)
-            minus[1024 + i] = acc[1024 + i] - np.uint32(high).view(np.float32)
+        _gaussian(z, wide, tile, stream, seed, table)
+        for i in range(TILE):
+            p = c * z[i]
+            plus[i] = acc[i] + p
+            minus[i] = acc[i] - p
         return
-    _philox(words, 16, tile, stream, seed)
+    _philox(words[0], 16, tile, stream, seed)
     for j in range(32):
         shift = uint32(31 - j)
         for i in range(64):
-            p = _signed(bits, words[i], shift)
+            p = _signed(bits, words[0, i], shift)
             plus[64 * j + i] = acc[64 * j + i] + p
             minus[64 * j + i] = acc[64 * j + i] - p
 
@@ -229,13 +247,35 @@ def _store(out, code, acc):  # type: ignore[no-untyped-def]
 def _store_dithered(out, code, acc, words):  # type: ignore[no-untyped-def]
     """out[i] = acc[i], rounded by the dither of i: half i // 1024 of word i % 1024."""
     for first in range(0, len(out), 1024):
-        shift = uint32(16 if first else 0)
+        shift = uint32(0 if first else 16)
         for i in range(min(1024, len(out) - first)):
-            noise = uint32(words[i] >> shift) & uint32(0xFFFF)
+            noise = uint32(_shift_left(words[i], shift) >> uint32(16))
             if code == BFLOAT16:
                 out[first + i] = _dithered_bfloat16(acc[first + i], noise)
             else:
                 out[first + i] = _dithered_float16(acc[first + i], noise)
+
+
+@njit(inline="always")
+def _scratch():  # type: ignore[no-untyped-def]
+    """What a thread works in: words of Rademacher seeds, words of a Gaussian one, and its z."""
+    return (
+        np.empty((SEEDS_AT_ONCE, 64), np.uint32),
+        np.empty(1024, np.uint32),
+        np.empty(TILE, np.float32),
+    )
+
+
+@njit(inline="always")
+def _add(acc, scratch, seeds, bits, start, stop, gaussian, tile, stream, table):  # type: ignore[no-untyped-def]
+    """acc += the steps start..stop on one tile, in order."""
+    if gaussian:
+        _add_gaussian(acc, scratch, seeds, bits, start, stop, tile, stream, table)
+    else:
+        rows = acc.reshape(32, 64)
+        for first in range(start, stop, SEEDS_AT_ONCE):
+            last = min(first + SEEDS_AT_ONCE, stop)
+            _add_rademacher(rows, scratch[0], seeds, bits, first, last, tile, stream)
 
 
 @njit(nogil=True, cache=True)
@@ -248,10 +288,9 @@ def _commit(  # type: ignore[no-untyped-def]
     Round r ends at step ends[r]. Between rounds the values are those that `out` would hold.
     """
     acc = np.zeros(TILE, np.float32)
-    rows = acc.reshape(32, 64)
     before = np.zeros(TILE, np.float32)
-    words = np.empty((SEEDS_AT_ONCE, 64), np.uint32)
-    wide = np.empty(1024, np.uint32)
+    scratch = _scratch()
+    noise = np.empty(1024, np.uint32)
     total = len(weights)
     changed = 0
     for tile in range(begin_tile, end_tile):
@@ -267,17 +306,12 @@ def _commit(  # type: ignore[no-untyped-def]
             if decays[r] != np.float32(1.0):
                 for i in range(TILE):
                     acc[i] = decays[r] * acc[i]
-            if gaussian:
-                _add_gaussian(acc, wide, seeds, bits, step, ends[r], number, stream, table)
-            else:
-                for start in range(step, ends[r], SEEDS_AT_ONCE):
-                    stop = min(start + SEEDS_AT_ONCE, ends[r])
-                    _add_rademacher(rows, words, seeds, bits, start, stop, number, stream)
+            _add(acc, scratch, seeds, bits, step, ends[r], gaussian, number, stream, table)
             step = ends[r]
             if out_code != FLOAT32:
                 if dithered:
-                    _philox(wide, 256, number, DITHER, dither_seeds[r])
-                    _store_dithered(target, out_code, acc, wide)
+                    _philox(noise, 256, number, DITHER, dither_seeds[r])
+                    _store_dithered(target, out_code, acc, noise)
                 else:
                     _store(target, out_code, acc)
                 _load(acc, target, out_code)
@@ -302,14 +336,13 @@ def _displace(  # type: ignore[no-untyped-def]
     acc = np.zeros(TILE, np.float32)
     own = np.zeros(TILE, np.float32)
     other = np.zeros(TILE, np.float32)
-    words = np.empty((SEEDS_AT_ONCE, 64), np.uint32)
-    wide = np.empty(1024, np.uint32)
+    scratch = _scratch()
     for piece in range(begin, end):
         skip, count, place = skips[piece], counts[piece], places[piece]
         source = tiles[piece] * TILE + skip
         number = uint64(first_tile + tiles[piece])
         _load(acc[skip : skip + count], weights[source : source + count], weights_code)
-        _add(acc, words, wide, seeds, bits, 0, len(seeds), gaussian, number, stream, table)
+        _add(acc, scratch, seeds, bits, 0, len(seeds), gaussian, number, stream, table)
         step = 0
         g = 0
         while g < len(ends):
@@ -322,7 +355,7 @@ def _displace(  # type: ignore[no-untyped-def]
                 and own_bits[step] == own_bits[step + 1] ^ uint32(0x80000000)
             ):
                 _both_signs(
-                    own, other, acc, words[0], wide, own_seeds[step], own_bits[step],
+                    own, other, acc, scratch, own_seeds[step], own_bits[step],
                     gaussian, number, stream, table,
                 )  # fmt: skip
                 _store(target, out_code, own[skip : skip + count])
@@ -331,31 +364,19 @@ def _displace(  # type: ignore[no-untyped-def]
             elif g == len(ends) - 1:
                 # Nobody else needs the shared sum.
                 _add(
-                    acc, words, wide, own_seeds, own_bits, step, ends[g],
+                    acc, scratch, own_seeds, own_bits, step, ends[g],
                     gaussian, number, stream, table,
                 )  # fmt: skip
                 _store(target, out_code, acc[skip : skip + count])
             else:
                 own[:] = acc
                 _add(
-                    own, words, wide, own_seeds, own_bits, step, ends[g],
+                    own, scratch, own_seeds, own_bits, step, ends[g],
                     gaussian, number, stream, table,
                 )  # fmt: skip
                 _store(target, out_code, own[skip : skip + count])
             step = ends[g]
             g += 1
-
-
-@njit(inline="always")
-def _add(acc, words, wide, seeds, bits, start, stop, gaussian, tile, stream, table):  # type: ignore[no-untyped-def]
-    """acc += the steps start..stop on one tile, in order."""
-    if gaussian:
-        _add_gaussian(acc, wide, seeds, bits, start, stop, tile, stream, table)
-    else:
-        rows = acc.reshape(32, 64)
-        for first in range(start, stop, SEEDS_AT_ONCE):
-            last = min(first + SEEDS_AT_ONCE, stop)
-            _add_rademacher(rows, words, seeds, bits, first, last, tile, stream)
 
 
 @cache
@@ -435,7 +456,7 @@ def commit(
         coefficients.view(np.uint32),
         np.array(ends, np.int64),
         distribution is Distribution.GAUSSIAN,
-        half_normal_table(),
+        half_normal_table().view(np.uint32),
         first_tile,
     )
     noise = np.array(dither_seeds if dithered else (), np.uint64)
@@ -498,7 +519,7 @@ def displace(
         bits,
         ends,
         distribution is Distribution.GAUSSIAN,
-        half_normal_table(),
+        half_normal_table().view(np.uint32),
         first_tile,
         *pieces,
     )
