@@ -7,8 +7,11 @@ A network of each shape with random weights, in a process of its own, is calibra
 of `BATCHES`; then the peak of a step's probes is counted for these and for `OTHERS`, which the
 calibration has not seen, with late, early and all blocks active. The figures are bytes of tensors
 alive: `whole` begins where there was no network, `above` where its weights (and LoRA's adapters)
-were there. With `--device cuda` they are the allocator's. The table shows, for each choice of
-blocks, the batch whose prediction is furthest off above the weights; `--json` has all of them.
+were there. With `--device cuda` they are the allocator's. `--resting host` does the same with the
+blocks that are not active in host memory (`model.resting`), where `above` counts the blocks on the
+device too; on the CPU what waits is tensors alive as well, and is taken off. The table shows, for
+each choice of blocks, the batch whose prediction is furthest off above the weights; `--json` has
+all of them.
 
 The reach is 10 % of the whole peak, and of what is above the weights.
 """
@@ -124,32 +127,45 @@ def child(spec: dict[str, Any]) -> list[Row]:
     del network
     gc.collect()
     gc.freeze()
-    kinds = [(tune, trajectory) for tune in arguments.tune for trajectory in KINDS[tune]]
+    kinds = [
+        (tune, trajectory, resting)
+        for resting in arguments.resting
+        for tune in arguments.tune
+        for trajectory in KINDS[tune]
+    ]
     found = [row for kind in kinds for row in compare(arguments, *kind)]
     gc.unfreeze()
     return found
 
 
-def compare(arguments: argparse.Namespace, tune: str, trajectory: str) -> list[Row]:
+def compare(arguments: argparse.Namespace, tune: str, trajectory: str, resting: str) -> list[Row]:
     """Predicted and measured peaks of one way of tuning."""
     device = arguments.device
     before = common.bytes_now(device)
     network = load(arguments.model, device) if arguments.model else build(arguments.shape, device)
     make = common.lora_model if tune == "lora" else common.full_model
     model = make(network, "rademacher", common.make_plan(arguments, 2, trajectory))
+    waiting = 0
+    if resting == "host":
+        model.rest_on_host()
+        assert model.residency is not None
+        waiting = sum(model.residency.sizes) if device == "cpu" else 0
     memory = calibrate(model, BATCHES)
-    weights = memory.outside + sum(memory.residents) + memory.adapters
+    weights = memory.outside + memory.adapters
+    weights += sum(memory.residents) if resting == "device" else 0
+    kind = tune if tune == "lora" else f"{tune} {trajectory}"
+    kind += ", rest on host" if resting == "host" else ""
     vocabulary = network.get_input_embeddings().weight.shape[0]
     results: list[Row] = []
     for rows, length in (*BATCHES, *OTHERS):
         tokens = np.arange(rows * length).reshape(rows, length) % vocabulary
         for title, active in choices(model).items():
-            measured = measure(model, TokenBatch(tokens, tokens), active) - before
+            measured = measure(model, TokenBatch(tokens, tokens), active) - before - waiting
             predicted = memory.peak(active, rows, length)
             error, above = (predicted / measured, (predicted - weights) / (measured - weights))
             results.append(
                 {
-                    "kind": tune if tune == "lora" else f"{tune} {trajectory}",
+                    "kind": kind,
                     "rows": rows,
                     "length": length,
                     "seen": "yes" if (rows, length) in BATCHES else "no",
@@ -169,6 +185,9 @@ def compare(arguments: argparse.Namespace, tune: str, trajectory: str) -> list[R
 def measure(model: CausalModel, batch: TokenBatch, active: NDArray[np.bool_]) -> int:
     """Peak bytes of the two probes of a step in the middle of a round."""
     probes = step_probes([batch], 2, 2, common.MU, active)
+    if model.residency is not None:
+        # The blocks of the last choice leave, and those of this one come.
+        model.evaluate(probes)
     model.forget()
     peak = peak_bytes(lambda: model.evaluate(probes))
     model.forget()
@@ -186,7 +205,7 @@ def bound(memory: MemoryModel, active: NDArray[np.bool_], rows: int, length: int
 def rows(arguments: argparse.Namespace) -> Iterator[Row]:
     for shape in arguments.shapes:
         common.note(shape)
-        names = ("model", "tune", "device", "threads")
+        names = ("model", "tune", "resting", "device", "threads")
         spec = {name: getattr(arguments, name) for name in names} | {"shape": shape}
         command = [sys.executable, __file__, "--child", json.dumps(spec)]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
@@ -231,6 +250,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES))
     parser.add_argument("--tune", nargs="+", choices=("lora", "full"), default=["lora", "full"])
+    parser.add_argument(
+        "--resting", nargs="+", choices=("device", "host"), default=["device", "host"]
+    )
     parser.add_argument("--model", help="a folder, in place of the shapes")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)

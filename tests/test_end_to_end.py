@@ -188,6 +188,21 @@ def test_an_extended_run_that_stopped_verifies(
     assert result.differences == [] and result.rounds == 5 and not result.saved
 
 
+def test_a_model_that_is_spread_otherwise_is_refused_on_resume(
+    configure: Configure, carry_out: CarryOut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The placement of `model.device_map` is in the plan, as losses depend on it."""
+    spread = "embeddings on 0, layers.1 on cpu"
+    monkeypatch.setattr(session, "placement", lambda network: spread)
+    carry_out(configure(federation__rounds=1), tmp_path / "run")
+    plan = json.loads((tmp_path / "run/plan.json").read_text())
+    assert plan["placement"] == spread
+    carry_out(configure(federation__rounds=2), tmp_path / "run", resume=True)
+    monkeypatch.undo()
+    with pytest.raises(FedForwardError, match=rf"on {spread}, and here it is on one device"):
+        carry_out(configure(federation__rounds=3), tmp_path / "run", resume=True)
+
+
 def test_changed_data_are_refused_on_resume(
     configure: Configure, carry_out: CarryOut, tmp_path: Path, rows: Path
 ) -> None:

@@ -301,6 +301,13 @@ def apart(path: str, dtype: str, names: list[str], scratch: Path) -> Any:
     return network.eval().requires_grad_(False)
 
 
+def test_where_a_network_is_spread_is_described(tmp_path: Path) -> None:
+    spread = apart(str(DEMO_MODEL), "float32", ["model.layers.1"], tmp_path)
+    words = loading.placement(spread).split(", ")
+    assert "model.layers.1 on disk" in words and words[0] == "model.embed_tokens on cpu"
+    assert loading.placement(loading.load(str(DEMO_MODEL), "float32", "cpu")[0]) == ""
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("names", [["model.layers.1"], ["model.embed_tokens", "lm_head"]])
 def test_weights_that_wait_for_their_turn(tmp_path: Path, dtype: str, names: list[str]) -> None:

@@ -61,6 +61,11 @@ class ModelSection(Section):
     device_map: Literal["none", "auto"] = Field(
         "none", description='"auto" spreads a frozen base over all CUDA devices and host memory'
     )
+    resting: Literal["device", "host"] = Field(
+        "device",
+        description="where transformer blocks wait that a client does not perturb; from host "
+        "memory they come to the CUDA device in turn (without one there is nothing to move)",
+    )
 
     @property
     def tuned_blocks(self) -> tuple[int, ...] | None:
@@ -86,6 +91,16 @@ class ModelSection(Section):
                 f"blocks = {self.blocks!r} is not allowed: it must be 'all', a range such as "
                 "'8-15', or a list of whole numbers from 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _what_rests_on_the_host_is_plain(self) -> "ModelSection":
+        for key, value in (("quantization", self.quantization), ("device_map", self.device_map)):
+            if self.resting == "host" and value != "none":
+                raise ValueError(
+                    f"resting = 'host' moves plain weights of one device, and {key} = {value!r}; "
+                    f"use resting = 'device' or {key} = 'none'"
+                )
         return self
 
     @model_validator(mode="after")
@@ -484,6 +499,15 @@ class Config(Section):
                 f"model.device_map = 'auto' takes all CUDA devices, and run.device = "
                 f"{self.run.device!r} names one; use run.device = 'auto', or model.device_map = "
                 "'none'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_rest_from_probes(self) -> "Config":
+        if self.model.resting == "host" and self.method.name == "fedavg":
+            raise ValueError(
+                "model.resting = 'host' is for blocks that probes do not move, and method.name = "
+                "'fedavg' has no probes; use model.resting = 'device'"
             )
         return self
 

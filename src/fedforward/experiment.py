@@ -279,9 +279,15 @@ def _load(config: Config, device: str, classes: Sequence[str]) -> tuple[Any, Any
         device,
         quantization=config.model.quantization,
         device_map=config.model.device_map,
+        rests_on_host=_rests_on_host(config, device),
         classes=classes,
         run_seed=config.run.seed,
     )
+
+
+def _rests_on_host(config: Config, device: str) -> bool:
+    """Whether blocks wait in host memory. The processor's own are there anyway."""
+    return config.model.resting == "host" and device != "cpu"
 
 
 def build_model(
@@ -294,6 +300,8 @@ def build_model(
     """
     classes = read_classes(config) if classes is None else classes
     model, tokenizer = _tuned_model(config, plan, classes)
+    if _rests_on_host(config, resolve_device(config.run.device)):
+        model.rest_on_host()
     density = config.method.density
     if config.method.mask == "random":
         model.masks = random_mask(model.tensors, model.layout, density, config.run.seed)

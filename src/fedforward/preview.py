@@ -3,7 +3,7 @@
 Builds the same parts as a run does, from the same configuration, and trains nothing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -70,9 +70,15 @@ class Preview:
         count = len(self.blocks)
         return [memory.peak(np.arange(count) >= count - k, *shape) for k in range(count + 1)]
 
-    def predicted(self, client: int) -> int:
-        """Predicted bytes of a client's step with the blocks that it was given."""
+    def predicted(self, client: int, *, streams: bool | None = None) -> int:
+        """Predicted bytes of a client's step with the blocks that it was given.
+
+        Args:
+            streams: as if `model.resting` were "host" or not; None takes it as it is.
+        """
         memory, shape = self.resources.memory, self.resources.shapes[client]
+        if streams is not None:
+            memory = replace(memory, streams=streams)
         return int(memory.peak(self.matrix[client], *shape))
 
     def as_json(self) -> dict[str, Any]:
@@ -95,6 +101,7 @@ class Preview:
                         if on
                     ],
                     "predicted_bytes": self.predicted(client),
+                    "predicted_bytes_resting_on_host": self.predicted(client, streams=True),
                 }
                 for client, examples in enumerate(self.examples)
             ],

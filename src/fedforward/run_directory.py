@@ -185,6 +185,7 @@ def _is_plan(plan: ProbePlan) -> bool:
     counts = (plan.probes_per_call, plan.threads, plan.evaluation_rows)
     whole = all(type(count) is int and count > 0 for count in counts)
     whole = whole and type(plan.tokens_per_call) is int and plan.tokens_per_call >= 0
+    whole = whole and type(plan.placement) is str
     return whole and plan.trajectory in ("generate", "copy")
 
 

@@ -8,9 +8,12 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedforward import assembly, evaluation, experiment, progress, run_directory
 from fedforward.config import Config
@@ -20,7 +23,7 @@ from fedforward.federation.ledger import Ledger, Round
 from fedforward.federation.server import Server
 from fedforward.federation.tensor_server import TensorServer
 from fedforward.methods import FirstOrderMethod
-from fedforward.models.loading import longest_sequence
+from fedforward.models.loading import longest_sequence, placement
 from fedforward.models.scored import AnswerBatch
 from fedforward.planning.allocation import Allocator
 from fedforward.planning.memory import peak_bytes, peak_resident_bytes
@@ -45,6 +48,7 @@ class Session:
         self.plan = self._claim(resume)
         listener.phase("loading the model")
         self.model, self.tokenizer = experiment.build_model(config, self.plan)
+        self._place()
         listener.phase("reading the data")
         positions = longest_sequence(self.model.network)
         self.corpus = experiment.read_corpus(config, self.tokenizer, positions, self.model.classes)
@@ -66,6 +70,11 @@ class Session:
             self.model, config.run.seed, config.method.directions, config.method.pool
         )
         self.server = self._build_server(allocate)
+        #: Blocks of the client that perturbs most of them, bool [B]; None is all.
+        self.widest: NDArray[np.bool_] | None = None
+        if allocate is not None:
+            matrix = allocate(range(len(self.corpus.clients)))
+            self.widest = matrix[matrix.sum(axis=1).argmax()]
         batches = experiment.client_batches(config, self.corpus, self.collate)
         clients = [
             Client(number, stream, self.replica, self.method)
@@ -112,6 +121,19 @@ class Session:
                 )
             return plan
         return experiment.resolve_plan(self.config)
+
+    def _place(self) -> None:
+        """Note where the parts of a network lie that is spread over devices, or compare it."""
+        here = placement(self.model.network)
+        if not self.directory.started:
+            self.plan = self.model.plan = replace(self.plan, placement=here)
+        elif here != self.plan.placement:
+            raise FedForwardError(
+                f"{self.directory.path} was started with its model on "
+                f"{self.plan.placement or 'one device'}, and here it is on {here or 'one device'}, "
+                "where losses have other last bits. Resume it on such devices, with as much free "
+                "memory as they had then."
+            )
 
     def _open_ledger(self) -> Ledger:
         header = assembly.ledger_header(self.config, experiment.identity(self.model))
@@ -194,7 +216,8 @@ class Session:
                 return
             method = self.config.method
             count = method.probes_per_step * self.runtime.together
-            model.evaluate(step_probes(longest, count, method.probes_per_step, method.mu))
+            probes = step_probes(longest, count, method.probes_per_step, method.mu, self.widest)
+            model.evaluate(probes)
 
         # Inference first: the buffers that a step leaves behind are not inference's.
         inference()

@@ -25,7 +25,7 @@ from fedforward.errors import FedForwardError
 AT_SITES = "(each site's own)"
 #: Keys that never travel: they are a site's own, or mean nothing across machines.
 _LOCAL = {
-    "model": {"path", "device_map"},
+    "model": {"path", "device_map", "resting"},
     "data": {"source", "subset", "split", "limit", "example", "fields"},
     "evaluation": {"source", "subset", "split", "limit"},
     "run": set(RunSection.model_fields) - {"seed", "evaluate_every", "patience"},
@@ -51,6 +51,7 @@ class SiteModelSection(Section):
 
     path: str = Field(description="folder in Hugging Face format, or a hub name")
     device_map: str = Field("none", description='"auto" spreads a frozen base over all devices')
+    resting: str = Field("device", description='"host" keeps blocks that rest in host memory')
 
 
 class SiteDataSection(Section):

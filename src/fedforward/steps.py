@@ -180,6 +180,7 @@ class ProbePlan:
         device: where the run was started; the last bits of losses depend on it.
         tokens_per_call: tokens of a forward pass that fewer probes share, or with adapters fewer
             rows, rather than exceed it; 0 is any number.
+        placement: where the parts of a network lie that is spread over devices; empty for one.
     """
 
     probes_per_call: int
@@ -188,3 +189,4 @@ class ProbePlan:
     evaluation_rows: int
     device: str = "cpu"
     tokens_per_call: int = 0
+    placement: str = ""

@@ -7,7 +7,7 @@ How a probe's displacement reaches the weights is left to `lora` (a batched adap
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -27,6 +27,7 @@ from fedforward.messages import MessageError
 from fedforward.models.blocks import Prefix, class_heads, names_by_block
 from fedforward.models.head import Head, VocabularyTile, losses_of
 from fedforward.models.loading import input_device
+from fedforward.models.residency import Residency
 from fedforward.steps import Evaluation, Probe, ProbePlan, Update
 
 #: Label of tokens that do not count (the prompt and the padding).
@@ -135,6 +136,7 @@ class CausalModel(ABC):
         plan: how probes are grouped.
         base_fingerprint: of all weights as loaded, hexadecimal; parties must agree on it.
         masks: bool, by tensor, which coordinates may move at all; empty is all of them.
+        residency: of the transformer blocks, where those that rest wait in host memory.
         changed_share: of the tuned weights, how many the last update changed; None in float32,
             where it says nothing.
     """
@@ -165,6 +167,37 @@ class CausalModel(ABC):
         self.prefix = Prefix(network, self.layout.blocks)
         self._base: dict[str, torch.Tensor] = {}
         self.masks: dict[str, torch.Tensor] = {}
+        self.residency: Residency | None = None
+
+    def rest_on_host(self) -> None:
+        """From now on the transformer blocks that probes do not move wait in host memory.
+
+        They come to the device while they run. Those that the last probes moved stay there.
+        """
+        self.residency = Residency(self.network, self.device, self._staying())
+        self._moved_house()
+
+    def _staying(self) -> Collection[int]:
+        """`data_ptr` of storages within blocks that do not move with them."""
+        return ()
+
+    @abstractmethod
+    def _moved_house(self) -> None:
+        """Look again where the tuned tensors are, now that blocks have come or gone."""
+
+    def _hold(self, probes: Sequence[Probe]) -> None:
+        """Have the blocks that probes move on the device, and the others off it."""
+        steps = {id(s): s for p in probes for s in (p.trajectory, p.perturbation) if len(s)}
+        # A plain forward pass between two steps is no reason to send a client's blocks away.
+        if self.residency is None or not steps:
+            return
+        moved = {
+            int(name)
+            for place, name in enumerate(self.layout.blocks)
+            if name.isdigit() and any(s.moves(place) for s in steps.values())
+        }
+        if self.residency.hold(moved):
+            self._moved_house()
 
     def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
         """Measure probes on their batches, each kind of `Batch` in its own way.
@@ -181,6 +214,7 @@ class CausalModel(ABC):
 
         How many is the plan's to say; neighbours go together. The weights stay, bit for bit.
         """
+        self._hold(probes)
         results: list[Evaluation] = []
         begin = 0
         while begin < len(probes):
@@ -343,6 +377,7 @@ class CausalModel(ABC):
         Returns:
             int64 [rows, new tokens] for each probe, padded after the end of a continuation.
         """
+        self._hold(probes)
         continuations = []
         for probe in probes:
             prompts: PromptBatch = probe.batch
@@ -405,7 +440,8 @@ class CausalModel(ABC):
                 distribution=self.distribution,
             )
             if self.masks:
-                tensor.copy_(torch.where(self.masks[name], tensor, resting))
+                mask = self.masks[name].to(tensor.device)
+                tensor.copy_(torch.where(mask, tensor, resting))
         if updates and any(t.dtype is not torch.float32 for t in self.tensors.values()):
             self.changed_share = changed / self.layout.parameters
 
@@ -476,8 +512,8 @@ class CausalModel(ABC):
 
     def export_state(self) -> NDArray[np.float32]:
         """The tuned tensors in the layout's order as one float32 array [d]."""
-        parts = [tensor.detach().float().reshape(-1) for tensor in self.tensors.values()]
-        return torch.cat(parts).cpu().numpy()
+        parts = [tensor.detach().float().reshape(-1).cpu() for tensor in self.tensors.values()]
+        return torch.cat(parts).numpy()
 
     @torch.no_grad()
     def assign_state(self, state: NDArray[np.float32]) -> None:

@@ -52,22 +52,29 @@ class FullModel(CausalModel):
         super().__init__(network, tensors, distribution, plan, base)
         self.tokenizer = tokenizer
         self._reload = reload
+        self._weights: dict[str, DisplacedTensor] = {}
+        self._places: list[tuple[nn.Module, str, nn.Parameter, DisplacedTensor]] = []
+        self._moved_house()
+        self._moved: set[str] = set()
+        self._reached: set[str] = set()
+        self._copy: dict[str, torch.Tensor] = {}
+        self._copied = NO_STEPS
+
+    def _moved_house(self) -> None:
+        parameters = dict(self.network.named_parameters())
+        self.tensors = {name: parameters[name].data for name in self.layout.names}
         places = zip(self.layout.names, self.layout.first_tiles, self.layout.owners, strict=True)
         self._weights = {
             name: DisplacedTensor.of(self.tensors[name], name, first_tile, owner)
             for name, first_tile, owner in places
         }
         names = {id(parameter): name for name, parameter in parameters.items()}
-        self._places: list[tuple[nn.Module, str, nn.Parameter, DisplacedTensor]] = [
+        self._places = [
             (module, key, parameter, self._weights[names[id(parameter)]])
-            for module in network.modules()
+            for module in self.network.modules()
             for key, parameter in module._parameters.items()
             if parameter is not None and names[id(parameter)] in self._weights
         ]
-        self._moved: set[str] = set()
-        self._reached: set[str] = set()
-        self._copy: dict[str, torch.Tensor] = {}
-        self._copied = NO_STEPS
 
     def evaluate_tokens(self, probes: Sequence[Probe]) -> list[Evaluation]:
         """See `CausalModel.evaluate_tokens`.

@@ -9,6 +9,7 @@ import logging
 import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,7 +20,7 @@ import torch
 from fedforward.directions import Distribution, Layout, Stream
 from fedforward.directions.kernels import accumulate
 from fedforward.errors import FedForwardError
-from fedforward.models.blocks import class_heads
+from fedforward.models.blocks import class_heads, transformer_blocks
 from fedforward.seeds import derive
 from fedforward.steps import Steps
 
@@ -33,6 +34,7 @@ def load(
     *,
     quantization: str = "none",
     device_map: str = "none",
+    rests_on_host: bool = False,
     classes: Sequence[str] = (),
     run_seed: int = 0,
 ) -> tuple[Any, Any]:
@@ -51,6 +53,7 @@ def load(
         classes: their names; none makes a causal language model.
         run_seed: of a head that the folder lacks.
         device_map: "auto" spreads the layers over all CUDA devices and then host memory.
+        rests_on_host: the transformer blocks stay in host memory, for `Residency`.
 
     Raises:
         FedForwardError: there is no such folder, it lacks a file, or the hub cannot be reached; it
@@ -139,6 +142,8 @@ def load(
         _settle(path, network, quantization, dtype)
     if device_map == "auto":
         _check_placement(path, network.hf_device_map)
+    elif rests_on_host:
+        _place_outside(network, device)
     else:
         network.to(device)
     network.eval().requires_grad_(False)
@@ -309,6 +314,17 @@ def _check_placement(path: str, places: dict[str, Any]) -> None:
         )
 
 
+def _place_outside(network: Any, device: str) -> None:
+    """Move everything to the device but the transformer blocks."""
+    inside = {id(part) for block in transformer_blocks(network) for part in block.modules()}
+    for module in network.modules():
+        if id(module) not in inside:
+            for tensor in module.parameters(recurse=False):
+                tensor.data = tensor.data.to(device)
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
+
+
 def is_quantized(module: Any) -> bool:
     """Whether this module's weight is held in 4 bits."""
     return getattr(getattr(module, "weight", None), "quant_state", None) is not None
@@ -337,6 +353,16 @@ def weights(network: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if is_quantized(module):
             for key, tensor in sorted(module.weight.quant_state.as_dict(packed=True).items()):
                 yield f"{name}.weight.{key}", tensor
+
+
+def placement(network: Any) -> str:
+    """The first module on each device that a network is spread over, in its order; "" for one.
+
+    For example "model.embed_tokens on 0, model.layers.17 on 1, model.layers.30 on cpu".
+    """
+    places = getattr(network, "hf_device_map", {})
+    runs = [next(run) for _, run in groupby(places.items(), key=lambda place: str(place[1]))]
+    return ", ".join(f"{name} on {device}" for name, device in runs) if len(runs) > 1 else ""
 
 
 def input_device(network: Any) -> torch.device:

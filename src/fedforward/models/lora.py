@@ -219,6 +219,12 @@ class LoraModel(CausalModel):
         self._carried, self._filled, self._last_bank = [], [], {}
         self._buffer = self.flat.new_empty(0)
 
+    def _staying(self) -> Collection[int]:
+        return (self.flat.untyped_storage().data_ptr(),)
+
+    def _moved_house(self) -> None:
+        """The adapters have stayed."""
+
     def _start_again(self) -> None:
         initialise(self._adapters, self._run_seed)
         for name, parameter in self._heads.items():

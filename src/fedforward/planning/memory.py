@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def bytes_alive() -> int:
-    """Bytes of all storages that some living tensor refers to."""
+def bytes_alive(device: str | None = None) -> int:
+    """Bytes of all storages that some living tensor refers to, or of those on a kind of device."""
     gc.collect()
     storages: dict[int, int] = {}
     for candidate in gc.get_objects():
@@ -26,6 +26,8 @@ def bytes_alive() -> int:
             try:
                 storage = candidate.untyped_storage()
             except (NotImplementedError, RuntimeError):
+                continue
+            if device is not None and candidate.device.type != device:
                 continue
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -94,6 +94,9 @@ class MemoryModel:
         probes: most probes in a forward pass.
         tokens_per_call: of the plan; 0 is any number.
         cuts_rows: whether a batch is cut by rows to keep to it.
+        streams: whether transformer blocks that are not active wait in host memory and come to the
+            device in turn (`model.resting = "host"`); what lies on the host is not counted then.
+            Replace it to see what that would change.
         activations: by "stage way" (of `STAGES`, and `RESTING`, `ALONE` or `TOGETHER`), what a
             stage takes beyond all of the above.
     """
@@ -114,6 +117,7 @@ class MemoryModel:
     probes: int
     tokens_per_call: int
     cuts_rows: bool
+    streams: bool
     activations: dict[str, Activations]
 
     @classmethod
@@ -126,15 +130,7 @@ class MemoryModel:
         plain = {key: _tuples(content[key]) for key in content if key != "activations"}
         return cls(**plain, activations=tables)
 
-    def peak(
-        self,
-        active: NDArray[np.bool_],
-        rows: int,
-        length: int,
-        *,
-        streamed: bool = False,
-        buffers: int = 1,
-    ) -> int:
+    def peak(self, active: NDArray[np.bool_], rows: int, length: int) -> int:
         """Bytes at the worst moment of a step in the middle of a round, the weights included.
 
         The tokens of the batch are taken to differ, and all to be labelled: the worst case for
@@ -144,11 +140,6 @@ class MemoryModel:
             active: bool [B], the blocks that the client perturbs.
             rows: of the batch.
             length: tokens in a row.
-            streamed: as if transformer blocks that are not active waited in host memory and came
-                to the device in turn, so that the active ones and the largest of the others are
-                there. A prediction only: nothing here moves blocks by activity, and where weights
-                lie in main memory anyway there is nothing to gain.
-            buffers: how many streamed blocks are there at once; 2 if the next is fetched ahead.
 
         Raises:
             FedForwardError: `active` is not [B], or there is no row or no token to predict.
@@ -160,39 +151,35 @@ class MemoryModel:
                 f"{', '.join(self.blocks)}."
             )
         groups, height = self.pass_shape(rows, length)
-        weights = sum(self.residents)
-        if streamed:
-            staying = self._numbers(active)
-            passing = [size for n, size in enumerate(self.residents) if n not in staying]
-            weights = sum(self.residents[n] for n in staying) + _largest(passing, buffers)
+        weights = sum(self._staying(number, active) for number in range(len(self.residents)))
         kept = groups * _total(self.bank, active) + _total(self.copies, active)
         return self._always + weights + kept + self._worst_stage(active, groups, height, length)
 
-    def fixed(self, rows: int, length: int, *, streamed: bool = False, buffers: int = 1) -> int:
+    def fixed(self, rows: int, length: int) -> int:
         """Bytes before blocks cost anything: with the active blocks' `cost` never below `peak`.
 
         Scratch and activations are those of all blocks, the worst there are. So the sum is above
         `peak` by at most `fixed(rows, length) - peak(no block, rows, length)`, and by the active
-        blocks' bank for probes that do not fit into the pass; streamed, also by the buffers. Where
-        every block is active and every probe in the pass it is `peak`.
+        blocks' bank for probes that do not fit into the pass; where blocks are streamed, also by
+        the largest of them. Where every block is active and every probe in the pass it is `peak`,
+        and that block more.
 
         Args and errors: see `peak`.
         """
         groups, height = self.pass_shape(rows, length)
         every = np.ones(len(self.blocks), np.bool_)
-        weights = _largest(self.residents, buffers) if streamed else sum(self.residents)
+        weights = max(self.residents, default=0) if self.streams else sum(self.residents)
         return self._always + weights + self._worst_stage(every, groups, height, length)
 
     @cached_property
     def cost(self) -> NDArray[np.int64]:
         """int64 [B], bytes that an active block adds to `fixed`, whatever rows and length."""
-        return self.probes * np.array(self.bank, np.int64) + np.array(self.copies, np.int64)
-
-    @cached_property
-    def streamed_cost(self) -> NDArray[np.int64]:
-        """int64 [B], the same beside `fixed(streamed=True)`: an active block's weights stay."""
-        own = [self.residents[int(b)] if b.isdigit() else 0 for b in self.blocks]
-        return self.cost + np.array(own, np.int64)
+        own = [
+            self.residents[int(name)] if self.streams and name.isdigit() else 0
+            for name in self.blocks
+        ]
+        bank, copies = np.array(self.bank, np.int64), np.array(self.copies, np.int64)
+        return np.array(own, np.int64) + self.probes * bank + copies
 
     def pass_shape(self, rows: int, length: int) -> tuple[int, int]:
         """Probes in the largest forward pass of a step, and rows of each, as the plan has them.
@@ -215,10 +202,10 @@ class MemoryModel:
         """What is there whichever blocks are active, the transformer blocks' weights aside."""
         return self.outside + self.adapters + self.carried + self.base + self.library
 
-    def _numbers(self, active: NDArray[np.bool_]) -> set[int]:
-        """The transformer blocks among the active ones."""
-        named = zip(self.blocks, active, strict=True)
-        return {int(name) for name, own in named if own and name.isdigit()}
+    def _staying(self, number: int, active: NDArray[np.bool_]) -> int:
+        """Bytes of a transformer block's weights that are on the device all the time."""
+        named = dict(zip(self.blocks, active, strict=True))
+        return self.residents[number] if not self.streams or named.get(str(number)) else 0
 
     def _worst_stage(self, active: NDArray[np.bool_], groups: int, height: int, length: int) -> int:
         """Scratch and activations, for `groups` probes of `height` rows in a pass.
@@ -243,7 +230,9 @@ class MemoryModel:
         for number in range(len(self.residents)):
             # A scratch that has grown stays until the end of the pass.
             tile = max(tile, scratch.get(str(number), 0))
-            peaks.append(groups * tile + taken("block", str(number) in on, number < first))
+            passing = self.residents[number] - self._staying(number, active)
+            taken_here = taken("block", str(number) in on, number < first)
+            peaks.append(passing + groups * tile + taken_here)
         tile = max(tile, scratch.get("norm", 0))
         peaks.append(groups * tile + taken("norm", "norm" in on))
         peaks.append(self._head_stage(active, tile, groups, tokens, length - 1))
@@ -286,10 +275,6 @@ def _total(sizes: Sequence[int], active: NDArray[np.bool_]) -> int:
     return sum(size for size, own in zip(sizes, active, strict=True) if own)
 
 
-def _largest(sizes: Sequence[int], count: int) -> int:
-    return sum(sorted(sizes, reverse=True)[:count])
-
-
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
@@ -310,6 +295,8 @@ def calibrate(
     The shortest and the longest rows are measured: one of them, as many as the largest pass takes,
     and a number between. So at most six passes are run with adapters, and eighteen where weights
     are displaced. The model is left as it was, but for what it keeps between calls (`forget`).
+    Where resting blocks wait in host memory, one block is moved and measured for all, so that no
+    more than that has to fit.
 
     Args:
         model: with the plan that is to be predicted.
@@ -392,9 +379,12 @@ def _peaks(
     """One measured pass: what each stage took beyond what is derived, in the order of `STAGES`."""
     from fedforward.models.causal_lm import TokenBatch
 
+    on = _measured_blocks(derived)
     vocabulary = model.network.get_input_embeddings().weight.shape[0]
     tokens = np.arange(height * length, dtype=np.int64).reshape(height, length) % vocabulary
     moves = [Steps.of([k // 2], [1e-3 if k % 2 == 0 else -1e-3]) for k in range(groups)]
+    if not on.all():
+        moves = [move.within(on) for move in moves]
     # A batch for each probe, so that no prefix is shared, whichever blocks are tuned.
     probes = [
         Probe(TokenBatch(tokens, tokens), NO_STEPS, NO_STEPS if way == RESTING else move)
@@ -406,16 +396,26 @@ def _peaks(
     )
     found = _measure(model, probes)
     moving = 0 if way == RESTING else groups
-    body = [s for b, s in zip(derived.blocks, derived.scratch, strict=True) if b != "embeddings"]
-    tile = max(body, default=0)
+    scratch = zip(derived.blocks, derived.scratch, on, strict=True)
+    tile = max((size for b, size, own in scratch if own and b != "embeddings"), default=0)
     last = max(tile, *derived.head_scratch)
     displaced = moving and any(derived.head_scratch)
     size, most = derived.logits
     logits = size * min(most, (height if displaced else groups * height) * (length - 1))
-    bank = moving * sum(derived.bank)
+    bank = moving * _total(derived.bank, on)
     body_known = bank + moving * tile
     known = (bank, body_known, body_known, bank + moving * last + logits)
     return tuple(max(0, found[stage] - own) for stage, own in zip(STAGES, known, strict=True))
+
+
+def _measured_blocks(derived: MemoryModel) -> NDArray[np.bool_]:
+    """The blocks that a measured pass moves, bool [B]: all, or one transformer block at most."""
+    places = [place for place, name in enumerate(derived.blocks) if name.isdigit()]
+    on = np.ones(len(derived.blocks), np.bool_)
+    if derived.streams and places:
+        largest = max(places, key=lambda place: derived.residents[int(derived.blocks[place])])
+        on[[place for place in places if place != largest]] = False
+    return on
 
 
 def _measure(model: "CausalModel", probes: Sequence[Probe]) -> dict[str, int]:
@@ -424,18 +424,30 @@ def _measure(model: "CausalModel", probes: Sequence[Probe]) -> dict[str, int]:
 
     found = dict.fromkeys(STAGES, 0)
     blocks = transformer_blocks(model.network)
+    residency = model.residency
     with _meter(model.device) as take:
 
-        def ended(stage: str, once: bool = False) -> Any:
+        def ended(stage: str, number: int | None = None, once: bool = False) -> Any:
             def hook(*_: Any) -> None:
                 # What follows the head may be asked for by running the network around it.
-                if not (once and found[stage]):
-                    found[stage] = max(found[stage], take())
+                if once and found[stage]:
+                    return
+                passing = 0
+                if residency is not None and number is not None:
+                    passing = 0 if number in residency.held else residency.sizes[number]
+                found[stage] = max(found[stage], take() - passing)
 
             return hook
 
-        hooks = [block.register_forward_hook(ended("block")) for block in blocks]
-        hooks += [block.register_forward_pre_hook(ended("embeddings")) for block in blocks[:1]]
+        hooks = [
+            block.register_forward_hook(ended("block", number))
+            for number, block in enumerate(blocks)
+        ]
+        # Before the first block is fetched, if it has to be.
+        hooks += [
+            block.register_forward_pre_hook(ended("embeddings"), prepend=True)
+            for block in blocks[:1]
+        ]
         hooks.append(model.network.base_model.register_forward_hook(ended("norm", once=True)))
         try:
             model.evaluate(probes)
@@ -485,7 +497,7 @@ def _library(device: "torch.device") -> int:
     if device.type != "cuda":
         return 0
     devices = range(torch.cuda.device_count())
-    return max(0, sum(torch.cuda.memory_allocated(d) for d in devices) - bytes_alive())
+    return max(0, sum(torch.cuda.memory_allocated(d) for d in devices) - bytes_alive("cuda"))
 
 
 # What follows from layout and plan ----------------------------------------------------------------
@@ -529,6 +541,7 @@ def _derive(
         probes=min(plan.probes_per_call, probes_per_step),
         tokens_per_call=plan.tokens_per_call,
         cuts_rows=isinstance(model, LoraModel),
+        streams=model.residency is not None,
         activations={},
     )
 
@@ -584,16 +597,18 @@ def _weights(model: "CausalModel") -> tuple[int, tuple[int, ...]]:
     flat = getattr(model, "flat", None)
     seen = set() if flat is None else {flat.untyped_storage().data_ptr()}
 
-    def fresh(module: Any) -> int:
+    def fresh(module: Any, anywhere: bool = False) -> int:
         size = 0
         for tensor in _tensors_of(module):
             storage = tensor.untyped_storage()
-            if tensor.device.type == model.device.type and storage.data_ptr() not in seen:
+            there = anywhere or tensor.device.type == model.device.type
+            if there and storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
                 size += storage.nbytes()
         return size
 
-    blocks = tuple(fresh(block) for block in transformer_blocks(model.network))
+    moving = model.residency is not None
+    blocks = tuple(fresh(block, moving) for block in transformer_blocks(model.network))
     return fresh(model.network), blocks
 
 

@@ -12,16 +12,20 @@ from rich.text import Text
 from fedforward.planning.activation import UNLIMITED, Activation
 from fedforward.preview import Preview
 from fedforward.report.table import quantity
-from fedforward.units import format_bytes
 
 #: Rows and columns that a terminal shows; the rest is in the picture and in `--json`.
-MOST_CLIENTS, MOST_COLUMNS, MOST_BLOCKS = 40, 9, 96
+MOST_CLIENTS, MOST_COLUMNS, MOST_BLOCKS = 40, 7, 96
 
 
 def render(plan: Preview) -> Iterator[RenderableType]:
     """Everything that is worth a look, in order."""
-    yield Text("predicted peak memory of a step, by active blocks (the last blocks first)")
-    yield memory_table(plan)
+    size, unit = _unit(plan)
+    yield Text(
+        f"predicted peak memory of a step in {unit}, by active blocks (the last blocks first)"
+    )
+    yield memory_table(plan, size)
+    if not plan.resources.memory.streams:
+        yield Text('on host: as given, on a CUDA device with model.resting = "host"')
     if len(plan.examples) > MOST_CLIENTS:
         yield Text(f"… and {len(plan.examples) - MOST_CLIENTS} clients more (--json has them all)")
     yield Text("\nwho perturbs which block")
@@ -45,8 +49,19 @@ def _columns(blocks: int) -> list[int]:
     return sorted({round(x) for x in np.linspace(0, blocks, min(blocks + 1, MOST_COLUMNS))})
 
 
-def memory_table(plan: Preview) -> Table:
-    """Budget and predicted peak of every client, by how many blocks are active."""
+def _unit(plan: Preview) -> tuple[int, str]:
+    """A unit that the smallest of the peaks is ten of, and its name."""
+    least = min(plan.peaks(0))
+    units = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+    return next((unit for unit in units if least >= 10 * unit[0]), units[-1])
+
+
+def memory_table(plan: Preview, unit: int) -> Table:
+    """Budget and predicted peak of every client, by how many blocks are active.
+
+    Args:
+        unit: bytes that the table counts in.
+    """
     shown = _columns(len(plan.blocks))
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("client", justify="right")
@@ -55,21 +70,27 @@ def memory_table(plan: Preview) -> Table:
     for count in shown:
         table.add_column(str(count), justify="right")
     table.add_column("given", justify="right", style="bold")
+    if not plan.resources.memory.streams:
+        table.add_column("on host", justify="right")
     for client, examples in list(enumerate(plan.examples))[:MOST_CLIENTS]:
         budget = int(plan.resources.budgets[client])
         peaks = plan.peaks(client)
+        elsewhere = []
+        if not plan.resources.memory.streams:
+            elsewhere.append(f"{plan.predicted(client, streams=True) / unit:.1f}")
         table.add_row(
             str(client),
             f"{examples:,}",
-            "none" if budget == UNLIMITED else format_bytes(budget),
-            *(_within(peaks[count], budget) for count in shown),
-            f"{int(plan.matrix[client].sum())}: {format_bytes(plan.predicted(client))}",
+            "none" if budget == UNLIMITED else f"{budget / unit:.1f}",
+            *(_within(peaks[count], budget, unit) for count in shown),
+            f"{int(plan.matrix[client].sum())}: {plan.predicted(client) / unit:.1f}",
+            *elsewhere,
         )
     return table
 
 
-def _within(peak: int, budget: int) -> Text:
-    return Text(format_bytes(peak), style="" if peak <= budget else "red strike")
+def _within(peak: int, budget: int, unit: int) -> Text:
+    return Text(f"{peak / unit:.1f}", style="" if peak <= budget else "red strike")
 
 
 def grid(plan: Preview) -> Table:
