@@ -126,6 +126,22 @@ def test_a_block_is_there_while_it_runs(kind: str) -> None:
     assert residency.held == set()
 
 
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_a_merged_model_is_whole_again(device: str) -> None:
+    """In host memory, with nothing left of what moved its blocks."""
+    models = [build("lora", "llama", device, rests) for rests in (True, False)]
+    for model in models:
+        step(model, ["1"])
+        model.commit([Update(TRAJECTORY, 3)])
+    rested, whole = (model.merge() for model in models)
+    assert not any(m._forward_hooks for m in transformer_blocks(rested))
+    for (name, one), (_, other) in zip(
+        rested.named_parameters(), whole.named_parameters(), strict=True
+    ):
+        assert one.device.type == "cpu"
+        assert torch.allclose(one, other.cpu(), atol=0 if device == "cpu" else 1e-6), name
+
+
 def test_an_error_in_a_block_sends_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("full generate", "llama", "cpu", True)
     expected = step(model, ["1"])

@@ -403,6 +403,9 @@ class LoraModel(CausalModel):
 
     def merge(self) -> Any:
         """The base with the adapters added in, a plain transformers model; this one is used up."""
+        if self.residency is not None:
+            self.residency.end()
+            self.peft.to("cpu")
         for head in class_heads(self.network):
             wrapper = self.network.get_submodule(head)
             for part in wrapper.modules_to_save[ADAPTER].modules():

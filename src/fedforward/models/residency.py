@@ -6,6 +6,7 @@ activation costs, and what `planning.memory_model` counts where `model.resting =
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -38,10 +39,12 @@ class Residency:
         with torch.inference_mode(False):
             for block in self._blocks:
                 block.leave(device.type == "cuda")
+        self._hooks = []
         for number, module in enumerate(transformer_blocks(network)):
-            module.register_forward_pre_hook(self._arrives(number))
+            self._hooks.append(module.register_forward_pre_hook(self._arrives(number)))
             # Also after an error: what the pass had fetched must not stay.
-            module.register_forward_hook(self._leaves(number), always_call=True)
+            leaves = self._leaves(number)
+            self._hooks.append(module.register_forward_hook(leaves, always_call=True))
 
     def hold(self, numbers: Collection[int]) -> bool:
         """Keep these blocks on the device, and no others; whether that changed anything."""
@@ -55,6 +58,12 @@ class Residency:
                 self._blocks[number].fetch(self.device)
         self.held = wanted
         return True
+
+    def end(self) -> None:
+        """Leave every block in host memory, where it stays."""
+        self.hold(())
+        for hook in self._hooks:
+            hook.remove()
 
     def _arrives(self, number: int) -> Any:
         def hook(*_: Any) -> None:
@@ -89,7 +98,11 @@ class _Block:
         """To host memory, in pages that the device can read by itself if `pinned`."""
         for place in self._places:
             host = place.tensor.cpu()
-            place.put(host.pin_memory() if pinned else host)
+            if pinned:
+                # Pages that may not be locked are copied more slowly, and that is all.
+                with suppress(RuntimeError):
+                    host = host.pin_memory()
+            place.put(host)
         self._host = [place.tensor for place in self._places]
 
     def fetch(self, device: torch.device) -> None:
