@@ -249,6 +249,7 @@ def test_a_run_has_the_same_ledger(
         ({"model__quantization": "nf4"}, ["resting = 'host'", "quantization = 'nf4'"]),
         ({"model__device_map": "auto"}, ["resting = 'host'", "device_map = 'auto'"]),
         ({"method__name": "fedavg"}, ["model.resting = 'host'", "'fedavg' has no probes"]),
+        ({"run__memory_budget": "1 GiB"}, ["run.memory_budget = '1 GiB'", "resting = 'host'"]),
         ({"model__resting": "disk"}, ["model.resting = 'disk'", "'device', 'host'"]),
     ],
 )

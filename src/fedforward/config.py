@@ -509,6 +509,12 @@ class Config(Section):
                 "model.resting = 'host' is for blocks that probes do not move, and method.name = "
                 "'fedavg' has no probes; use model.resting = 'device'"
             )
+        if self.model.resting == "host" and self.run.memory_budget is not None:
+            raise ValueError(
+                f"run.memory_budget = {self.run.memory_budget!r} is measured with every block on "
+                "the device, and model.resting = 'host' is for models that do not fit like that; "
+                "leave it out and set run.probes_per_call"
+            )
         return self
 
     @model_validator(mode="after")
