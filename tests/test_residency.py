@@ -17,6 +17,7 @@ from fedforward.federation.ledger import Ledger
 from fedforward.models.blocks import transformer_blocks
 from fedforward.models.causal_lm import CausalModel, PromptBatch, TokenBatch
 from fedforward.models.full import FullModel
+from fedforward.models.residency import place_the_rest
 from fedforward.planning.memory import bytes_alive, peak_bytes
 from fedforward.planning.memory_model import calibrate
 from fedforward.planning.probes import step_probes
@@ -34,7 +35,12 @@ GPU = pytest.param(
 
 def build(kind: str, family: str, device: str, rests: bool) -> CausalModel:
     tune, _, how = kind.partition(" ")
-    network = make(family).to(device)
+    network = make(family)
+    if rests:
+        # As they are loaded.
+        place_the_rest(network, device)
+    else:
+        network.to(device)
     model: CausalModel
     if tune == "lora":
         model = lora(network, factors=how or "both", plan=plan(2))
@@ -79,6 +85,78 @@ def life(model: CausalModel) -> list[Any]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_where_blocks_wait_changes_no_bit(kind: str, family: str, device: str) -> None:
     assert life(build(kind, family, device, True)) == life(build(kind, family, device, False))
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_what_blocks_share_stays(tune: str) -> None:
+    """A weight of two blocks, and one of a block and the head, are on the device all the time."""
+
+    def shared(rests: bool) -> CausalModel:
+        network = make("llama")
+        first, second = transformer_blocks(network)
+        second.mlp.down_proj.weight = first.mlp.down_proj.weight
+        first.beside = network.lm_head
+        model = (
+            lora(network, plan=plan(2))
+            if tune == "lora"
+            else FullModel(network, plan=plan(2), reload=lambda: None)
+        )
+        if rests:
+            model.rest_on_host()
+        return model
+
+    models = [shared(rests) for rests in (True, False)]
+    residency = models[0].residency
+    assert residency is not None
+    block = transformer_blocks(models[0].network)[0]
+    down = block.mlp.down_proj.base_layer if tune == "lora" else block.mlp.down_proj
+    stays = {id(down.weight), id(models[0].network.lm_head.weight)}
+    moving = {tensor.data_ptr() for tensor in residency.moving()}
+    for weight in models[0].network.parameters():
+        assert not (id(weight) in stays and weight.data_ptr() in moving)
+    found = []
+    for model in models:
+        steps = [step(model, ["0"]), step(model, ["1"])]
+        model.commit([Update(TRAJECTORY, 3)])
+        steps += [step(model, ["1"]), step(model, ["0", "1"])]
+        found.append([[e.sums.tolist() for e in own] for own in steps] + [model.digest()])
+    assert found[0] == found[1]
+
+
+def test_a_device_that_is_full_leaves_a_model_that_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = [build("full copy", "llama", "cpu", rests) for rests in (True, False)]
+    residency = models[0].residency
+    assert residency is not None
+    step(models[0], ["1"])
+    with monkeypatch.context() as full:
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("out of memory")
+
+        full.setattr(residency._blocks[0], "fetch", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            step(models[0], ["0"])
+    assert residency.held == set()
+    assert life(models[0]) == life(models[1])
+
+
+def test_an_interrupted_pass_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C is no `Exception`: what had been fetched is dropped when blocks move next."""
+    models = [build("full generate", "llama", "cpu", rests) for rests in (True, False)]
+    block = transformer_blocks(models[0].network)[0]
+    with monkeypatch.context() as broken:
+
+        def stop(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        broken.setattr(block.mlp, "forward", stop)
+        with pytest.raises(KeyboardInterrupt):
+            step(models[0], ["1"])
+    for model in models:
+        model.commit([Update(TRAJECTORY, 3)])
+    assert life(models[0]) == life(models[1])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

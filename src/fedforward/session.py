@@ -70,11 +70,6 @@ class Session:
             self.model, config.run.seed, config.method.directions, config.method.pool
         )
         self.server = self._build_server(allocate)
-        #: Blocks of the client that perturbs most of them, bool [B]; None is all.
-        self.widest: NDArray[np.bool_] | None = None
-        if allocate is not None:
-            matrix = allocate(range(len(self.corpus.clients)))
-            self.widest = matrix[matrix.sum(axis=1).argmax()]
         batches = experiment.client_batches(config, self.corpus, self.collate)
         clients = [
             Client(number, stream, self.replica, self.method)
@@ -84,6 +79,7 @@ class Session:
         # A float32 copy of all weights carries one client's local steps at a time.
         alone = config.model.tune == "full" and self.plan.trajectory == "copy"
         together = 1 if alone else max(1, self.plan.probes_per_call // step)
+        self.widest = self._widest_blocks(allocate, together)
         self.runtime = LocalRuntime(
             self.server, clients, self.model, together, experiment.faults(config)
         )
@@ -97,6 +93,8 @@ class Session:
         grouped = self.plan.probes_per_call
         shared = min(self.model.prefix.depths)
         words = f"{grouped} probes a forward pass" if grouped > 1 else "one probe a forward pass"
+        if self.model.residency is not None:
+            words += ", blocks that rest in host memory"
         if shared:
             words += f", blocks 0 to {shared - 1} once for all"
         if self.config.model.tune == "lora":
@@ -196,6 +194,19 @@ class Session:
                 self._write_line(record, time.monotonic() - began, traffic, attendance)
                 reason = progress.reason_to_stop(self.config, self.lines)
             return self._finish(reason)
+
+    def _widest_blocks(self, allocate: Allocator | None, together: int) -> NDArray[np.bool_] | None:
+        """Blocks of the client that perturbs most, bool [B]; of all, if they advance together.
+
+        None is every block.
+        """
+        if allocate is None:
+            return None
+        matrix = allocate(range(len(self.corpus.clients)))
+        if together > 1:
+            return np.asarray(matrix.any(axis=0))
+        sizes = np.array(self.model.layout.block_sizes)
+        return np.asarray(matrix[(matrix * sizes).sum(axis=1).argmax()])
 
     def _measure_memory(self) -> None:
         """Peak bytes of the widest step and of plain inference on one of its batches."""

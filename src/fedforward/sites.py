@@ -6,7 +6,7 @@ not do whatever the terms say. Imports no PyTorch.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -50,8 +50,12 @@ class SiteModelSection(Section):
     """[model]"""
 
     path: str = Field(description="folder in Hugging Face format, or a hub name")
-    device_map: str = Field("none", description='"auto" spreads a frozen base over all devices')
-    resting: str = Field("device", description='"host" keeps blocks that rest in host memory')
+    device_map: Literal["none", "auto"] = Field(
+        "none", description='"auto" spreads a frozen base over all devices'
+    )
+    resting: Literal["device", "host"] = Field(
+        "device", description='"host" keeps blocks that rest in host memory'
+    )
 
 
 class SiteDataSection(Section):

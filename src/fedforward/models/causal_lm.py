@@ -176,6 +176,8 @@ class CausalModel(ABC):
         """
         self.residency = Residency(self.network, self.device, self._staying())
         self._moved_house()
+        # Only now does a network run whose blocks were left in host memory when it was loaded.
+        self.head = Head(self.network)
 
     def _staying(self) -> Collection[int]:
         """`data_ptr` of storages within blocks that do not move with them."""
@@ -196,8 +198,12 @@ class CausalModel(ABC):
             for place, name in enumerate(self.layout.blocks)
             if name.isdigit() and any(s.moves(place) for s in steps.values())
         }
-        if self.residency.hold(moved):
-            self._moved_house()
+        before = self.residency.held
+        try:
+            self.residency.hold(moved)
+        finally:
+            if self.residency.held != before:
+                self._moved_house()
 
     def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
         """Measure probes on their batches, each kind of `Batch` in its own way.

@@ -125,7 +125,7 @@ class Displacement:
             for piece, start in enumerate(pieces.tolist()):
                 there = slice(start, start + width)
                 moved = out[:, piece * width : (piece + 1) * width]
-                mask = self.masks[weight.path].to(moved.device).view(-1)[there]
+                mask = self.masks[weight.path].view(-1)[there].to(moved.device)
                 moved.copy_(torch.where(mask, moved, weight.plain.view(-1)[there]))
 
     def parts(self, value: Any) -> tuple[list[Any], bool]:

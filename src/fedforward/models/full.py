@@ -83,7 +83,13 @@ class FullModel(CausalModel):
             FedForwardError: the network reads a tuned tensor past its parameter, so that a probe
                 would not see it move.
         """
-        results = super().evaluate_tokens(probes)
+        before = set(self._moved)
+        try:
+            results = super().evaluate_tokens(probes)
+        except BaseException:
+            # A pass that was cut short has not asked for everything.
+            self._moved = before
+            raise
         unreached = self._moved - self._reached
         if unreached and self._reached:
             raise FedForwardError(

@@ -195,9 +195,13 @@ class Head:
             yield VocabularyTile(begin, [weight[part]], [] if bias is None else [bias[part]])
 
 
-def tile_rows(weight: torch.Tensor) -> int:
-    """Rows of a weight matrix that are worked on at once; whole direction tiles where possible."""
-    at_once = WEIGHTS_AT_ONCE.get(weight.device.type, WEIGHTS_AT_ONCE["cuda"])
+def tile_rows(weight: torch.Tensor, device: str = "") -> int:
+    """Rows of a weight matrix that are worked on at once; whole direction tiles where possible.
+
+    Args:
+        device: kind of device where that is; where the weight lies unless given.
+    """
+    at_once = WEIGHTS_AT_ONCE.get(device or weight.device.type, WEIGHTS_AT_ONCE["cuda"])
     rows = max(1, at_once // weight.shape[1])
     return min(len(weight), rows - rows % 32 if rows > 32 else rows)
 

@@ -20,7 +20,8 @@ import torch
 from fedforward.directions import Distribution, Layout, Stream
 from fedforward.directions.kernels import accumulate
 from fedforward.errors import FedForwardError
-from fedforward.models.blocks import class_heads, transformer_blocks
+from fedforward.models.blocks import class_heads
+from fedforward.models.residency import place_the_rest
 from fedforward.seeds import derive
 from fedforward.steps import Steps
 
@@ -53,7 +54,8 @@ def load(
         classes: their names; none makes a causal language model.
         run_seed: of a head that the folder lacks.
         device_map: "auto" spreads the layers over all CUDA devices and then host memory.
-        rests_on_host: the transformer blocks stay in host memory, for `Residency`.
+        rests_on_host: the transformer blocks stay in host memory, for `Residency`; until there is
+            one the network cannot run.
 
     Raises:
         FedForwardError: there is no such folder, it lacks a file, or the hub cannot be reached; it
@@ -143,7 +145,7 @@ def load(
     if device_map == "auto":
         _check_placement(path, network.hf_device_map)
     elif rests_on_host:
-        _place_outside(network, device)
+        place_the_rest(network, device)
     else:
         network.to(device)
     network.eval().requires_grad_(False)
@@ -312,17 +314,6 @@ def _check_placement(path: str, places: dict[str, Any]) -> None:
             f"model.path = {path!r}: model.device_map = 'auto' finds no room on any CUDA device. "
             "Free their memory, or use run.device = 'cpu' and model.device_map = 'none'."
         )
-
-
-def _place_outside(network: Any, device: str) -> None:
-    """Move everything to the device but the transformer blocks."""
-    inside = {id(part) for block in transformer_blocks(network) for part in block.modules()}
-    for module in network.modules():
-        if id(module) not in inside:
-            for tensor in module.parameters(recurse=False):
-                tensor.data = tensor.data.to(device)
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(device)
 
 
 def is_quantized(module: Any) -> bool:

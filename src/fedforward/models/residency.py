@@ -18,6 +18,8 @@ from fedforward.models.blocks import transformer_blocks
 class Residency:
     """Where the weights of each transformer block are.
 
+    What several blocks share, or a block and the rest of the network, stays on the device.
+
     Attributes:
         held: numbers of the blocks that are on the device all the time.
         sizes: bytes of each block's weights that move.
@@ -34,7 +36,10 @@ class Residency:
         """
         self.device = device
         self.held: frozenset[int] = frozenset()
-        self._blocks = [_Block(block, staying) for block in transformer_blocks(network)]
+        self._blocks = [
+            _Block([place for place in places if _storage(place.tensor) not in staying])
+            for places in _places_by_block(network)
+        ]
         self.sizes = tuple(block.size for block in self._blocks)
         with torch.inference_mode(False):
             for block in self._blocks:
@@ -46,18 +51,31 @@ class Residency:
             leaves = self._leaves(number)
             self._hooks.append(module.register_forward_hook(leaves, always_call=True))
 
-    def hold(self, numbers: Collection[int]) -> bool:
-        """Keep these blocks on the device, and no others; whether that changed anything."""
+    def hold(self, numbers: Collection[int]) -> None:
+        """Keep these blocks on the device, and no others.
+
+        After an error (the device is full) `held` says which are there.
+        """
         wanted = frozenset(numbers)
         if wanted == self.held:
-            return False
+            return
         with torch.inference_mode(False):
+            for number, block in enumerate(self._blocks):
+                if number not in self.held:
+                    # What an interrupted pass has left.
+                    block.drop()
             for number in sorted(self.held - wanted):
                 self._blocks[number].give_back()
+                self.held -= {number}
             for number in sorted(wanted - self.held):
                 self._blocks[number].fetch(self.device)
-        self.held = wanted
-        return True
+                self.held |= {number}
+
+    def moving(self) -> Iterator[torch.Tensor]:
+        """Every tensor that moves, where it is now."""
+        for block in self._blocks:
+            for place in block.places:
+                yield place.tensor
 
     def end(self) -> None:
         """Leave every block in host memory, where it stays."""
@@ -82,44 +100,13 @@ class Residency:
         return hook
 
 
-class _Block:
-    """The tensors of one block, each with its place in host memory."""
-
-    def __init__(self, block: nn.Module, staying: Collection[int]) -> None:
-        self._places = [
-            place
-            for place in _places(block)
-            if place.tensor.untyped_storage().data_ptr() not in staying
-        ]
-        self._host: Sequence[torch.Tensor] = []
-        self.size = sum(p.tensor.numel() * p.tensor.element_size() for p in self._places)
-
-    def leave(self, pinned: bool) -> None:
-        """To host memory, in pages that the device can read by itself if `pinned`."""
-        for place in self._places:
-            host = place.tensor.cpu()
-            if pinned:
-                # Pages that may not be locked are copied more slowly, and that is all.
-                with suppress(RuntimeError):
-                    host = host.pin_memory()
-            place.put(host)
-        self._host = [place.tensor for place in self._places]
-
-    def fetch(self, device: torch.device) -> None:
-        """Copies on the device. The host's stay where they are."""
-        for place, host in zip(self._places, self._host, strict=True):
-            place.put(host.to(device, non_blocking=True, copy=True))
-
-    def drop(self) -> None:
-        """Forget the copies on the device, which nobody has changed."""
-        for place, host in zip(self._places, self._host, strict=True):
-            place.put(host)
-
-    def give_back(self) -> None:
-        """Write what is on the device to the host, and forget it there."""
-        for place, host in zip(self._places, self._host, strict=True):
-            host.copy_(place.tensor)
-        self.drop()
+def place_the_rest(network: nn.Module, device: torch.device | str) -> None:
+    """Move everything to the device but what belongs to one transformer block alone."""
+    moving = {_storage(p.tensor) for places in _places_by_block(network) for p in places}
+    for module in network.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and _storage(tensor) not in moving:
+                _Place(module, name).put(tensor.data.to(device))
 
 
 class _Place:
@@ -135,17 +122,77 @@ class _Place:
 
     def put(self, tensor: torch.Tensor) -> None:
         """The parameter stays the same object, so that all who know it see it move."""
-        found = getattr(self._module, self._name)
-        if isinstance(found, nn.Parameter):
-            found.data = tensor
-        else:
+        found = self._module._parameters.get(self._name)
+        if found is None:
             self._module._buffers[self._name] = tensor
+        else:
+            assert isinstance(found, nn.Parameter), f"{self._name} is displaced"
+            found.data = tensor
 
 
-def _places(block: nn.Module) -> Iterator[_Place]:
-    seen: set[int] = set()
-    for module in block.modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield _Place(module, name)
+class _Block:
+    """The tensors of one block, each with its place in host memory."""
+
+    def __init__(self, places: Sequence[_Place]) -> None:
+        self.places = places
+        self._host: Sequence[torch.Tensor] = []
+        self.size = sum(p.tensor.numel() * p.tensor.element_size() for p in places)
+
+    def leave(self, pinned: bool) -> None:
+        """To host memory, in pages that the device can read by itself if `pinned`."""
+        for place in self.places:
+            host = place.tensor.cpu()
+            if pinned:
+                # Pages that may not be locked are copied more slowly, and that is all.
+                with suppress(RuntimeError):
+                    host = host.pin_memory()
+            place.put(host)
+        self._host = [place.tensor for place in self.places]
+
+    def fetch(self, device: torch.device) -> None:
+        """Copies on the device. The host's stay where they are, also after an error."""
+        try:
+            for place, host in zip(self.places, self._host, strict=True):
+                place.put(host.to(device, non_blocking=True, copy=True))
+        except BaseException:
+            self.drop()
+            raise
+
+    def drop(self) -> None:
+        """Forget the copies on the device, which nobody has changed."""
+        for place, host in zip(self.places, self._host, strict=True):
+            place.put(host)
+
+    def give_back(self) -> None:
+        """Write what is on the device to the host, and forget it there."""
+        for place, host in zip(self.places, self._host, strict=True):
+            host.copy_(place.tensor)
+        self.drop()
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _places_by_block(network: nn.Module) -> list[list[_Place]]:
+    """Of each transformer block, the tensors that are in no other block and nowhere else."""
+    blocks = {id(block): number for number, block in enumerate(transformer_blocks(network))}
+    named = list(network.named_modules(remove_duplicate=False))
+    prefixes = [(f"{name}.", blocks[id(part)]) for name, part in named if id(part) in blocks]
+    users: dict[int, set[int]] = {}
+    found: list[list[_Place]] = [[] for _ in blocks]
+    seen: set[tuple[int, str]] = set()
+    for name, module in named:
+        inside = (n for prefix, n in prefixes if f"{name}.".startswith(prefix))
+        user = next(inside, -1)
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or not tensor.numel():
+                continue
+            users.setdefault(_storage(tensor), set()).add(user)
+            # A parameter moves as an object, once; a buffer in each of its modules.
+            own = key in module._parameters
+            identity = (id(tensor), "") if own else (id(module), key)
+            if user >= 0 and identity not in seen:
+                seen.add(identity)
+                found[user].append(_Place(module, key))
+    return [[p for p in places if len(users[_storage(p.tensor)]) == 1] for places in found]

@@ -563,7 +563,8 @@ def _scratch(model: "CausalModel") -> tuple[tuple[int, ...], tuple[int, ...]]:
     for owner, tensor in zip(model.layout.owners, model.tensors.values(), strict=True):
         if tensor.dim() != 2:
             continue
-        tile = tile_rows(tensor) * tensor.shape[1] * tensor.element_size()
+        rows = tile_rows(tensor, model.device.type)
+        tile = rows * tensor.shape[1] * tensor.element_size()
         if head is not None and tensor.data_ptr() == head.data_ptr():
             last[owner] = max(last[owner], tile)
         elif tensor.data_ptr() not in tables:
@@ -597,18 +598,19 @@ def _weights(model: "CausalModel") -> tuple[int, tuple[int, ...]]:
     flat = getattr(model, "flat", None)
     seen = set() if flat is None else {flat.untyped_storage().data_ptr()}
 
-    def fresh(module: Any, anywhere: bool = False) -> int:
+    def fresh(module: Any) -> int:
         size = 0
         for tensor in _tensors_of(module):
             storage = tensor.untyped_storage()
-            there = anywhere or tensor.device.type == model.device.type
-            if there and storage.data_ptr() not in seen:
+            if tensor.device.type == model.device.type and storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
                 size += storage.nbytes()
         return size
 
-    moving = model.residency is not None
-    blocks = tuple(fresh(block, moving) for block in transformer_blocks(model.network))
+    if model.residency is not None:
+        seen.update(tensor.untyped_storage().data_ptr() for tensor in model.residency.moving())
+        return fresh(model.network), model.residency.sizes
+    blocks = tuple(fresh(block) for block in transformer_blocks(model.network))
     return fresh(model.network), blocks
 
 
