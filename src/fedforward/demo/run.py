@@ -38,6 +38,7 @@ def prepare(data: Path, rounds: int = ROUNDS) -> Config:
                 "local_steps": 10,
                 "batch_size": 4,
             },
-            "run": {"evaluate_every": 5},
+            # Of a model this small a second thread does less than waking it takes.
+            "run": {"evaluate_every": 5, "threads": 1},
         }
     )
