@@ -94,19 +94,14 @@ class ModelSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _what_rests_on_the_host_is_plain(self) -> "ModelSection":
+    def _only_a_frozen_base_in_one_place_is_packed(self) -> "ModelSection":
         for key, value in (("quantization", self.quantization), ("device_map", self.device_map)):
-            if self.resting == "host" and value != "none":
+            if value != "none" and self.resting == "host":
                 raise ValueError(
                     f"resting = 'host' moves plain weights of one device, and {key} = {value!r}; "
                     f"use resting = 'device' or {key} = 'none'"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _only_a_frozen_base_is_packed(self) -> "ModelSection":
-        for key, value in (("quantization", self.quantization), ("device_map", self.device_map)):
-            if self.tune == "full" and value != "none":
+            if value != "none" and self.tune == "full":
                 raise ValueError(
                     f"{key} = {value!r} is for a frozen base, and tune = 'full' changes every "
                     f"weight; use tune = 'lora' or {key} = 'none'"
