@@ -133,7 +133,7 @@ def late(folder: Path, path: str, tune: str, name: str, how: str) -> dict[str, A
         task_bytes = replace(task, snapshot=snapshot.encode(), entries=missing).encode()
     client = Client(1, [None], arriving, own)
     began = time.perf_counter()
-    client._prepare(Task.decode(task_bytes))
+    client.come_to(Task.decode(task_bytes))
     seconds = time.perf_counter() - began
     replica.catch_up(list(side.ledger.entries(replica.rounds)))
     return {
