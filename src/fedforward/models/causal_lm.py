@@ -189,9 +189,11 @@ class CausalModel(ABC):
 
     def _hold(self, probes: Sequence[Probe]) -> None:
         """Have the blocks that probes move on the device, and the others off it."""
+        if self.residency is None:
+            return
         steps = {id(s): s for p in probes for s in (p.trajectory, p.perturbation) if len(s)}
-        # A plain forward pass between two steps is no reason to send a client's blocks away.
-        if self.residency is None or not steps:
+        if not steps:
+            # A plain forward pass between two steps is no reason to send a client's blocks away.
             return
         moved = {
             int(name)
