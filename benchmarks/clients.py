@@ -15,9 +15,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fedforward import cli, config
-from fedforward.planning.memory import bytes_alive, peak_bytes
-from fedforward.session import Session
+from fedforward.cli import main as cli
+from fedforward.config import schema as config
+from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
+from fedforward.training.loop import Session
 
 
 class Silent:

@@ -26,15 +26,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedforward.core.seeds import direction_seed, dither_seed
+from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 from fedforward.directions import Distribution
-from fedforward.estimators import TwoPoint
-from fedforward.models.causal_lm import CausalModel, TokenBatch
+from fedforward.methods.estimators import TwoPoint
+from fedforward.models.base import CausalModel, TokenBatch
 from fedforward.models.full import FullModel
 from fedforward.models.lora import LoraModel
-from fedforward.planning.memory import bytes_alive, peak_bytes
-from fedforward.planning.probes import TOKENS_PER_CALL
-from fedforward.seeds import direction_seed, dither_seed
-from fedforward.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
+from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
+from fedforward.planning.probe_grouping import TOKENS_PER_CALL
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DISTRIBUTIONS = tuple(str(distribution) for distribution in Distribution)

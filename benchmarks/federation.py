@@ -25,15 +25,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedforward import cli
+from fedforward.cli import main as cli
 from fedforward.directions import Distribution, Layout
-from fedforward.estimators import TwoPoint
 from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import Server, ServerSettings
-from fedforward.messages import DIGEST_BYTES, Report, Task
-from fedforward.methods import Method
+from fedforward.messages.codec import DIGEST_BYTES, Report, Task
+from fedforward.methods.base import Method
 from fedforward.methods.decomfl import DeComFL
+from fedforward.methods.estimators import TwoPoint
 from fedforward.methods.fedkseed import FedKSeed
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.methods.zorba import ZorBA
@@ -149,10 +149,10 @@ def late(folder: Path, path: str, tune: str, name: str, how: str) -> dict[str, A
 
 
 def model_of(path: str, tune: str) -> Any:
+    from fedforward.core.steps import ProbePlan
     from fedforward.models.full import FullModel
     from fedforward.models.loading import load
     from fedforward.models.lora import LoraModel
-    from fedforward.steps import ProbePlan
 
     network, _ = load(path, "float32", "cpu")
     plan = ProbePlan(2, 2, "generate", 8)

@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from fedforward import assembly, cli, config
-from fedforward.estimators import TwoPoint
-from fedforward.messages import Entry
-from fedforward.methods import Returned
+from fedforward.cli import main as cli
+from fedforward.config import schema as config
+from fedforward.messages.codec import Entry
+from fedforward.methods.base import Returned
+from fedforward.methods.estimators import TwoPoint
 from fedforward.methods.fedmezo import FedMeZO
-from fedforward.session import Session
+from fedforward.training import assembly
+from fedforward.training.loop import Session
 
 LORA = {"rank": 8, "alpha": 16, "factors": "B"}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {

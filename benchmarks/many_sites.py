@@ -29,15 +29,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedforward import config as configuration
-from fedforward import sites
-from fedforward.assembly import ModelIdentity
+from fedforward.config import schema as configuration
+from fedforward.config import site as sites
+from fedforward.deployment.coordinator import Coordinator
+from fedforward.deployment.participants import Traffic
+from fedforward.deployment.transport import Arrival
 from fedforward.directions import Layout
-from fedforward.federation.coordinator import Coordinator
-from fedforward.federation.letters import Enrolment, Kind, Letter, packed
-from fedforward.federation.link import Arrival
-from fedforward.federation.members import Traffic
-from fedforward.messages import DIGEST_BYTES, HEADER_FORM, TASK_FORM, Report
+from fedforward.messages.codec import DIGEST_BYTES, HEADER_FORM, TASK_FORM, Report
+from fedforward.messages.envelope import Enrolment, Kind, Letter, packed
+from fedforward.training.assembly import ModelIdentity
 
 STEPS = 10
 #: Llama-3B's LoRA of rank 128 on q and v, as in FedMeZO's setting.

@@ -37,9 +37,9 @@ import torch
 from common import Column, Reach, Row, Trajectory
 from step import HORIZON, TOKENS
 
-from fedforward.models.causal_lm import TokenBatch
-from fedforward.planning.memory import peak_bytes
-from fedforward.planning.probes import TOKENS_PER_CALL
+from fedforward.models.base import TokenBatch
+from fedforward.planning.memory.tracker import peak_bytes
+from fedforward.planning.probe_grouping import TOKENS_PER_CALL
 
 REACH = Reach("<=", 1.05)
 REACH_LARGE_VOCABULARY = Reach("<", 1.0)

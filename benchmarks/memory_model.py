@@ -32,11 +32,11 @@ import torch
 from common import Column, Reach, Row
 from numpy.typing import NDArray
 
+from fedforward.models.base import CausalModel, TokenBatch
 from fedforward.models.blocks import transformer_blocks
-from fedforward.models.causal_lm import CausalModel, TokenBatch
-from fedforward.planning.memory import peak_bytes
-from fedforward.planning.memory_model import MemoryModel, calibrate
-from fedforward.planning.probes import step_probes
+from fedforward.planning.memory.model import MemoryModel, calibrate
+from fedforward.planning.memory.tracker import peak_bytes
+from fedforward.planning.probe_grouping import step_probes
 
 REACH = Reach("<=", 0.10)
 #: Rows and length: a pass of few tokens, several probes in a pass, more tokens than it takes.

@@ -16,8 +16,8 @@ import common
 import numpy as np
 from common import Column, Reach, Row, Shape
 
-from fedforward.estimators import TwoPoint
-from fedforward.steps import Steps
+from fedforward.core.steps import Steps
+from fedforward.methods.estimators import TwoPoint
 
 SHAPE = "16 blocks"
 common.SHAPES[SHAPE] = Shape(8192, 512, 16, 8, 1408)

@@ -28,14 +28,14 @@ import common
 import numpy as np
 from common import Column, Reach, Row
 
-from fedforward.estimators import TwoPoint
 from fedforward.federation.client import Client, Replica
 from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import Server, ServerSettings
+from fedforward.methods.estimators import TwoPoint
 from fedforward.methods.fedmezo import FedMeZO
-from fedforward.models.causal_lm import TokenBatch
-from fedforward.runtimes.local import LocalRuntime
+from fedforward.models.base import TokenBatch
+from fedforward.training.simulation import LocalRuntime
 
 LENGTHS = {"short": (16, 48), "long": (100, 250), "quick": (4, 8)}
 EXAMPLES = 64

@@ -19,8 +19,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedforward import cli, config
-from fedforward.session import Session
+from fedforward.cli import main as cli
+from fedforward.config import schema as config
+from fedforward.training.loop import Session
 
 # One block, one kind of module: few parameters for the same steps, and what lies below the block is
 # computed once for the 32 probes of a step.

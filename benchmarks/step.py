@@ -28,7 +28,7 @@ from typing import Any
 import common
 from common import Column, Reach, Row, Trajectory
 
-from fedforward.models.causal_lm import CausalModel
+from fedforward.models.base import CausalModel
 
 HORIZON = 30
 TOKENS = (128, 256, 512, 2048)

@@ -18,11 +18,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedforward import cli, config, experiment
-from fedforward.planning.memory import bytes_alive, peak_bytes
-from fedforward.planning.probes import step_probes
-from fedforward.planning.resources import allocator, survey
-from fedforward.session import Session
+from fedforward.cli import main as cli
+from fedforward.config import schema as config
+from fedforward.planning.budgets import allocator, survey
+from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
+from fedforward.planning.probe_grouping import step_probes
+from fedforward.training import build as experiment
+from fedforward.training.loop import Session
 
 #: Blocks that each client's budget is for.
 ACTIVE = [2, 3, 4, 5, 6, 7, 8, 8]

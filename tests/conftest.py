@@ -101,7 +101,7 @@ def rows(tmp_path: Path) -> Path:
 @pytest.fixture
 def configure(rows: Path, libraries_are_no_garbage: None) -> Callable[..., Any]:
     """A function that makes a configuration of a few short rounds on the demonstration model."""
-    from fedforward import config
+    from fedforward.config import schema as config
     from fedforward.demo.text import ANSWER, PROMPT
 
     def make(**changes: Any) -> config.Config:
@@ -140,7 +140,7 @@ class Silent:
 @pytest.fixture
 def carry_out() -> Callable[..., dict[str, Any]]:
     """A function that runs a configuration and returns its summary."""
-    from fedforward.session import Session
+    from fedforward.training.loop import Session
 
     def go(config: Any, out: Path, resume: bool = False) -> dict[str, Any]:
         return Session(config, out, resume, Silent()).run()

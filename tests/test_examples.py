@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedforward import config
+from fedforward.config import schema as config
 
 ROOT = Path(__file__).parents[1]
 

@@ -4,7 +4,7 @@ The vocabulary (`Steps`, `Probe`, `Update`, `ForwardModel`) is here; everything 
 from its module. This face imports no PyTorch.
 """
 
-from fedforward.errors import FedForwardError
-from fedforward.steps import Evaluation, ForwardModel, Probe, Steps, Update
+from fedforward.core.errors import FedForwardError
+from fedforward.core.steps import Evaluation, ForwardModel, Probe, Steps, Update
 
 __all__ = ["Evaluation", "FedForwardError", "ForwardModel", "Probe", "Steps", "Update"]

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from fedforward.errors import FedForwardError
+from fedforward.core.errors import FedForwardError
 
 _ROW = "__row__"
 

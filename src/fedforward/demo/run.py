@@ -4,8 +4,8 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
-from fedforward import config as configuration
-from fedforward.config import Config
+from fedforward.config import schema as configuration
+from fedforward.config.schema import Config
 from fedforward.demo.text import ANSWER, EXAMPLE_QUESTION, PROMPT, site_examples
 
 ROUNDS = 100

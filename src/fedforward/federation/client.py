@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedforward.messages import (
+from fedforward.core.steps import Evaluation, Probe, Update
+from fedforward.messages.codec import (
     DIGEST_BYTES,
     Entry,
     MessageError,
@@ -18,10 +19,9 @@ from fedforward.messages import (
     Task,
     unpack_blocks,
 )
-from fedforward.methods import BatchStream, FirstOrderMethod, Method
+from fedforward.methods.base import BatchStream, FirstOrderMethod, Method
 from fedforward.methods.fedkseed import Accumulators
-from fedforward.models.causal_lm import CausalModel
-from fedforward.steps import Evaluation, Probe, Update
+from fedforward.models.base import CausalModel
 
 
 class Replica:

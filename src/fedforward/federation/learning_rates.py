@@ -10,11 +10,11 @@ from math import cos, isfinite, pi
 import numpy as np
 from numpy.typing import NDArray
 
+from fedforward.core.seeds import generator
+from fedforward.core.steps import Steps
 from fedforward.directions import TILE, Distribution, Layout
-from fedforward.directions.cpu import commit
+from fedforward.directions.numba_kernels import commit
 from fedforward.federation.ledger import Round
-from fedforward.seeds import generator
-from fedforward.steps import Steps
 
 #: Rounds that `loss-window` looks back.
 WINDOW = 5

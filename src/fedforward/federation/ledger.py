@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from fedforward.errors import FedForwardError, UpdateNotFiniteError
-from fedforward.messages import Entry, Report
+from fedforward.core.errors import FedForwardError, UpdateNotFiniteError
+from fedforward.messages.codec import Entry, Report
 
 _SCHEMA = """
 CREATE TABLE header (only_row INTEGER PRIMARY KEY CHECK (only_row = 0), content TEXT NOT NULL);

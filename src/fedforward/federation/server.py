@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedforward.core.seeds import generator
 from fedforward.directions import Distribution, Layout
 from fedforward.federation.learning_rates import WINDOW, RateSettings, rates, update_differences
 from fedforward.federation.ledger import Ledger, Origin, Round
 from fedforward.federation.server_optimizer import PLAIN, ServerOptimizer
-from fedforward.messages import (
+from fedforward.messages.codec import (
     NO_ODDS,
     Entry,
     MessageError,
@@ -26,9 +27,8 @@ from fedforward.messages import (
     pack_blocks,
     unpack_blocks,
 )
-from fedforward.methods import FirstOrderMethod, Method, NoTracker, Returned, Tracker
+from fedforward.methods.base import FirstOrderMethod, Method, NoTracker, Returned, Tracker
 from fedforward.methods.fedkseed import Accumulators
-from fedforward.seeds import generator
 
 #: Clients prove their tuned state in every round whose number this divides.
 DIGEST_EVERY = 10

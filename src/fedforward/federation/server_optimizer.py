@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedforward.federation.ledger import Round
-from fedforward.messages import Entry
-from fedforward.methods import coefficients
+from fedforward.messages.codec import Entry
+from fedforward.methods.base import coefficients
 
 
 @dataclass(frozen=True)

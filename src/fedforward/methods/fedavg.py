@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedforward.messages import Report, Task
-from fedforward.methods import BatchStream, Returned
-from fedforward.models.causal_lm import CausalModel
+from fedforward.messages.codec import Report, Task
+from fedforward.methods.base import BatchStream, Returned
+from fedforward.models.base import CausalModel
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedforward.errors import UpdateNotFiniteError
-from fedforward.messages import (
+from fedforward.core.errors import UpdateNotFiniteError
+from fedforward.core.seeds import candidate_seed, dither_seed, draws
+from fedforward.core.steps import Steps, Update
+from fedforward.messages.codec import (
     ACCUMULATOR_UNIT,
     NO_ODDS,
     Entry,
@@ -28,9 +30,7 @@ from fedforward.messages import (
     MessageError,
     Report,
 )
-from fedforward.methods import Method, NoTracker, Returned, Tracker
-from fedforward.seeds import candidate_seed, dither_seed, draws
-from fedforward.steps import Steps, Update
+from fedforward.methods.base import Method, NoTracker, Returned, Tracker
 
 #: Odds of the least likely candidate; the most likely has e times as much.
 LEAST_ODDS = 20000

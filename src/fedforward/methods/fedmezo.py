@@ -15,8 +15,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedforward.messages import Contribution, Entry
-from fedforward.methods import Method, Returned, coefficients, round_seeds
+from fedforward.messages.codec import Contribution, Entry
+from fedforward.methods.base import Method, Returned, coefficients, round_seeds
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedforward.messages import Entry, pack_blocks
-from fedforward.methods import Method, Returned, round_seeds, shared_contribution
-from fedforward.seeds import SHARED
+from fedforward.core.seeds import SHARED
+from fedforward.messages.codec import Entry, pack_blocks
+from fedforward.methods.base import Method, Returned, round_seeds, shared_contribution
 
 
 @dataclass(frozen=True)

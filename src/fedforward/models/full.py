@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedforward.core.errors import FedForwardError
+from fedforward.core.steps import NO_STEPS, Evaluation, Probe, ProbePlan, Steps
 from fedforward.directions import Distribution
-from fedforward.directions.kernels import accumulate
-from fedforward.errors import FedForwardError
+from fedforward.directions.ops import accumulate
+from fedforward.models.base import CausalModel, fingerprint
 from fedforward.models.blocks import class_heads, names_in_blocks
-from fedforward.models.causal_lm import CausalModel, fingerprint
-from fedforward.models.displaced import DisplacedTensor, Displacement
-from fedforward.models.head import VocabularyTile, tile_rows
-from fedforward.steps import NO_STEPS, Evaluation, Probe, ProbePlan, Steps
+from fedforward.models.displaced_tensor import DisplacedTensor, Displacement
+from fedforward.models.lm_head import VocabularyTile, tile_rows
 
 
 class FullModel(CausalModel):

@@ -20,20 +20,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedforward.core.errors import FedForwardError
+from fedforward.core.seeds import derive
+from fedforward.core.steps import NO_STEPS, Evaluation, Probe, ProbePlan, Steps
 from fedforward.directions import TILE, Distribution, Layout
-from fedforward.directions.kernels import accumulate, displace
-from fedforward.errors import FedForwardError
+from fedforward.directions.ops import accumulate, displace
+from fedforward.models.base import CausalModel, TokenBatch, cut, fingerprint
 from fedforward.models.blocks import class_heads, names_in_blocks, transformer_blocks
-from fedforward.models.causal_lm import CausalModel, TokenBatch, cut, fingerprint
-from fedforward.models.loading import (
-    dequantize,
-    draw_normal,
-    input_device,
-    is_quantized,
-    weights,
-)
-from fedforward.seeds import derive
-from fedforward.steps import NO_STEPS, Evaluation, Probe, ProbePlan, Steps
+from fedforward.models.loading import dequantize, draw_normal, input_device, is_quantized, weights
 
 ADAPTER = "default"
 #: Activations that an adapter works on at once, by device: what fits a cache, or fills a GPU.

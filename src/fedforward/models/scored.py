@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedforward.models.causal_lm import CausalModel, PromptBatch, TokenBatch
-from fedforward.steps import Evaluation, Probe
+from fedforward.core.steps import Evaluation, Probe
+from fedforward.models.base import CausalModel, PromptBatch, TokenBatch
 
 #: Scores of predictions, given their references: as many finite numbers, higher is better.
 Score = Callable[[Sequence[str], Sequence[str]], list[float]]

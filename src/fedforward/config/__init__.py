@@ -1,0 +1,1 @@
+"""The configuration of a run and of a site: sections, loading, errors. No PyTorch."""

@@ -1,0 +1,154 @@
+"""What is measured on held-out examples: the loss always, and the metrics that were asked for.
+
+Answers are generated once for all the metrics that look at them.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fedforward.config.schema import Config
+from fedforward.core.steps import Probe, ProbePlan
+from fedforward.data.sampler import Collate, by_length, collate, collate_choices, collate_prompts
+from fedforward.data.templates import Example
+from fedforward.evaluation.objectives import class_batches_of, needs_answers, score_of
+from fedforward.models.base import CausalModel
+from fedforward.models.scored import Score, texts
+
+#: Seconds after which an evaluation says how far it is, and between its saying so.
+FIRST_NOTICE, NEXT_NOTICE = 2.0, 10.0
+Notice = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out examples and what is measured on them.
+
+    Attributes:
+        groups: the examples, in groups of similar length.
+        metrics: names, without the loss that is always measured.
+        scores: of generated answers, by metric.
+        tokenizer: reads generated answers.
+        most_tokens: of a generated answer.
+        loss: how examples become batches that measure it.
+        accuracy: likewise.
+    """
+
+    groups: list[list[Example]]
+    metrics: tuple[str, ...]
+    scores: dict[str, Score]
+    tokenizer: Any
+    most_tokens: int
+    loss: Collate = collate
+    accuracy: Collate = collate_choices
+
+
+def metrics_of(config: Config) -> tuple[str, ...]:
+    """The metrics of a run: what it optimises, unless that is the loss, and what was asked for."""
+    objective = config.method.objective
+    optimised = () if objective in ("loss", *config.evaluation.metrics) else (objective,)
+    return (*optimised, *config.evaluation.metrics)
+
+
+def prepare(
+    config: Config, examples: Sequence[Example], tokenizer: Any, plan: ProbePlan
+) -> HeldOut:
+    """See `HeldOut`.
+
+    Raises:
+        FedForwardError: a metric's function cannot be found, or fails on two references.
+    """
+    metrics = metrics_of(config)
+    typed = dict.fromkeys(config.evaluation.metrics, "evaluation.metrics")
+    scores = {
+        name: score_of(name, typed.get(name, "method.objective"))
+        for name in metrics
+        if needs_answers(name)
+    }
+    references = [example.reference for example in examples[:2]]
+    for score in scores.values():
+        # Before the run has left anything behind.
+        score(references, references)
+    groups = by_length(examples, plan.evaluation_rows)
+    heldout = HeldOut(groups, metrics, scores, tokenizer, config.data.answer_tokens)
+    if config.model.head == "classification":
+        loss, accuracy = map(class_batches_of, ("loss", "accuracy"))
+        heldout = replace(heldout, loss=loss, accuracy=accuracy)
+    return heldout
+
+
+def measure(model: CausalModel, heldout: HeldOut, notice: Notice) -> dict[str, Any]:
+    """The held-out figures at the model's current weights.
+
+    Args:
+        notice: told how far the evaluation is where it takes more than two seconds.
+
+    Returns:
+        `heldout_loss`, the mean loss per answer token (or text, of a classifier) in nats; and, if
+        there are any, `metrics` by name: `perplexity` is exp(loss), the others are means over the
+        examples.
+    """
+    progress = _Progress(notice)
+    loss = _mean(model, progress.over(heldout.groups, "loss"), heldout.loss)
+    values = {"loss": loss}
+    if "perplexity" in heldout.metrics:
+        with np.errstate(over="ignore"):
+            values["perplexity"] = float(np.exp(loss))
+    if "accuracy" in heldout.metrics:
+        groups = progress.over(heldout.groups, "accuracy")
+        values["accuracy"] = 1.0 - _mean(model, groups, heldout.accuracy)
+    if heldout.scores:
+        values |= _scores(model, heldout, progress.over(heldout.groups, "answers"))
+    figures: dict[str, Any] = {"heldout_loss": loss}
+    if heldout.metrics:
+        figures["metrics"] = {name: values[name] for name in heldout.metrics}
+    return figures
+
+
+def _mean(model: CausalModel, groups: Iterable[Sequence[Example]], collate: Collate) -> float:
+    """The sum of all that is measured, divided by its count."""
+    total, count = 0.0, 0
+    for group in groups:
+        (evaluation,) = model.evaluate([Probe(collate(group))])
+        total += float(evaluation.sums.sum())
+        count += int(evaluation.counts.sum())
+    return total / count
+
+
+def _scores(
+    model: CausalModel, heldout: HeldOut, groups: Iterable[Sequence[Example]]
+) -> dict[str, float]:
+    """The mean of each score over the greedy answers to all prompts."""
+    answers: list[str] = []
+    references: list[str] = []
+    for group in groups:
+        prompts = [example.tokens[: example.prompt_length] for example in group]
+        batch = collate_prompts(prompts, heldout.tokenizer, heldout.most_tokens)
+        (generated,) = model.generate([Probe(batch)])
+        answers += texts(heldout.tokenizer, generated)
+        references += [example.reference for example in group]
+    return {
+        name: float(np.mean(score(answers, references))) for name, score in heldout.scores.items()
+    }
+
+
+class _Progress:
+    """Tells how far an evaluation is, once it has taken a while."""
+
+    def __init__(self, notice: Notice) -> None:
+        self.notice = notice
+        self.due = time.monotonic() + FIRST_NOTICE
+
+    def over(self, groups: Sequence[Sequence[Example]], what: str) -> Iterator[Sequence[Example]]:
+        """The groups, one after another."""
+        done, total = 0, sum(map(len, groups))
+        for group in groups:
+            now = time.monotonic()
+            if now >= self.due:
+                self.notice(f"evaluating {what}: {done} of {total} examples")
+                self.due = now + NEXT_NOTICE
+            yield group
+            done += len(group)

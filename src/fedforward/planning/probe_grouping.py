@@ -1,0 +1,124 @@
+"""The probe plan: how many probes share a forward pass, and how long trajectories are carried.
+
+It is resolved once, stored with the run and reused on resume, because the grouping changes the
+last bits of a loss.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedforward.core.errors import FedForwardError
+from fedforward.core.steps import Probe, ProbePlan, Steps
+from fedforward.core.units import format_bytes
+from fedforward.models.base import Batch, CausalModel
+from fedforward.planning.memory.tracker import peak_bytes
+
+#: Held-out examples per forward pass; more saves nothing on two cores and costs memory.
+EVALUATION_ROWS = 8
+#: Tokens of a forward pass by device: activations that stay in a cache, or fill a GPU.
+TOKENS_PER_CALL = {"cpu": 1024, "cuda": 16384}
+
+
+def resolve(
+    *,
+    tune: str,
+    threads: int,
+    probes_per_call: int,
+    tokens_per_call: int,
+    trajectory: str,
+    device: str,
+    probes_per_step: int,
+) -> ProbePlan:
+    """The plan from the configuration's wishes, where 0 and "auto" leave the choice to us.
+
+    The two signs of one direction go through the network together. With adapters a client's whole
+    step does, so that memory does not depend on the number of clients.
+    """
+    full = tune == "full"
+    return ProbePlan(
+        probes_per_call=probes_per_call or (2 if full else probes_per_step),
+        threads=threads or len(os.sched_getaffinity(0)),
+        trajectory="copy" if trajectory == "auto" or not full else trajectory,
+        evaluation_rows=EVALUATION_ROWS,
+        device=device,
+        tokens_per_call=tokens_per_call or TOKENS_PER_CALL[device.split(":")[0]],
+    )
+
+
+def step_probes(
+    batches: Sequence[Batch],
+    count: int,
+    probes_per_step: int,
+    mu: float,
+    active: NDArray[np.bool_] | None = None,
+) -> list[Probe]:
+    """`count` probes as a step in the middle of a round has them, client after client.
+
+    Args:
+        active: bool [B], blocks that are perturbed; None is all.
+    """
+
+    def moved(seed: int, coefficient: float) -> Steps:
+        steps = Steps.of([seed], [coefficient])
+        return steps if active is None else steps.within(active)
+
+    # Every client carries a sum of its own; it is there, but too small to change anything.
+    trajectories = [moved(1, 1e-30) for _ in range(-(-count // probes_per_step))]
+    return [
+        Probe(
+            batches[place // probes_per_step % len(batches)],
+            trajectories[place // probes_per_step],
+            moved(2 + place // 2, mu if place % 2 == 0 else -mu),
+        )
+        for place in range(count)
+    ]
+
+
+def fit(
+    model: CausalModel,
+    batches: Sequence[Batch],
+    budget: int,
+    most: int,
+    probes_per_step: int,
+) -> ProbePlan:
+    """The model's plan with as many probes in a forward pass as a memory budget allows.
+
+    One and two probes of the longest batches are measured, the number is extrapolated and measured
+    again, and lowered until it fits.
+
+    Args:
+        batches: the longest of each client.
+        budget: bytes of tensors alive, the model's own included.
+        most: probes that can ever be ready at once.
+        probes_per_step: of a client.
+
+    Raises:
+        FedForwardError: not even one probe fits.
+    """
+    plan = model.plan
+
+    def measured(count: int) -> int:
+        model.plan = replace(plan, probes_per_call=count)
+        probes = step_probes(batches, count, probes_per_step, 1e-3)
+        return peak_bytes(lambda: model.evaluate(probes))
+
+    try:
+        measured(1)
+        one, two = measured(1), measured(2)
+        if one > budget:
+            raise FedForwardError(
+                f"run.memory_budget = {format_bytes(budget)} is too small: the model and one probe "
+                f"of its longest batch take {format_bytes(one)}. Raise it, or lower "
+                "data.sequence_length or method.batch_size."
+            )
+        count = min(most, 1 + (budget - one) // max(1, two - one))
+        while count > 1 and measured(count) > budget:
+            count = max(1, count * 3 // 4)
+    finally:
+        model.plan = plan
+        model.forget()
+    return replace(plan, probes_per_call=count)

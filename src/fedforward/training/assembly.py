@@ -1,0 +1,119 @@
+"""From a configuration to the server's parts: the method, the settings, the ledger's header.
+
+What a server across machines has, which holds no model: nothing here imports PyTorch.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedforward.config.schema import Config
+from fedforward.directions import VERSION, Distribution, Layout
+from fedforward.federation.learning_rates import RateSettings
+from fedforward.federation.server import Allocate, ServerSettings
+from fedforward.federation.server_optimizer import ServerOptimizer
+from fedforward.methods.base import FirstOrderMethod, Method
+from fedforward.methods.decomfl import DeComFL
+from fedforward.methods.estimators import FZOO, TwoPoint
+from fedforward.methods.fedkseed import FedKSeed
+from fedforward.methods.fedmezo import FedMeZO
+from fedforward.methods.zorba import ZorBA
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What all parties must agree on before any of them can read another's numbers.
+
+    Attributes:
+        layout: of the tunable space.
+        base: SHA-256 of the base model's weights, hexadecimal.
+        classes: of a sequence classifier, in the order of its head; else empty.
+        state_bytes: of the tuned tensors, which a snapshot carries.
+        tokenizer: SHA-256 of what it makes of texts, hexadecimal; empty where one is shared.
+    """
+
+    layout: Layout
+    base: str
+    classes: tuple[str, ...]
+    state_bytes: int
+    tokenizer: str = ""
+
+
+def build_method(config: Config) -> Method | FirstOrderMethod:
+    """The method that the configuration names."""
+    method = config.method
+    if method.name == "fedavg":
+        from fedforward.methods.fedavg import FedAvg
+
+        return FedAvg(method.local_steps, method.optimizer)
+    kind = TwoPoint if method.estimator == "two-point" else FZOO
+    parts = (config.run.seed, method.local_steps, kind(method.directions, method.mu))
+    if method.name in ("fedkseed", "fedkseed-pro"):
+        return FedKSeed(*parts, method.candidates, importance=method.name == "fedkseed-pro")
+    kinds: dict[str, Callable[..., Method]]
+    kinds = {"fedmezo": FedMeZO, "decomfl": DeComFL, "zorba": ZorBA}
+    return kinds[method.name](*parts)
+
+
+def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
+    """What the ledger of a run is bound to: enough to replay it, and to refuse another's."""
+    density = config.method.density
+    lora = config.lora.model_dump() if config.model.tune == "lora" else None
+    return {
+        # 3: contributions may be of some blocks; entries may hold increments of candidate seeds.
+        "format": 3,
+        "direction_version": VERSION,
+        "distribution": config.method.distribution,
+        "directions": config.method.directions,
+        "run_seed": config.run.seed,
+        "method": config.method.name,
+        "candidates": config.method.pool,
+        "mask": None if config.method.mask == "none" else [config.method.mask, density],
+        "classes": list(model.classes) or None,
+        "layout": model.layout.fingerprint,
+        "base": model.base,
+        "lora": lora,
+    }
+
+
+def server_settings(
+    config: Config,
+    model: ModelIdentity,
+    examples: Sequence[int],
+    allocate: Allocate | None = None,
+) -> ServerSettings:
+    """The server's view of the run.
+
+    Args:
+        examples: training examples of each client.
+    """
+    method = config.method
+    return ServerSettings(
+        run_seed=config.run.seed,
+        examples=tuple(examples),
+        participation=config.federation.participation,
+        weights=config.federation.weights,
+        rates=RateSettings(
+            base=method.learning_rate,
+            spread=method.alpha,
+            strategy=method.strategy,
+            schedule=method.schedule,
+            warmup=method.warmup,
+            rounds=config.federation.rounds,
+            final=method.final,
+        ),
+        layout=model.layout,
+        distribution=Distribution(method.distribution),
+        quorum=config.federation.quorum,
+        deadline=config.federation.deadline or math.inf,
+        optimizer=ServerOptimizer(
+            learning_rate=config.server.learning_rate,
+            decay=config.server.decay,
+            momentum=config.server.momentum,
+            window=config.server.window,
+            normalise=config.server.normalise,
+        ),
+        allocate=allocate,
+        state_bytes=model.state_bytes,
+    )
