@@ -30,7 +30,8 @@ from fedforward.directions import Distribution, Layout
 from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import Server, ServerSettings
-from fedforward.messages.codec import DIGEST_BYTES, Report, Task
+from fedforward.messages.report import DIGEST_BYTES, Report
+from fedforward.messages.task import Task
 from fedforward.methods.base import Method
 from fedforward.methods.decomfl import DeComFL
 from fedforward.methods.estimators import TwoPoint
@@ -47,7 +48,7 @@ BLOCKS = 8
 def method(name: str, steps: int = H) -> Method:
     """A method by name, with the paper's number of candidates."""
     if name.startswith("fedkseed"):
-        return FedKSeed(SEED, steps, ESTIMATOR, 4096, importance=name.endswith("pro"))
+        return FedKSeed(run_seed=SEED, local_steps=steps, estimator=ESTIMATOR, candidates=4096, importance=name.endswith("pro"))
     kinds: dict[str, Any] = {"fedmezo": FedMeZO, "decomfl": DeComFL, "zorba": ZorBA}
     return kinds[name](SEED, steps, ESTIMATOR)
 
@@ -131,7 +132,7 @@ def late(folder: Path, path: str, tune: str, name: str, how: str) -> dict[str, A
         missing = tuple(side.ledger.entries(snapshot.rounds))
         task = Task.decode(task_bytes)
         task_bytes = replace(task, snapshot=snapshot.encode(), entries=missing).encode()
-    client = Client(1, [None], arriving, own)
+    client = Client(1, [None], arriving)
     began = time.perf_counter()
     client.come_to(Task.decode(task_bytes))
     seconds = time.perf_counter() - began

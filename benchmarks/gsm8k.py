@@ -23,7 +23,7 @@ from rich.table import Table
 
 from fedforward.cli import main as cli
 from fedforward.config import schema as config
-from fedforward.messages.codec import Entry
+from fedforward.messages.entry import Entry
 from fedforward.methods.base import Returned
 from fedforward.methods.estimators import TwoPoint
 from fedforward.methods.fedmezo import FedMeZO

@@ -32,7 +32,7 @@ import step
 import torch
 from common import Column, LoraSettings, Reach, Row, Trajectory
 
-from fedforward.messages.codec import Report
+from fedforward.messages.report import Report
 
 PARTS = ("memory", "step", "rounds", "replay")
 CLIENTS = 3

@@ -35,9 +35,10 @@ from fedforward.deployment.coordinator import Coordinator
 from fedforward.deployment.participants import Traffic
 from fedforward.deployment.transport import Arrival
 from fedforward.directions import Layout
-from fedforward.messages.codec import DIGEST_BYTES, HEADER_FORM, TASK_FORM, Report
+from fedforward.messages.report import DIGEST_BYTES, Report
+from fedforward.messages.codec import HEADER_FORM, TASK_FORM
 from fedforward.messages.envelope import Enrolment, Kind, Letter, packed
-from fedforward.training.assembly import ModelIdentity
+from fedforward.core.identity import ModelIdentity
 
 STEPS = 10
 #: Llama-3B's LoRA of rank 128 on q and v, as in FedMeZO's setting.

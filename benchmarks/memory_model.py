@@ -184,7 +184,7 @@ def compare(arguments: argparse.Namespace, tune: str, trajectory: str, resting: 
 
 def measure(model: CausalModel, batch: TokenBatch, active: NDArray[np.bool_]) -> int:
     """Peak bytes of the two probes of a step in the middle of a round."""
-    probes = step_probes([batch], 2, 2, common.MU, active)
+    probes = step_probes([batch], 2, TwoPoint(1, common.MU), active)
     if model.residency is not None:
         # The blocks of the last choice leave, and those of this one come.
         model.evaluate(probes)

@@ -74,7 +74,7 @@ def runtime(
     model: Any, clients: int, together: int, steps: int, batches: Sequence[Any], folder: Path
 ) -> LocalRuntime:
     """A federation on the model as it is, with a new ledger."""
-    method = FedMeZO(common.RUN_SEED, steps, TwoPoint(1, common.MU))
+    method = FedMeZO(run_seed=common.RUN_SEED, local_steps=steps, estimator=TwoPoint(1, common.MU))
     rates = RateSettings(common.RATE, 0.0, "fixed", "constant", 0, 1000, 1.0)
     settings = ServerSettings(
         run_seed=common.RUN_SEED,
@@ -88,7 +88,7 @@ def runtime(
     path = Path(tempfile.mkdtemp(dir=folder)) / "ledger.sqlite"
     server = Server(settings, method, Ledger.create(path, {"format": 1}))
     replica = Replica(model, common.RUN_SEED, 1)
-    made = [Client(number, batches[number], replica, method) for number in range(clients)]
+    made = [Client(number, batches[number], replica) for number in range(clients)]
     return LocalRuntime(server, made, model, together)
 
 

@@ -103,7 +103,7 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for client, batch in enumerate(steps):
         shape = batch.tokens.shape
         model.forget()
-        probes = step_probes([batch], 2, 2, 1e-3, matrix[client])
+        probes = step_probes([batch], 2, TwoPoint(1, 1e-3), matrix[client])
         measured = peak_bytes(lambda probes=probes: model.evaluate(probes)) - others  # type: ignore[misc]
         everything = resources.memory.peak(np.ones(blocks, np.bool_), *shape)
         rows.append(

@@ -10,15 +10,12 @@ from typer.testing import CliRunner
 
 from fedforward.cli import main as cli
 from fedforward.cli.message_dump import Field, listing
-from fedforward.messages.codec import (
-    Contribution,
-    Entry,
-    Increments,
-    MessageError,
-    Report,
-    Snapshot,
-    Task,
-)
+from fedforward.messages.entry import Contribution, Entry
+from fedforward.messages.codec import Increments
+from fedforward.core.errors import MessageError
+from fedforward.messages.report import Report
+from fedforward.messages.snapshot import Snapshot
+from fedforward.messages.task import Task
 from fedforward.messages.envelope import Kind, Letter
 from tests.deployment.test_coordinator import party
 from tests.messages.test_envelope import ENROLMENT, RUN

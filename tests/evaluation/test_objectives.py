@@ -20,7 +20,7 @@ from fedforward.data.templates import Example, Tokenised
 from fedforward.directions import Distribution
 from fedforward.evaluation import heldout as evaluation
 from fedforward.evaluation.objectives import score_of
-from fedforward.messages.codec import Task
+from fedforward.messages.task import Task
 from fedforward.methods.estimators import TwoPoint
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.models.base import IGNORED, CausalModel, PromptBatch
@@ -242,7 +242,7 @@ def test_probing_raises_an_accuracy(tiny_network: Make) -> None:
         def __getitem__(self, step: int) -> ChoiceBatch:
             return data
 
-    method = FedMeZO(1, 60, TwoPoint(directions=2, mu=0.1))
+    method = FedMeZO(run_seed=1, local_steps=60, estimator=TwoPoint(directions=2, mu=0.1))
     task = Task(0, 0, 0.05, False, (), np.empty(0, np.float32))
     turn = method.local_round(task, Same())
     evaluations: Any = None

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedforward.core.errors import FedForwardError
+from fedforward.core.errors import FedForwardError, MessageError
 from fedforward.core.steps import Steps, Update
 from fedforward.directions import Distribution
 from fedforward.federation.client import Client, Replica
@@ -15,11 +15,13 @@ from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import QuorumError, Server, ServerSettings
 from fedforward.federation.server_optimizer import ServerOptimizer
-from fedforward.messages.codec import MessageError, Report, Snapshot, Task
+from fedforward.messages.report import Report
+from fedforward.messages.snapshot import Snapshot
+from fedforward.messages.task import Task
 from fedforward.methods.base import Method
 from fedforward.methods.decomfl import DeComFL
 from fedforward.methods.estimators import TwoPoint
-from fedforward.methods.fedkseed import FedKSeed
+from fedforward.methods.fedkseed import FedKSeed, FedKSeedPro
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.methods.zorba import ZorBA
 from fedforward.models.quadratic import Quadratic
@@ -29,11 +31,13 @@ from tests.methods.test_quadratic import Constant
 BLOCKS, D, CLIENTS, STEPS, SEED = 4, 120, 5, 3, 9
 ESTIMATOR = TwoPoint(1, 1e-3)
 METHODS: dict[str, Method] = {
-    "fedmezo": FedMeZO(SEED, STEPS, ESTIMATOR),
-    "decomfl": DeComFL(SEED, STEPS, ESTIMATOR),
-    "zorba": ZorBA(SEED, STEPS, ESTIMATOR),
-    "fedkseed": FedKSeed(SEED, STEPS, ESTIMATOR, 32),
-    "fedkseed-pro": FedKSeed(SEED, STEPS, ESTIMATOR, 32, importance=True),
+    "fedmezo": FedMeZO(run_seed=SEED, local_steps=STEPS, estimator=ESTIMATOR),
+    "decomfl": DeComFL(run_seed=SEED, local_steps=STEPS, estimator=ESTIMATOR),
+    "zorba": ZorBA(run_seed=SEED, local_steps=STEPS, estimator=ESTIMATOR),
+    "fedkseed": FedKSeed(run_seed=SEED, local_steps=STEPS, estimator=ESTIMATOR, candidates=32),
+    "fedkseed-pro": FedKSeedPro(
+        run_seed=SEED, local_steps=STEPS, estimator=ESTIMATOR, candidates=32
+    ),
 }
 
 
@@ -56,7 +60,7 @@ class Federation:
             "rates": RateSettings(0.05, 0.02, "loss", "constant", 0, 100, 0.0),
             "layout": Quadratic([1.0], D, blocks=BLOCKS).layout,
             "distribution": Distribution.GAUSSIAN,
-            "allocate": allocate if method.by_block else None,
+            "allocate": allocate if method.capabilities.blocks else None,
             "state_bytes": 4 * D,
         }
         self.settings = ServerSettings(**(values | changes))
@@ -73,9 +77,9 @@ class Federation:
 
     def client(self, number: int) -> Client:
         model = Quadratic([2.0, 1.0, 1.0], D, blocks=BLOCKS)
-        replica = Replica(model, SEED, 1, self.method.candidates)  # type: ignore[arg-type]
+        replica = Replica(model, self.method)  # type: ignore[arg-type]
         shift = 0.02 * number * np.ones(D)
-        return Client(number, Constant(shift, 10 * number + 10), replica, self.method)
+        return Client(number, Constant(shift, 10 * number + 10), replica)
 
     def answer(self, number: int, task: bytes) -> bytes:
         client = self.clients[number]
@@ -196,8 +200,8 @@ def test_a_client_with_another_state_starts_again_from_the_base(
     federation.round()
     assert federation.server.reset == {2}
     last = list(federation.server.ledger.rounds())[-1]
-    assert [origin.report.client for origin in last.origins] == [0, 1, 3, 4]
-    assert sum(origin.weight for origin in last.origins) == pytest.approx(1.0)
+    assert [origin.report.client for origin in last.results] == [0, 1, 3, 4]
+    assert sum(origin.weight for origin in last.results) == pytest.approx(1.0)
     tasks = federation.round()
     begin = Snapshot.decode(tasks[2].snapshot).rounds if snapshots else 0
     assert tasks[2].reset and begin == (10 if snapshots else 0)
@@ -239,14 +243,15 @@ def test_reports_from_an_older_round_change_nothing(tmp_path: Path, name: str) -
     assert federation.server.ledger.chain == chain
 
 
-def test_blocks_and_odds_of_another_model_are_refused(tmp_path: Path) -> None:
+def test_blocks_of_another_model_are_refused(tmp_path: Path) -> None:
     federation = Federation(tmp_path / "ledger", METHODS["zorba"])
     task = Task.decode(federation.server.open_round()[0])
     from dataclasses import replace
 
-    for packed in (b"\xff", b"\x01\x01"):
+    for count in (3, 9):
+        other = np.arange(count) > 0
         with pytest.raises(MessageError, match=r"this model has 4 blocks"):
-            federation.answer(0, replace(task, blocks=packed).encode())
+            federation.answer(0, replace(task, blocks=other).encode())
 
 
 # What the simulation does to clients.

@@ -8,22 +8,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedforward.core.errors import FedForwardError, MessageError
 from fedforward.core.seeds import SHARED, direction_seed
 from fedforward.core.steps import NO_STEPS, Probe, Steps, Update
 from fedforward.directions import Distribution, reference
 from fedforward.federation.client import Replica
-from fedforward.federation.ledger import Origin, Round
+from fedforward.federation.ledger import Round
 from fedforward.federation.server_optimizer import ServerOptimizer
-from fedforward.messages.codec import NO_ODDS, Contribution, Entry, MessageError, Report, Task
-from fedforward.methods.base import Method, Returned
+from fedforward.messages.entry import Contribution, Entry
+from fedforward.messages.report import ClientResult, Report
+from fedforward.messages.task import Task
+from fedforward.methods.aggregation import median
+from fedforward.methods.base import Method
 from fedforward.methods.decomfl import DeComFL
 from fedforward.methods.estimators import FZOO, TwoPoint
-from fedforward.methods.fedkseed import FedKSeed, candidate_seeds
+from fedforward.methods.fedavg import FedAvg
+from fedforward.methods.fedkseed import (
+    FedKSeed,
+    FedKSeedPro,
+    Increments,
+    KSeedState,
+    candidate_seeds,
+)
 from fedforward.methods.fedmezo import FedMeZO
+from fedforward.methods.parameters import check_parameters
+from fedforward.methods.report_filters import build_filters
 from fedforward.methods.zorba import ZorBA
 from fedforward.models.quadratic import Quadratic
 
-from .test_quadratic import NO_STATE, Constant
+from .test_quadratic import Constant
 
 BLOCKS, SIZE, MU, RATE, STEPS = 4, 30, 1e-2, 0.05, 3
 D = BLOCKS * SIZE
@@ -47,11 +60,11 @@ def z(model: Quadratic, seed: int) -> np.ndarray:
 
 
 def report_of(
-    method: Method, model: Quadratic, client: int, number: int = 0, odds: Any = NO_ODDS
+    method: Method, model: Quadratic, client: int, number: int = 0, payload: bytes = b""
 ) -> Report:
-    task = Task(number, client, RATE, False, (), NO_STATE, odds=odds)
-    active = ACTIVE[client] if method.by_block else None
-    generator = method.local_round(task, Constant(SHIFTS[client]), active)
+    active = ACTIVE[client] if method.capabilities.blocks else None
+    task = Task(number, client, RATE, False, (), blocks=active, payload=payload)
+    generator = method.local_round(task, Constant(SHIFTS[client]))
     probes = next(generator)
     while True:
         try:
@@ -60,13 +73,13 @@ def report_of(
             return done.value
 
 
-def returned(method: Method, model: Quadratic, number: int = 0, odds: Any = NO_ODDS) -> list:
+def returned(method: Method, model: Quadratic, number: int = 0, payload: bytes = b"") -> list:
     return [
-        Returned(
+        ClientResult(
             WEIGHTS[client],
             RATE,
-            report_of(method, model, client, number, odds),
-            ACTIVE[client] if method.by_block else None,
+            report_of(method, model, client, number, payload),
+            ACTIVE[client] if method.capabilities.blocks else None,
         )
         for client in range(3)
     ]
@@ -94,7 +107,7 @@ def masks_of(active: np.ndarray) -> np.ndarray:
 
 
 def test_decomfl_averages_one_scalar_per_direction() -> None:
-    model, method = quadratic(), DeComFL(5, STEPS, TwoPoint(1, MU))
+    model, method = quadratic(), DeComFL(run_seed=5, local_steps=STEPS, estimator=TwoPoint(1, MU))
     seeds = [direction_seed(5, 0, SHARED, step, 0) for step in range(STEPS)]
     expected = trajectories(model, [seeds] * 3, [np.ones(D)] * 3)
     reports = returned(method, model)
@@ -104,14 +117,14 @@ def test_decomfl_averages_one_scalar_per_direction() -> None:
         np.dot(WEIGHTS, [own[step] for own in expected]) * z(model, seed)
         for step, seed in enumerate(seeds)
     )
-    entry = method.aggregate(0, reports, NO_ODDS)
+    entry = method.aggregate(0, reports, method.new_state())
     assert len(entry.contributions) == 1
-    model.commit([entry.update(5, 1, BLOCKS)])
+    model.commit([method.update(entry, method.new_state())])
     np.testing.assert_allclose(model.theta.numpy(), theta, rtol=1e-3, atol=1e-6)
 
 
 def test_zorba_averages_each_block_over_who_had_it() -> None:
-    model, method = quadratic(), ZorBA(5, STEPS, TwoPoint(1, MU))
+    model, method = quadratic(), ZorBA(run_seed=5, local_steps=STEPS, estimator=TwoPoint(1, MU))
     seeds = [direction_seed(5, 0, SHARED, step, 0) for step in range(STEPS)]
     expected = trajectories(model, [seeds] * 3, masks_of(ACTIVE))
     reports = returned(method, model)
@@ -125,8 +138,8 @@ def test_zorba_averages_each_block_over_who_had_it() -> None:
             for step, seed in enumerate(seeds):
                 mean = np.dot(share, [own[step] for own in expected]) / share.sum()
                 theta[part] -= RATE * mean * z(model, seed)[part]
-    entry = method.aggregate(0, reports, NO_ODDS)
-    model.commit([entry.update(5, 1, BLOCKS)])
+    entry = method.aggregate(0, reports, method.new_state())
+    model.commit([method.update(entry, method.new_state())])
     np.testing.assert_allclose(model.theta.numpy(), theta, rtol=1e-3, atol=1e-6)
     assert not model.theta[3 * SIZE :].any(), "nobody had the last block"
 
@@ -134,30 +147,40 @@ def test_zorba_averages_each_block_over_who_had_it() -> None:
 def test_zorba_with_all_blocks_is_decomfl() -> None:
     models = [quadratic(), quadratic()]
     for model, kind in zip(models, (ZorBA, DeComFL), strict=True):
-        method = kind(5, STEPS, TwoPoint(2, MU))
+        method = kind(run_seed=5, local_steps=STEPS, estimator=TwoPoint(2, MU))
         parts = [
-            Returned(w, RATE, report_of(DeComFL(5, STEPS, TwoPoint(2, MU)), model, c))
+            ClientResult(
+                w,
+                RATE,
+                report_of(
+                    DeComFL(run_seed=5, local_steps=STEPS, estimator=TwoPoint(2, MU)), model, c
+                ),
+            )
             for c, w in enumerate(WEIGHTS)
         ]
-        model.commit([method.aggregate(0, parts, NO_ODDS).update(5, 2, BLOCKS)])
+        entry = method.aggregate(0, parts, method.new_state())
+        model.commit([method.update(entry, method.new_state())])
     assert models[0].digest() == models[1].digest()
 
 
 def test_blocks_of_an_absent_client_stay() -> None:
     """Only client 0 reports: blocks 2 and 3 get no update."""
-    model, method = quadratic(), ZorBA(5, STEPS, TwoPoint(1, MU))
-    entry = method.aggregate(0, returned(method, model)[:1], NO_ODDS)
-    model.commit([entry.update(5, 1, BLOCKS)])
+    model, method = quadratic(), ZorBA(run_seed=5, local_steps=STEPS, estimator=TwoPoint(1, MU))
+    entry = method.aggregate(0, returned(method, model)[:1], method.new_state())
+    model.commit([method.update(entry, method.new_state())])
     assert model.theta[: 2 * SIZE].all() and not model.theta[2 * SIZE :].any()
 
 
 def test_fedkseed_is_a_sum_over_candidates_from_the_base() -> None:
-    model, method = quadratic(), FedKSeed(5, STEPS, TwoPoint(1, MU), pool=7)
-    replica = Replica(model, 5, 1, method.candidates)  # type: ignore[arg-type]
+    model, method = (
+        quadratic(),
+        FedKSeed(run_seed=5, local_steps=STEPS, estimator=TwoPoint(1, MU), candidates=7),
+    )
+    replica = Replica(model, method)  # type: ignore[arg-type]
     pool = candidate_seeds(5, 7)
     exact = np.zeros(7)
     for number in range(6):
-        drawn = [method.places(number, client, NO_ODDS) for client in range(3)]
+        drawn = [method.draw(number, client, b"") for client in range(3)]
         assert all(((places >= 0) & (places < 7)).all() for places in drawn)
         seeds = [[int(pool[place]) for place in places] for places in drawn]
         expected = trajectories(model, seeds, [np.ones(D)] * 3)
@@ -166,47 +189,48 @@ def test_fedkseed_is_a_sum_over_candidates_from_the_base() -> None:
             np.testing.assert_allclose(part.report.gradients, own, rtol=3e-4, atol=3e-5)
         for weight, places, part in zip(WEIGHTS, drawn, parts, strict=True):
             np.add.at(exact, places, -weight * RATE * part.report.gradients.astype(np.float64))
-        replica.catch_up([method.aggregate(number, parts, NO_ODDS)])
+        replica.catch_up([method.aggregate(number, parts, method.new_state())])
     theta = sum(a * z(model, int(seed)) for a, seed in zip(exact, pool, strict=True))
     np.testing.assert_allclose(model.theta.numpy(), theta, rtol=1e-4, atol=1e-6)
 
 
 def test_fedkseed_does_not_depend_on_the_order_of_rounds_in_a_sum() -> None:
     """One client commits round after round, another all at once from the accumulators."""
-    method = FedKSeed(5, STEPS, TwoPoint(1, MU), pool=5)
-    live, late, third = (Replica(quadratic(), 5, 1, 5) for _ in range(3))  # type: ignore[arg-type]
+    method = FedKSeed(run_seed=5, local_steps=STEPS, estimator=TwoPoint(1, MU), candidates=5)
+    live, late, third = (Replica(quadratic(), method) for _ in range(3))  # type: ignore[arg-type]
     entries = []
     for number in range(8):
         parts = returned(method, live.model, number)  # type: ignore[arg-type]
-        entries.append(method.aggregate(number, parts, NO_ODDS))
+        entries.append(method.aggregate(number, parts, method.new_state()))
         live.catch_up(entries[-1:])
     late.catch_up(entries)
     assert late.model.digest() == live.model.digest()
-    from fedforward.messages.codec import Snapshot
+    from fedforward.messages.snapshot import Snapshot
 
-    values = live._accumulators.values.astype("<i8").tobytes()
-    third.restore(Snapshot(8, b"", values))
+    third.restore(Snapshot(8, b"", live.state.encode()))
     assert third.model.digest() == live.model.digest()
     assert third.rounds == 8
     with pytest.raises(MessageError, match=r"accumulators of 5 candidate seeds are 40"):
-        Replica(quadratic(), 5, 1, 5).restore(Snapshot(8, b"", b"123"))  # type: ignore[arg-type]
+        Replica(quadratic(), method).restore(Snapshot(8, b"", b"123"))  # type: ignore[arg-type]
 
 
 def test_importance_prefers_candidates_with_large_gradients() -> None:
-    method = FedKSeed(5, 50, TwoPoint(1, MU), pool=4, importance=True)
-    tracker = method.tracker()
-    assert len(tracker.odds()) == 0, "nothing is known yet"
+    method = FedKSeedPro(run_seed=5, local_steps=50, estimator=TwoPoint(1, MU), candidates=4)
+    state = KSeedState(method)
+    assert method.task_payload(state) == b"", "nothing is known yet"
     for number in range(3):
-        places = method.places(number, 0, tracker.odds())
+        places = method.draw(number, 0, method.task_payload(state))
         gradients = np.where(places == 2, 9.0, 0.5).astype(np.float32)
-        tracker.observe(number, [Report(number, 0, 1, 1.0, 0, gradients)])
-    odds = tracker.odds()
-    assert odds.argmax() == 2 and odds.max() / odds.min() == pytest.approx(np.e, rel=1e-3)
-    drawn = np.concatenate([method.places(number, 1, odds) for number in range(40)])
-    share = (drawn == 2).mean()
-    assert share == pytest.approx(odds[2] / odds.sum(), abs=0.04)
-    with pytest.raises(MessageError, match=r"odds of 3 candidate seeds .* this run has 4"):
-        method.seeds(0, 0, odds[:3])
+        result = ClientResult(1.0, RATE, Report(number, 0, 1, 1.0, 0, gradients))
+        method.observe(method.aggregate(number, [result], state), [result], state)
+    payload = method.task_payload(state)
+    weights = np.frombuffer(payload, "<u2").astype(np.float64)
+    assert weights.argmax() == 2 and weights.max() / weights.min() == pytest.approx(np.e, rel=1e-3)
+    drawn = np.concatenate([method.draw(number, 1, payload) for number in range(40)])
+    assert (drawn == 2).mean() == pytest.approx(weights[2] / weights.sum(), abs=0.04)
+    for broken in (payload[:6], payload[:7], bytes(8)):
+        with pytest.raises(MessageError, match="this run has 4 candidate seeds"):
+            method.seeds(0, 0, broken)
 
 
 def test_fzoo_follows_its_equation() -> None:
@@ -234,32 +258,33 @@ def test_fzoo_follows_its_equation() -> None:
 def test_every_method_learns(name: str, estimator: Any, distribution: Any, rate: float) -> None:
     model = Quadratic([1.0] * 8, 400, blocks=BLOCKS, distribution=Distribution(distribution))
     method: Method = {
-        "fedmezo": FedMeZO(1, 5, estimator),
-        "decomfl": DeComFL(1, 5, estimator),
-        "zorba": ZorBA(1, 5, estimator),
-        "fedkseed": FedKSeed(1, 5, estimator, 512),
-        "fedkseed-pro": FedKSeed(1, 5, estimator, 512, importance=True),
+        "fedmezo": FedMeZO(run_seed=1, local_steps=5, estimator=estimator),
+        "decomfl": DeComFL(run_seed=1, local_steps=5, estimator=estimator),
+        "zorba": ZorBA(run_seed=1, local_steps=5, estimator=estimator),
+        "fedkseed": FedKSeed(run_seed=1, local_steps=5, estimator=estimator, candidates=512),
+        "fedkseed-pro": FedKSeedPro(run_seed=1, local_steps=5, estimator=estimator, candidates=512),
     }[name]
-    replica = Replica(model, 1, 4, method.candidates)  # type: ignore[arg-type]
+    replica = Replica(model, method)  # type: ignore[arg-type]
     start = model.loss(np.zeros(400))
     # Here block 3 belongs to client 0 too.
     active = ACTIVE | np.array([[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]], np.bool_)
-    tracker = method.tracker()
+    state = method.new_state()
     for number in range(60):
         parts = []
         for client in range(3):
-            mask = active[client] if method.by_block else None
-            task = Task(number, client, rate, False, (), NO_STATE, odds=tracker.odds())
-            generator = method.local_round(task, Constant(), mask)
+            mask = active[client] if method.capabilities.blocks else None
+            payload = method.task_payload(state)
+            task = Task(number, client, rate, False, (), blocks=mask, payload=payload)
+            generator = method.local_round(task, Constant())
             probes = next(generator)
             while True:
                 try:
                     probes = generator.send(model.evaluate(probes))
                 except StopIteration as done:
-                    parts.append(Returned(1 / 3, rate, done.value, mask))
+                    parts.append(ClientResult(1 / 3, rate, done.value, mask))
                     break
-        entry = method.aggregate(number, parts, tracker.odds())
-        tracker.observe(number, [part.report for part in parts])
+        entry = method.aggregate(number, parts, state)
+        method.observe(entry, parts, state)
         replica.catch_up([Entry.decode(entry.encode())])
     assert model.loss(model.theta.numpy().astype(np.float64)) < 0.2 * start
 
@@ -270,13 +295,14 @@ def test_every_method_learns(name: str, estimator: Any, distribution: Any, rate:
 def plain_round(number: int, value: float) -> Round:
     entry = Entry(number, (Contribution(0, np.full(2, value, np.float32)),))
     report = Report(number, 0, 1, 1.0, 0, np.full(2, value, np.float32))
-    return Round(entry, (Origin(0.1, 1.0, report),))
+    return Round(entry, (ClientResult(1.0, 0.1, report),))
 
 
 def test_windowed_momentum_is_a_sum_of_old_steps() -> None:
     """θ_t = θ_{t-1} + Σ_{a<W} β^a Δ_{t-a}, on weights, against the recursion of the updates."""
     optimizer, beta, window = ServerOptimizer(0.5, 0.9, 0.5, 3), 0.5, 3
     model, history, updates = Quadratic([1.0], 50), [], []
+    method = FedMeZO(run_seed=4, local_steps=2)
     theta = np.zeros(50)
     for number in range(6):
         record = plain_round(number, 0.1 * (number + 1))
@@ -295,8 +321,8 @@ def test_windowed_momentum_is_a_sum_of_old_steps() -> None:
         )
         moved = sum(beta**age * updates[-1 - age] for age in range(min(window, len(updates))))
         theta = 0.9 * theta + moved
-        history.append(Round(Entry.decode(entry.encode()), record.origins))
-        model.commit([history[-1].entry.update(4, 1, 1)])
+        history.append(Round(Entry.decode(entry.encode()), record.results))
+        model.commit([method.update(history[-1].entry, method.new_state())])
         np.testing.assert_allclose(model.theta.numpy(), theta, rtol=1e-5, atol=1e-6)
 
 
@@ -371,14 +397,15 @@ def test_aggregates_are_weighted_means_block_by_block(drawn: Any) -> None:
     weights, rates, active, gradients = (np.array(part) for part in drawn)
     shares = weights / weights.sum()
     parts = [
-        Returned(share, rate, Report(3, client, 1, 1.0, 0, own.astype(np.float32)), blocks)
+        ClientResult(share, rate, Report(3, client, 1, 1.0, 0, own.astype(np.float32)), blocks)
         for client, (share, rate, own, blocks) in enumerate(
             zip(shares, rates, gradients, active, strict=True)
         )
     ]
     moves = -(shares * rates)[:, None] * gradients / 2
     estimator = TwoPoint(2, MU)
-    update = ZorBA(5, 2, estimator).aggregate(3, parts, NO_ODDS).update(5, 2, BLOCKS)
+    zorba = ZorBA(run_seed=5, local_steps=2, estimator=estimator)
+    update = zorba.update(zorba.aggregate(3, parts, None), None)
     for block in range(BLOCKS):
         on = active[:, block].astype(bool)
         steps = update.steps.block(block)
@@ -388,15 +415,70 @@ def test_aggregates_are_weighted_means_block_by_block(drawn: Any) -> None:
             seed = direction_seed(5, 3, SHARED, *divmod(place, 2))
             assert found.pop(seed, 0.0) == pytest.approx(wanted[place], rel=1e-4, abs=1e-9)
         assert not found
-    mean = DeComFL(5, 2, estimator).aggregate(3, parts, NO_ODDS).contributions[0].coefficients
+    decomfl = DeComFL(run_seed=5, local_steps=2, estimator=estimator)
+    mean = decomfl.aggregate(3, parts, None).contributions[0].coefficients
     np.testing.assert_allclose(mean, moves.sum(axis=0), rtol=1e-4, atol=1e-9)
-    own = FedMeZO(5, 2, estimator).aggregate(3, parts, NO_ODDS).contributions
+    fedmezo = FedMeZO(run_seed=5, local_steps=2, estimator=estimator)
+    own = fedmezo.aggregate(3, parts, None).contributions
     for part, wanted in zip(own, moves, strict=True):
         np.testing.assert_allclose(part.coefficients, wanted, rtol=1e-5, atol=1e-9)
-    method = FedKSeed(5, 2, estimator, 6)
-    increments = method.aggregate(3, parts, NO_ODDS).increments
-    assert increments is not None and (np.diff(increments.places.astype(int)) > 0).all()
+    method = FedKSeed(run_seed=5, local_steps=2, estimator=estimator, candidates=6)
+    increments = Increments.decode(method.aggregate(3, parts, method.new_state()))
+    assert (np.diff(increments.places) > 0).all()
     assert increments.amounts.sum() * 2.0**-40 == pytest.approx(moves.sum(), abs=1e-10)
     # Whoever comes first: the order of reports is without effect.
-    again = method.aggregate(3, parts[::-1], NO_ODDS).increments
-    assert again is not None and (again.amounts == increments.amounts).all()
+    again = Increments.decode(method.aggregate(3, parts[::-1], method.new_state()))
+    assert (again.amounts == increments.amounts).all()
+
+
+def test_the_median_is_of_shared_directions_and_refused_elsewhere() -> None:
+    gradients = np.array([[1.0, -2.0], [3.0, 0.5], [900.0, 0.25]], np.float32)
+    results = [
+        ClientResult(1 / 3, RATE, Report(0, c, 1, 1.0, 0, own)) for c, own in enumerate(gradients)
+    ]
+    method = DeComFL(local_steps=2, aggregator=median)
+    found = method.aggregate(0, results, None).contributions[0].coefficients
+    np.testing.assert_allclose(found, -RATE * np.median(gradients, axis=0), rtol=1e-6)
+    for kind in (FedMeZO, FedKSeed, FedAvg):
+        with pytest.raises(FedForwardError, match="multiply different directions"):
+            kind(local_steps=2, aggregator=median)
+
+
+def test_filters_change_what_leaves_and_nothing_else() -> None:
+    report = Report(1, 2, 3, 0.5, 0, np.array([3.0, -0.1, -7.0], np.float32), bytes(16))
+    clip, withhold = build_filters(["clip:0.5", "withhold-loss"], "method.report_filters")
+    np.testing.assert_array_equal(clip(report).gradients, np.float32([0.5, -0.1, -0.5]))
+    assert np.isnan(withhold(report).loss)
+    assert (withhold(report).gradients == report.gradients).all()
+    for names, match in ((["clip:0"], "above 0"), (["clip:x"], "clip:x"), (["clop"], "'clip'")):
+        with pytest.raises(FedForwardError, match=match):
+            build_filters(names, "method.report_filters")
+
+
+def test_settings_of_a_method_are_checked_by_name() -> None:
+    assert check_parameters(FedKSeed, {"candidates": 7}) == {"candidates": 7}
+    for kind, typed, match in (
+        (FedKSeed, {"candidats": 7}, r"Did you mean method\.candidates\?"),
+        (FedKSeed, {"candidates": 0}, "a whole number, at least 1"),
+        (FedKSeed, {"candidates": 1.5}, "a whole number"),
+        (FedMeZO, {"candidates": 7}, "are none"),
+        (FedAvg, {"optimizer": "adam"}, "one of 'sgd', 'adamw'"),
+    ):
+        with pytest.raises(FedForwardError, match=match):
+            check_parameters(kind, typed)
+
+
+def test_an_entry_of_another_method_is_refused() -> None:
+    entry = Entry(0, (Contribution(0, np.ones(3, np.float32)),))
+    for method in (FedMeZO(local_steps=2), FedKSeed(local_steps=2)):
+        with pytest.raises(MessageError, match="Ledger round 0 was refused"):
+            method.update(entry, method.new_state())
+    seeds = FedKSeed(candidates=5)
+    for payload in (
+        b"",
+        bytes(11),
+        Increments(np.array([3, 1]), np.array([1, 1])).encode(),
+        Increments(np.array([5]), np.array([1])).encode(),
+    ):
+        with pytest.raises(MessageError, match="refused"):
+            seeds.update(Entry(0, (), payload=payload), seeds.new_state())

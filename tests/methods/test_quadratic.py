@@ -9,13 +9,11 @@ import torch
 from fedforward.core.seeds import direction_seed
 from fedforward.core.steps import NO_STEPS, Probe, Steps, Update
 from fedforward.directions import Distribution, reference
-from fedforward.messages.codec import NO_ODDS, Report, Task
-from fedforward.methods.base import Returned
+from fedforward.messages.report import ClientResult, Report
+from fedforward.messages.task import Task
 from fedforward.methods.estimators import TwoPoint
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.models.quadratic import Quadratic
-
-NO_STATE = np.empty(0, np.float32)
 
 
 class Constant:
@@ -56,11 +54,11 @@ def federate(
     for number in range(rounds):
         returned = []
         for client, shift in enumerate(shifts):
-            task = Task(number, client, rate, False, (), NO_STATE)
+            task = Task(number, client, rate, False, ())
             report = local_round(method, model, task, Constant(shift), run_seed)
-            returned.append(Returned(1.0 / len(shifts), rate, report))
-        entry = method.aggregate(number, returned, NO_ODDS)
-        model.commit([entry.update(run_seed, method.directions, 1)])
+            returned.append(ClientResult(1.0 / len(shifts), rate, report))
+        entry = method.aggregate(number, returned, method.new_state())
+        model.commit([method.update(entry, None)])
 
 
 def z(seed: int, d: int, distribution: Distribution = Distribution.GAUSSIAN) -> np.ndarray:
@@ -74,7 +72,7 @@ def test_a_round_follows_the_equations(directions: int, distribution: Distributi
     shifts = [np.zeros(d), np.linspace(-0.1, 0.1, d), np.full(d, 0.05)]
     weights = [0.5, 0.3, 0.2]
     model = Quadratic([3.0, 1.0, 0.5], d, distribution=distribution)
-    method = FedMeZO(7, steps, TwoPoint(directions, mu))
+    method = FedMeZO(run_seed=7, local_steps=steps, estimator=TwoPoint(directions, mu))
     theta = model.theta.numpy().astype(np.float64)
     averaged = np.zeros(d)
     returned = []
@@ -91,11 +89,11 @@ def test_a_round_follows_the_equations(directions: int, distribution: Distributi
                 expected.append(g)
                 local -= rate / directions * g * z_h
         averaged += weight * local
-        task = Task(0, client, rate, False, (), NO_STATE)
+        task = Task(0, client, rate, False, ())
         report = local_round(method, model, task, Constant(shift), 7)
         np.testing.assert_allclose(report.gradients, expected, rtol=2e-4, atol=2e-5)
-        returned.append(Returned(weight, rate, report))
-    model.commit([method.aggregate(0, returned, NO_ODDS).update(7, directions, 1)])
+        returned.append(ClientResult(weight, rate, report))
+    model.commit([method.update(method.aggregate(0, returned, None), None)])
     np.testing.assert_allclose(model.theta.numpy(), averaged, rtol=1e-4, atol=1e-6)
 
 
@@ -103,12 +101,12 @@ def test_averaging_tensors_is_averaging_steps() -> None:
     """The paper averages θ_i; we add up steps. Both in float32, to 1e-5 of the distance moved."""
     d, rate = 5000, 0.01
     model = Quadratic([5.0, 2.0, 1.0, 0.5], d)
-    method = FedMeZO(0, 30, TwoPoint(1, 1e-3))
+    method = FedMeZO(run_seed=0, local_steps=30, estimator=TwoPoint(1, 1e-3))
     rates, weights = [0.5 * rate, rate, 1.5 * rate], [0.2, 0.3, 0.5]
     tensors, returned = [], []
     for client in range(3):
         shift = 0.01 * z(1000 + client, d)
-        task = Task(0, client, rates[client], False, (), NO_STATE)
+        task = Task(0, client, rates[client], False, ())
         report = local_round(method, model, task, Constant(shift))
         local = model.theta.clone()
         for step, g in enumerate(report.gradients):
@@ -116,10 +114,10 @@ def test_averaging_tensors_is_averaging_steps() -> None:
             direction = reference.direction(seed, d, distribution=Distribution.GAUSSIAN)
             local = local - rates[client] * float(g) * direction
         tensors.append(local)
-        returned.append(Returned(weights[client], rates[client], report))
+        returned.append(ClientResult(weights[client], rates[client], report))
     average = sum(w * t for w, t in zip(weights, tensors, strict=True))
     before = model.theta.clone()
-    model.commit([method.aggregate(0, returned, NO_ODDS).update(0, 1, 1)])
+    model.commit([method.update(method.aggregate(0, returned, None), None)])
     moved = torch.linalg.vector_norm(average - before)
     assert moved > 0.01
     assert torch.linalg.vector_norm(model.theta - average) <= 1e-5 * moved
@@ -128,7 +126,9 @@ def test_averaging_tensors_is_averaging_steps() -> None:
 def test_one_client_is_centralised_mezo() -> None:
     d, rate, mu, steps = 300, 0.01, 1e-3, 25
     federated, central = Quadratic([4.0, 1.0], d), Quadratic([4.0, 1.0], d)
-    federate(FedMeZO(0, 5, TwoPoint(1, mu)), federated, steps // 5, rate)
+    federate(
+        FedMeZO(run_seed=0, local_steps=5, estimator=TwoPoint(1, mu)), federated, steps // 5, rate
+    )
     for step in range(steps):
         seed = direction_seed(0, step // 5, 0, step % 5, 0)
         plus, minus = (
@@ -144,15 +144,15 @@ def test_a_probe_leaves_the_weights() -> None:
     model = Quadratic([1.0], 3000)
     model.commit([Update(Steps.of([3], [0.1]), 0)])
     before = model.digest()
-    federate_once = FedMeZO(0, 3, TwoPoint(2, 1e-3))
-    local_round(federate_once, model, Task(0, 0, 0.1, False, (), NO_STATE), Constant())
+    federate_once = FedMeZO(run_seed=0, local_steps=3, estimator=TwoPoint(2, 1e-3))
+    local_round(federate_once, model, Task(0, 0, 0.1, False, ()), Constant())
     assert model.digest() == before
 
 
 def test_a_loss_that_is_not_finite_skips_the_step() -> None:
     model = Quadratic([1.0], 50)
-    method = FedMeZO(0, 4, TwoPoint(1, 1e-2))
-    generator = method.local_round(Task(0, 0, 0.1, False, (), NO_STATE), Constant())
+    method = FedMeZO(run_seed=0, local_steps=4, estimator=TwoPoint(1, 1e-2))
+    generator = method.local_round(Task(0, 0, 0.1, False, ()), Constant())
     probes = next(generator)
     for step in range(4):
         results = model.evaluate(probes)
@@ -181,12 +181,10 @@ def rounds_to_halve(dimension: int, seed: int, distribution: Distribution) -> in
 
 
 def federate_one_step(model: Quadratic, number: int, rate: float, run_seed: int) -> None:
-    method = FedMeZO(run_seed, 1, TwoPoint(1, 1e-3))
-    report = local_round(
-        method, model, Task(number, 0, rate, False, (), NO_STATE), Constant(), run_seed
-    )
-    entry = method.aggregate(number, [Returned(1.0, rate, report)], NO_ODDS)
-    model.commit([entry.update(run_seed, 1, 1)])
+    method = FedMeZO(run_seed=run_seed, local_steps=1, estimator=TwoPoint(1, 1e-3))
+    report = local_round(method, model, Task(number, 0, rate, False, ()), Constant(), run_seed)
+    entry = method.aggregate(number, [ClientResult(1.0, rate, report)], method.new_state())
+    model.commit([method.update(entry, None)])
 
 
 @pytest.mark.parametrize("distribution", list(Distribution))
@@ -224,7 +222,7 @@ def test_more_clients_average_the_noise_away() -> None:
         for seed in range(5):
             model = Quadratic([1.0] * 32, d, seed=seed)
             gradient = -(model.basis @ (model.basis.T @ model.optimum))
-            method = FedMeZO(seed, 1, TwoPoint(1, 1e-3))
+            method = FedMeZO(run_seed=seed, local_steps=1, estimator=TwoPoint(1, 1e-3))
             federate(method, model, 1, rate, [None] * clients, run_seed=seed)
             move = model.theta.numpy() / -rate
             errors[clients].append(np.linalg.norm(move - gradient))

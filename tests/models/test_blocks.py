@@ -159,7 +159,7 @@ def test_fewer_active_blocks_take_less_memory(tune: str) -> None:
     peaks = []
     for blocks in (["1"], ["0", "1"], list(model.layout.blocks)):
         active = np.array([name in blocks for name in model.layout.blocks])
-        probes = step_probes([batch(1, 1, 5)], 2, 2, 1e-3, active)
+        probes = step_probes([batch(1, 1, 5)], 2, TwoPoint(1, 1e-3), active)
         model.evaluate(probes)
         model.forget()
         peaks.append(peak_bytes(lambda probes=probes: model.evaluate(probes)))  # type: ignore[misc]

@@ -258,7 +258,7 @@ def test_what_it_takes_is_what_is_predicted(kind: str, device: str) -> None:
         active = np.array([b.isdigit() and int(b) >= depth - count for b in memory.blocks])
         for rows, length in shapes:
             tokens = np.arange(rows * length).reshape(rows, length) % 97
-            probes = step_probes([TokenBatch(tokens, tokens)], 2, 2, 1e-3, active)
+            probes = step_probes([TokenBatch(tokens, tokens)], 2, TwoPoint(1, 1e-3), active)
             model.evaluate(probes)
             model.forget()
             measured = peak_bytes(lambda probes=probes: model.evaluate(probes)) - before - waiting

@@ -67,7 +67,7 @@ def sets(blocks: int) -> Iterator[np.ndarray[Any, np.dtype[np.bool_]]]:
 
 def counted(model: CausalModel, active: Any, rows: int, length: int) -> int:
     tokens = np.arange(rows * length).reshape(rows, length) % 97
-    probes = step_probes([TokenBatch(tokens, tokens)], 2, 2, 1e-3, active)
+    probes = step_probes([TokenBatch(tokens, tokens)], 2, TwoPoint(1, 1e-3), active)
     model.forget()
     peak = peak_bytes(lambda: model.evaluate(probes))
     model.forget()

@@ -59,7 +59,7 @@ def test_the_rounds_use_the_plan(configure: Any, carry_out: Any, tmp_path: Path)
     for record in ledger.rounds():
         rows = {
             origin.report.client: int(unpack_blocks(origin.blocks, 3).sum())
-            for origin in record.origins
+            for origin in record.results
         }
         assert all(1 <= count <= client + 1 for client, count in rows.items())
     ledger.close()

@@ -247,7 +247,7 @@ class Cluster:
         if not path.is_file():
             return []
         ledger = Ledger(path)
-        found = [(r.entry.encode(), [o.encode() for o in r.origins]) for r in ledger.rounds()]
+        found = [(r.entry.encode(), [o.encode() for o in r.results]) for r in ledger.rounds()]
         ledger.close()
         return found
 

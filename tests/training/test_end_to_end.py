@@ -16,7 +16,7 @@ import torch
 
 from fedforward.config import schema as config
 from fedforward.core.errors import FedForwardError
-from fedforward.messages.codec import Report
+from fedforward.messages.report import Report
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.models.lora import LoraModel
 from fedforward.planning.memory.tracker import bytes_alive

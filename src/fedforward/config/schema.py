@@ -303,6 +303,22 @@ class MethodSection(Section):
         """`candidates`, or 0 for a method that has none."""
         return self.candidates if self.name in ("fedkseed", "fedkseed-pro") else 0
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The method's own settings."""
+        own = {"candidates": self.candidates} if self.pool else {}
+        return {"optimizer": self.optimizer} if self.name == "fedavg" else own
+
+    @property
+    def report_filters(self) -> list[str]:
+        """What is done to reports."""
+        return []
+
+    @property
+    def aggregator(self) -> str:
+        """How scalars are joined."""
+        return "mean"
+
     @model_validator(mode="after")
     def _a_spread_needs_two(self) -> "MethodSection":
         if self.estimator == "fzoo" and self.directions < 2:

@@ -11,3 +11,7 @@ class FedForwardError(Exception):
 
 class UpdateNotFiniteError(FedForwardError):
     """The reports of a round add up to more than can be written; nothing was."""
+
+
+class MessageError(FedForwardError):
+    """A message that is damaged, of another version, or not what was asked for."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from fedforward.directions.spec import TILE
+#: Coordinates per tile. A tuned tensor is padded to a whole number of tiles.
+TILE = 2048
 
 
 @dataclass(frozen=True)

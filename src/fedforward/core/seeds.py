@@ -43,11 +43,6 @@ def generator(run_seed: int, purpose: str, *where: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=derive(run_seed, purpose, *where)))
 
 
-def candidate_seed(run_seed: int, place: int) -> int:
-    """The seed of candidate direction `place` of a whole run (FedKSeed)."""
-    return derive(run_seed, "candidate", place)
-
-
 def direction_seed(run_seed: int, round_number: int, client: int, step: int, direction: int) -> int:
     """The seed of one direction; `client` is SHARED for methods whose clients share directions."""
     return derive(run_seed, "direction", round_number, client, step, direction)

@@ -20,20 +20,19 @@ from numpy.typing import NDArray
 
 from fedforward.config.schema import Config
 from fedforward.config.site import terms
-from fedforward.core.errors import FedForwardError, UpdateNotFiniteError
+from fedforward.core.errors import FedForwardError, MessageError, UpdateNotFiniteError
+from fedforward.core.identity import ModelIdentity
 from fedforward.deployment.participants import TRIES, Member, Members, Traffic
 from fedforward.deployment.site_metrics import Figures, combined
 from fedforward.deployment.state import Papers
 from fedforward.deployment.transport import Link
+from fedforward.federation.agreement import QuorumError
 from fedforward.federation.ledger import Ledger, Round
-from fedforward.federation.server import QuorumError, Server
-from fedforward.messages.codec import MessageError
+from fedforward.federation.server import Server
 from fedforward.messages.envelope import Enrolment, Kind, Letter, deviation, difference, packed
-from fedforward.methods.base import Method
 from fedforward.planning.allocator import Allocator, counted
 from fedforward.training import assembly, run_directory
 from fedforward.training import metrics as progress
-from fedforward.training.assembly import ModelIdentity
 from fedforward.training.run_directory import RunDirectory
 
 #: Seconds between looks at who is there and what has come.
@@ -71,9 +70,7 @@ class Coordinator:
         self.papers = Papers(self.directory)
         self.papers.open(config, resume)
         self.members = Members(link, self.papers, packed({"terms": terms(config)}), clock)
-        method = assembly.build_method(config)
-        assert isinstance(method, Method)
-        self.method = method
+        self.method = assembly.build_method(config)
         self.server: Server | None = None
         self.identity: ModelIdentity | None = None
         self.candidates: dict[str, Enrolment] = {}
@@ -137,7 +134,7 @@ class Coordinator:
         """Act on an answer; raises `MessageError` for what is wrong with it."""
         if letter.kind is Kind.REFUSAL:
             if self.server is not None and member.number is not None:
-                self._server.doubt_snapshot(member.number)
+                self._server.snapshots.invalidate(member.number)
             raise MessageError(letter.text())
         if letter.kind is Kind.ENROLMENT:
             try:
@@ -258,7 +255,7 @@ class Coordinator:
         """The ledger and the server on it."""
         path = self.directory.ledger
         ledger = Ledger(path) if path.is_file() else Ledger.create(path, self._header(identity))
-        allocate = self._allocate if self.method.by_block else None
+        allocate = self._allocate if self.method.capabilities.blocks else None
         settings = assembly.server_settings(self.config, identity, self.papers.examples(), allocate)
         self.server = Server(settings, self.method, ledger)
         self.server.reset |= self.papers.reset
@@ -276,7 +273,7 @@ class Coordinator:
         """Blocks that all sites together cannot perturb, for a method that allots blocks."""
         assert self.identity is not None
         blocks = len(self.identity.layout.blocks)
-        return max(0, blocks - sum(self._active())) if self.method.by_block else 0
+        return max(0, blocks - sum(self._active())) if self.method.capabilities.blocks else 0
 
     def _allocate(self, participants: Sequence[int]) -> NDArray[np.bool_]:
         """The blocks of each participant, from what each site says that it can perturb."""
@@ -380,7 +377,7 @@ class Coordinator:
         while giver.pending and self.clock() - began < limit:
             self._look()
         if server.snapshot_wanted(numbers) is not None:
-            server.distrust(number)
+            server.snapshots.excluded.add(number)
         return True
 
     def _exchange(
@@ -433,7 +430,7 @@ class Coordinator:
         self._exchange(
             kind,
             judges,
-            lambda member: server.visit(member.client),
+            lambda member: server.sync_task(member.client),
             lambda member: member.figures is not None,
             closed,
         )
@@ -509,8 +506,8 @@ class Coordinator:
         sent = max(1, traffic.sent)
         line["bytes"] = {"up": traffic.up / sent, "down": traffic.down / sent}
         line["seconds"] = self.lines[-1]["seconds"] + seconds
-        if len(record.origins) < self.asked or self.late:
-            reported = len(record.origins)
+        if len(record.results) < self.asked or self.late:
+            reported = len(record.results)
             line["clients"] = {"asked": self.asked, "reported": reported, "late": self.late}
         self.late = 0
         if self._due(line["round"]):

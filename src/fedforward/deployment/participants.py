@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from fedforward.core.errors import MessageError
 from fedforward.deployment.site_metrics import Figures
 from fedforward.deployment.state import Papers
 from fedforward.deployment.transport import Arrival, Link
-from fedforward.messages.codec import MessageError
 from fedforward.messages.envelope import LONGEST, Kind, Letter, shown
 
 #: Seconds that others wait for a site whose letter was lost to come back.

@@ -14,17 +14,19 @@ from typing import Any
 
 from fedforward.config.schema import Config
 from fedforward.config.site import SiteConfig, join, refusals
-from fedforward.core.errors import FedForwardError
+from fedforward.core.errors import FedForwardError, MessageError
+from fedforward.core.identity import ModelIdentity
 from fedforward.data.sampler import Batches, Collate
 from fedforward.evaluation import heldout as evaluation
 from fedforward.federation.client import Client, Replica
-from fedforward.messages.codec import MessageError, Task
 from fedforward.messages.envelope import Enrolment, Kind, Letter, packed
+from fedforward.messages.task import Task
 from fedforward.methods.base import Method
+from fedforward.methods.report_filters import ReportFilter
 from fedforward.models.base import CausalModel
 from fedforward.models.loading import longest_sequence
 from fedforward.training import build as experiment
-from fedforward.training.assembly import ModelIdentity, build_method
+from fedforward.training.assembly import build_method
 from fedforward.training.run_directory import strict, write_json
 
 
@@ -47,6 +49,7 @@ class Tuning:
     replica: Replica
     method: Method
     identity: ModelIdentity
+    filters: tuple[ReportFilter, ...] = ()
     clients: dict[int, Client] = field(default_factory=dict)
 
     @property
@@ -65,7 +68,7 @@ class Tuning:
                 client=number,
                 collate=self.collate,
             )
-            self.clients[number] = Client(number, batches, self.replica, self.method)
+            self.clients[number] = Client(number, batches, self.replica, self.filters)
         return self.clients[number]
 
     def answer_tokens(self) -> int:
@@ -86,9 +89,9 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
     )
     collate = experiment.collate_of(config, tokenizer)
     if config.run.memory_budget:
-        model.plan = experiment.fit_plan(config, model, corpus, collate)
+        model.plan = experiment.fit_plan(config, model, corpus, build_method(config), collate)
     method = build_method(config)
-    if not isinstance(method, Method):
+    if not method.capabilities.forward_only:
         raise FedForwardError(f"method.name = {config.method.name!r} would send tensors.")
     return Tuning(
         run=run,
@@ -97,7 +100,7 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
         corpus=corpus,
         collate=collate,
         heldout=evaluation.prepare(config, corpus.heldout, tokenizer, model.plan),
-        replica=Replica(model, config.run.seed, config.method.directions, config.method.pool),
+        replica=Replica(model, method),
         method=method,
         identity=experiment.identity(model, tokenizer),
     )
@@ -215,13 +218,13 @@ class Site:
         return Kind.REPORT, report
 
     def _evaluate(self, tuning: Tuning, task: Task, body: bytes) -> tuple[Kind, bytes]:
-        tuning.client(task.client).come_to(task)
+        tuning.client(task.client).sync(task)
         figures = evaluation.measure(tuning.model, tuning.heldout, self.notice)
         self.notice(f"after round {task.round}: held-out loss {figures['heldout_loss']:.4f}")
         return Kind.FIGURES, packed(strict({**self._place(tuning), **figures}))
 
     def _keep(self, tuning: Tuning, task: Task, body: bytes) -> tuple[Kind, bytes]:
-        tuning.client(task.client).come_to(task)
+        tuning.client(task.client).sync(task)
         folder = Path(self.settings.site.out)
         kept = folder / ("adapter" if tuning.config.model.tune == "lora" else "model")
         tuning.model.save(kept)

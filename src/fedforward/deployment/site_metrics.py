@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fedforward.messages.codec import MessageError
+from fedforward.core.errors import MessageError
 
 
 @dataclass(frozen=True)

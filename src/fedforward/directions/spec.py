@@ -12,11 +12,10 @@ from importlib.resources import files
 import numpy as np
 from numpy.typing import NDArray
 
+from fedforward.core.layout import TILE
+
 #: Provisional until the CUDA kernels have been measured; parties refuse any other version.
 VERSION = "1-draft.1"
-
-#: Coordinates per tile. A tuned tensor is padded to a whole number of tiles.
-TILE = 2048
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)

@@ -1,421 +1,435 @@
-"""What travels, and its binary form: `Task`, `Report`, `Snapshot`, and the ledger's `Entry`.
+"""The binary form of messages, declared field by field: encode, decode, describe, list the bytes.
 
-Every message is versioned and size-checked, and its numbers are finite; a message that is not is
-refused with a sentence. All integers are little-endian; floats travel as their bits.
+A message is a frozen dataclass whose fields are made by `wire`. Its form is one structure with all
+numbers, and the length of everything of variable size, in the order of the fields; the variable
+parts follow in the same order. Integers are little-endian, floats travel as their bits. Reading
+checks every size before it reads, and refuses numbers that are not finite.
 """
 
+import dataclasses
 import math
 import struct
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedforward.core.errors import FedForwardError
-from fedforward.core.seeds import direction_seed, dither_seed
-from fedforward.core.steps import Steps, Update
+from fedforward.core.errors import MessageError
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 MAGIC = b"FF"
-TASK, REPORT, SNAPSHOT = 1, 2, 3
-HEADER_FORM = struct.Struct("<2sBB")
-ENTRY_FORM = struct.Struct("<IfHBI")
-CONTRIBUTION_FORM = struct.Struct("<IHHB")
-TASK_FORM = struct.Struct("<IIdBIIBIQ")
-SNAPSHOT_FORM = struct.Struct("<IBQ")
-REPORT_FORM = struct.Struct("<IIIfHHBI")
-#: A training loss above this does not fit float32; it is reported as NaN.
-LARGEST = 3.4e38
-#: Bytes of a state digest on the wire (its first half).
-DIGEST_BYTES = 16
-#: Stands for an entry without increments, which is not the same as one with none.
-NO_INCREMENTS = 0xFFFFFFFF
-NO_ODDS = np.empty(0, np.uint16)
+HEADER = struct.Struct("<2sBB")
+#: A float64 beyond this does not fit float32.
+MAX_FLOAT32 = 3.4e38
 
-
-class MessageError(FedForwardError):
-    """A message that is damaged, of another version, or not what was asked for."""
-
-
-@dataclass(frozen=True, eq=False)
-class Contribution:
-    """Steps of a round that share a client and a set of blocks, weights and rates included.
-
-    Attributes:
-        client: whose directions they are; SHARED where all clients have the same.
-        coefficients: float32 [local steps * directions]; the seeds follow from the position.
-        blocks: the blocks that they move, packed by `pack_blocks`; empty is all.
-        age: how many rounds ago the directions were probed (momentum repeats old ones).
-    """
-
-    client: int
-    coefficients: NDArray[np.float32]
-    blocks: bytes = b""
-    age: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Increments:
-    """What a round adds to the accumulators of candidate seeds, in units of `ACCUMULATOR_UNIT`.
-
-    Attributes:
-        places: uint32 [M], which candidates, ascending.
-        amounts: int64 [M].
-    """
-
-    places: NDArray[np.uint32]
-    amounts: NDArray[np.int64]
-
-
-#: 2^-40: what a FedKSeed accumulator counts.
-ACCUMULATOR_UNIT = 2.0**-40
+_NAMES = {"B": "uint8", "H": "uint16", "I": "uint32", "Q": "uint64", "f": "float32", "d": "float64"}
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One round of the ledger: how the tuned state changed.
+class Form:
+    """How a field travels.
 
     Attributes:
-        round: its number, from 0.
-        contributions: in the order in which their steps are added.
-        decay: multiplies the state before.
-        state: for a method whose update is a tensor, the SHA-256 of the state after the round;
-            empty otherwise.
-        increments: for a method whose state is a sum over candidate seeds; None otherwise.
+        code: of `struct`: of the number itself, or of the length of what follows.
+        name: of the type, as the documentation calls it.
     """
 
-    round: int
-    contributions: tuple[Contribution, ...]
-    decay: float = 1.0
-    state: bytes = b""
-    increments: Increments | None = None
+    code: str
+    name: str
 
-    def update(self, run_seed: int, directions: int, blocks: int) -> Update:
-        """The steps with their seeds, which are derived and never stored.
+    def number(self, value: Any) -> int | float:
+        """What stands in the structure: the number, or the length."""
+        return len(value)
 
-        Args:
-            directions: of each local step.
-            blocks: of the layout.
-        """
-        seeds = [
-            direction_seed(run_seed, self.round - part.age, part.client, *divmod(place, directions))
-            for part in self.contributions
-            for place in range(len(part.coefficients))
-        ]
-        coefficients = np.concatenate(
-            [part.coefficients for part in self.contributions] or [np.empty(0, np.float32)]
-        )
-        steps = Steps(np.array(seeds, dtype=np.uint64), coefficients)
-        if any(part.blocks for part in self.contributions):
-            moved = [
-                np.repeat(unpack_blocks(part.blocks, blocks)[:, None], len(part.coefficients), 1)
-                for part in self.contributions
-            ]
-            rows = np.where(np.concatenate(moved, axis=1), coefficients, np.float32(0.0))
-            steps = Steps(steps.seeds, rows)
-        return Update(steps, dither_seed(run_seed, self.round), self.decay)
+    def content(self, value: Any) -> bytes:
+        """What follows the structure."""
+        return b""
 
-    def encode(self) -> bytes:
-        """The wire and ledger form."""
-        return self._encoded
+    def read(self, number: Any, reader: "Reader", name: str) -> Any:
+        """The value from its number in the structure, and what follows."""
+        return number
 
-    @cached_property
-    def _encoded(self) -> bytes:
-        # A server sends the same entry to every client.
-        count = NO_INCREMENTS if self.increments is None else len(self.increments.places)
-        parts = [
-            ENTRY_FORM.pack(
-                self.round, self.decay, len(self.contributions), len(self.state), count
-            ),
-            self.state,
-        ]
-        if self.increments is not None:
-            parts += [
-                self.increments.places.astype("<u4").tobytes(),
-                self.increments.amounts.astype("<i8").tobytes(),
-            ]
-        for part in self.contributions:
-            size = len(part.coefficients)
-            parts += [
-                CONTRIBUTION_FORM.pack(part.client, size, part.age, len(part.blocks)),
-                part.blocks,
-                part.coefficients.astype("<f4").tobytes(),
-            ]
-        return b"".join(parts)
-
-    @classmethod
-    def decode(cls, data: bytes) -> "Entry":
-        """The entry that fills `data` exactly."""
-        reader = _Reader(data)
-        entry = cls._read(reader)
-        reader.finish()
-        return entry
-
-    @classmethod
-    def _read(cls, reader: "_Reader") -> "Entry":
-        number, decay, count, state_size, moved = reader.unpack(ENTRY_FORM)
-        if not math.isfinite(decay):
-            raise MessageError("A ledger entry whose decay is not a number was refused.")
-        state = reader.take(state_size)
-        increments = None
-        if moved != NO_INCREMENTS:
-            places = reader.numbers("<u4", moved).astype(np.uint32)
-            increments = Increments(places, reader.numbers("<i8", moved).astype(np.int64))
-            if (np.diff(places.astype(np.int64)) <= 0).any():
-                raise MessageError("A ledger entry with unordered candidate seeds was refused.")
-        contributions = []
-        for _ in range(count):
-            client, size, age, width = reader.unpack(CONTRIBUTION_FORM)
-            if age > number:
-                raise MessageError(
-                    f"A ledger entry of round {number} with steps from {age} rounds before was "
-                    "refused."
-                )
-            blocks = reader.take(width)
-            contributions.append(Contribution(client, reader.floats(size), blocks, age))
-        return cls(number, tuple(contributions), decay, state, increments)
+    def shown(self, value: Any) -> str:
+        """The value, for people."""
+        return f"{value:.9g}" if isinstance(value, float) else str(value)
 
 
-def pack_blocks(active: NDArray[np.bool_]) -> bytes:
-    """A set of blocks (bool [B]) as bits, the first block lowest; all blocks are no bytes."""
-    return b"" if active.all() else np.packbits(active, bitorder="little").tobytes()
-
-
-def unpack_blocks(data: bytes, blocks: int) -> NDArray[np.bool_]:
-    """The set that `pack_blocks` packed, bool [blocks].
-
-    Raises:
-        MessageError: it is of another number of blocks.
-    """
-    if not data:
-        return np.ones(blocks, np.bool_)
-    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little").astype(np.bool_)
-    if len(data) != -(-blocks // 8) or bits[blocks:].any():
-        raise MessageError(
-            f"A set of blocks in {len(data)} bytes was refused: this model has {blocks} blocks."
-        )
-    return bits[:blocks]
-
-
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """A tuned state in place of the ledger entries that led to it.
+@dataclass(frozen=True)
+class Number(Form):
+    """An integer or a float.
 
     Attributes:
-        rounds: ledger rounds that it contains.
-        digest: SHA-256 of the tuned state (32 bytes); empty for accumulators, which the ledger
-            itself determines.
-        data: the tuned tensors' bytes in the layout's order, or the accumulators as int64.
+        nan: whether NaN is a value. A float that is too large for float32 becomes NaN there.
     """
 
-    rounds: int
-    digest: bytes
+    nan: bool = False
+
+    def number(self, value: Any) -> int | float:
+        """See `Form`."""
+        if self.nan:
+            return float(value) if abs(value) < MAX_FLOAT32 else math.nan
+        return value  # type: ignore[no-any-return]
+
+    def read(self, number: Any, reader: "Reader", name: str) -> Any:
+        """See `Form`."""
+        if isinstance(number, float) and not (
+            math.isfinite(number) or (self.nan and number != number)
+        ):
+            raise MessageError(f"A message whose {name} is {number} was refused.")
+        return number
+
+
+@dataclass(frozen=True)
+class Flag(Form):
+    """A boolean in a byte of 0 or 1."""
+
+    def number(self, value: Any) -> int:
+        """See `Form`."""
+        return int(value)
+
+    def read(self, number: Any, reader: "Reader", name: str) -> bool:
+        """See `Form`."""
+        if number > 1:
+            raise MessageError(f"A message whose {name} is {number} was refused: it is 0 or 1.")
+        return bool(number)
+
+
+@dataclass(frozen=True)
+class Data(Form):
+    """Bytes, with their number.
+
+    Attributes:
+        sizes: that are allowed; empty is any.
+    """
+
+    sizes: tuple[int, ...] = ()
+
+    def content(self, value: bytes) -> bytes:
+        """See `Form`."""
+        return value
+
+    def read(self, number: Any, reader: "Reader", name: str) -> bytes:
+        """See `Form`."""
+        if self.sizes and number not in self.sizes:
+            raise MessageError(
+                f"A message whose {name} has {number} bytes was refused; allowed are "
+                f"{' or '.join(map(str, self.sizes))}."
+            )
+        return reader.take(number, name)
+
+    def shown(self, value: bytes) -> str:
+        """See `Form`."""
+        return f"{len(value)} bytes"
+
+
+@dataclass(frozen=True)
+class Floats(Form):
+    """A float32 array, with its length; every number is finite."""
+
+    def content(self, value: NDArray[np.float32]) -> bytes:
+        """See `Form`."""
+        return value.astype("<f4").tobytes()
+
+    def read(self, number: Any, reader: "Reader", name: str) -> NDArray[np.float32]:
+        """See `Form`."""
+        raw = reader.take(4 * number, f"{name}, {number} × float32", _some_floats)
+        values = np.frombuffer(raw, "<f4").astype(np.float32)
+        if not np.isfinite(values).all():
+            raise MessageError(f"A message whose {name} are not all finite was refused.")
+        return values
+
+
+@dataclass(frozen=True)
+class Blocks(Form):
+    """A set of the model's blocks, bool [B], a bit each with the first lowest; None is all."""
+
+    def number(self, value: NDArray[np.bool_] | None) -> int:
+        """See `Form`."""
+        return 0 if value is None or value.all() else len(value)
+
+    def content(self, value: NDArray[np.bool_] | None) -> bytes:
+        """See `Form`."""
+        if value is None or value.all():
+            return b""
+        return np.packbits(value, bitorder="little").tobytes()
+
+    def read(self, number: Any, reader: "Reader", name: str) -> NDArray[np.bool_] | None:
+        """See `Form`."""
+        if not number:
+            return None
+        raw = reader.take(-(-number // 8), f"{name}, a bit each", _bits)
+        bits = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little").astype(np.bool_)
+        if bits[number:].any():
+            raise MessageError(f"A message whose {name} name blocks beyond {number} was refused.")
+        return bits[:number]
+
+
+@dataclass(frozen=True)
+class Many(Form):
+    """Messages in a message, one after another, with their number."""
+
+    kind: Any = None
+
+    def content(self, value: Sequence["Message"]) -> bytes:
+        """See `Form`."""
+        return b"".join(part.body() for part in value)
+
+    def read(self, number: Any, reader: "Reader", name: str) -> tuple["Message", ...]:
+        """See `Form`."""
+        return tuple(self.kind.read(reader, f"{name}: ") for _ in range(number))
+
+
+def _form(cls: type[Form], code: str, suffix: str = "", **options: Any) -> Form:
+    return cls(code, f"{suffix}{_NAMES[code]}", **options)
+
+
+U8, U16, U32, U64 = (_form(Number, code) for code in "BHIQ")
+F32, F64 = _form(Number, "f"), _form(Number, "d")
+F32_OR_NAN = _form(Number, "f", "NaN or ", nan=True)
+FLAG = Flag("B", "uint8, 0 or 1")
+
+
+def data(code: str, *sizes: int) -> Form:
+    """Bytes with a length of that `struct` code."""
+    return _form(Data, code, "bytes, length ", sizes=sizes)
+
+
+def floats(code: str) -> Form:
+    """Finite float32 numbers with a length of that `struct` code."""
+    return _form(Floats, code, "float32 each, length ")
+
+
+def blocks() -> Form:
+    """A set of blocks."""
+    return _form(Blocks, "H", "a bit for each block, their number ")
+
+
+def many(kind: type["Message"], code: str) -> Form:
+    """Messages in a message."""
+    return _form(Many, code, f"{kind.__name__} each, length ", kind=kind)
+
+
+def wire(form: Form, meaning: str, **options: Any) -> Any:
+    """A field of a message dataclass: its form and what it means; `options` as of `field`."""
+    return dataclasses.field(metadata={"form": form, "meaning": meaning}, **options)
+
+
+@dataclass(frozen=True)
+class FieldDescription:
+    """A field as the wire reference lists it."""
+
+    name: str
+    type: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Some bytes of a message.
+
+    Attributes:
+        place: of the first byte, from 0.
+        data: the bytes.
+        name: what they are.
+        value: what they mean.
+    """
+
+    place: int
     data: bytes
-
-    def encode(self) -> bytes:
-        """The wire form."""
-        head = SNAPSHOT_FORM.pack(self.rounds, len(self.digest), len(self.data))
-        return b"".join(
-            (HEADER_FORM.pack(MAGIC, WIRE_VERSION, SNAPSHOT), head, self.digest, self.data)
-        )
-
-    @classmethod
-    def decode(cls, data: bytes) -> "Snapshot":
-        """Raises `MessageError` for anything but a whole snapshot."""
-        reader = _Reader(data)
-        reader.header(SNAPSHOT)
-        rounds, digest, size = reader.unpack(SNAPSHOT_FORM)
-        if digest not in (0, 32):
-            raise MessageError(f"A snapshot with a digest of {digest} bytes was refused.")
-        proof, content = reader.take(digest), reader.take(size)
-        reader.finish()
-        return cls(rounds, proof, content)
+    name: str
+    value: str
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """What the server asks of a client in a round.
+class Reader:
+    """A cursor over a message that refuses to read past its end.
 
     Attributes:
-        round: its number.
-        client: whom the task is for.
-        learning_rate: η_i of this client and round.
-        digest_wanted: whether the report must prove the tuned state.
-        entries: the ledger entries that the client lacks, oldest first.
-        state: float32, the tuned state, for a method whose update is a tensor; else empty.
-        blocks: the blocks that the client perturbs, packed by `pack_blocks`; empty is all.
-        odds: uint16 [K], how likely each candidate seed is to be drawn, for a method that has
-            candidates and prefers some; else empty.
-        reset: whether the client must first go back to the base model.
-        snapshot: an encoded `Snapshot` to start from before the entries; or empty.
+        trace: where every part that is read is listed, or None.
     """
 
-    round: int
-    client: int
-    learning_rate: float
-    digest_wanted: bool
-    entries: tuple[Entry, ...]
-    state: NDArray[np.float32]
-    blocks: bytes = b""
-    odds: NDArray[np.uint16] = field(default_factory=lambda: NO_ODDS)
-    reset: bool = False
-    snapshot: bytes = b""
-
-    def encode(self) -> bytes:
-        """The wire form."""
-        head = TASK_FORM.pack(
-            self.round,
-            self.client,
-            self.learning_rate,
-            self.digest_wanted + 2 * self.reset,
-            len(self.entries),
-            len(self.state),
-            len(self.blocks),
-            len(self.odds),
-            len(self.snapshot),
-        )
-        return b"".join(
-            (
-                HEADER_FORM.pack(MAGIC, WIRE_VERSION, TASK),
-                head,
-                self.state.astype("<f4").tobytes(),
-                self.blocks,
-                self.odds.astype("<u2").tobytes(),
-                self.snapshot,
-                *(entry.encode() for entry in self.entries),
-            )
-        )
-
-    @classmethod
-    def decode(cls, data: bytes) -> "Task":
-        """Raises `MessageError` for anything but a whole, finite task."""
-        reader = _Reader(data)
-        reader.header(TASK)
-        number, client, rate, flags, count, size, width, odds, stored = reader.unpack(TASK_FORM)
-        state, blocks = reader.floats(size), reader.take(width)
-        likely = reader.numbers("<u2", odds).astype(np.uint16)
-        snapshot = reader.take(stored)
-        entries = tuple(Entry._read(reader) for _ in range(count))
-        reader.finish()
-        if not math.isfinite(rate):
-            raise MessageError("A task with a learning rate that is not a number was refused.")
-        if flags > 3 or (len(likely) and not likely.any()):
-            raise MessageError("A task with flags or odds that have no meaning was refused.")
-        wanted, reset = bool(flags & 1), bool(flags & 2)
-        return cls(number, client, rate, wanted, entries, state, blocks, likely, reset, snapshot)
-
-
-@dataclass(frozen=True, eq=False)
-class Report:
-    """What a client sends back: scalars, never weights (the first-order baseline aside).
-
-    Attributes:
-        round: of the task that it answers.
-        client: who reports.
-        examples: how many training examples the client holds.
-        loss: its mean training loss over the round, in nats per token.
-        skipped: steps whose losses were not finite; their projected gradients are 0.
-        gradients: float32 [local steps * directions], the projected gradients.
-        digest: the first 16 bytes of the tuned state's SHA-256, or empty if not asked for.
-        state: float32, the client's tuned state, for a method whose update is a tensor.
-    """
-
-    round: int
-    client: int
-    examples: int
-    loss: float
-    skipped: int
-    gradients: NDArray[np.float32]
-    digest: bytes = b""
-    state: NDArray[np.float32] | None = None
-
-    def encode(self) -> bytes:
-        """The wire form."""
-        state = np.empty(0, np.float32) if self.state is None else self.state
-        head = REPORT_FORM.pack(
-            self.round,
-            self.client,
-            self.examples,
-            self.loss if abs(self.loss) < LARGEST else math.nan,
-            self.skipped,
-            len(self.gradients),
-            len(self.digest),
-            len(state),
-        )
-        return b"".join(
-            (
-                HEADER_FORM.pack(MAGIC, WIRE_VERSION, REPORT),
-                head,
-                self.digest,
-                self.gradients.astype("<f4").tobytes(),
-                state.astype("<f4").tobytes(),
-            )
-        )
-
-    @classmethod
-    def decode(cls, data: bytes) -> "Report":
-        """Raises `MessageError` for anything but a whole report with finite scalars.
-
-        The loss may be NaN: that is how a client says that none of its steps was finite.
-        """
-        reader = _Reader(data)
-        reader.header(REPORT)
-        number, client, examples, loss, skipped, count, digest, size = reader.unpack(REPORT_FORM)
-        if math.isinf(loss):
-            raise MessageError("A report with an infinite loss was refused.")
-        if digest not in (0, DIGEST_BYTES):
-            raise MessageError(f"A report with a digest of {digest} bytes was refused.")
-        proof = reader.take(digest)
-        gradients = reader.floats(count)
-        state = reader.floats(size) if size else None
-        reader.finish()
-        return cls(number, client, examples, loss, skipped, gradients, proof, state)
-
-
-class _Reader:
-    """A cursor over a message that refuses to read past its end."""
-
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, trace: list[Listed] | None = None, place: int = 0) -> None:
         self.data = data
-        self.place = 0
+        self.place = place
+        self.trace = trace
 
-    def take(self, size: int) -> bytes:
+    def take(
+        self, size: int, name: str = "", shown: Callable[[bytes], str] = lambda raw: ""
+    ) -> bytes:
+        """The next bytes.
+
+        Raises:
+            MessageError: the message ends before.
+        """
         if self.place + size > len(self.data):
             raise MessageError(
                 f"A message of {len(self.data)} bytes was refused: it ends where byte "
                 f"{self.place + size} was expected."
             )
-        self.place += size
-        return self.data[self.place - size : self.place]
-
-    def unpack(self, form: struct.Struct) -> tuple:  # type: ignore[type-arg]
-        return form.unpack(self.take(form.size))
-
-    def header(self, kind: int) -> None:
-        magic, version, found = self.unpack(HEADER_FORM)
-        if magic != MAGIC:
-            raise MessageError("A message that is not fedforward's was refused.")
-        if version != WIRE_VERSION:
-            raise MessageError(
-                f"A message of wire version {version} was refused; this side speaks "
-                f"{WIRE_VERSION}. Install the same release of fedforward on both sides."
-            )
-        if found != kind:
-            raise MessageError(f"A message of kind {found} was refused where {kind} was expected.")
-
-    def floats(self, count: int) -> NDArray[np.float32]:
-        values = np.frombuffer(self.take(4 * count), dtype="<f4").astype(np.float32)
-        if not np.isfinite(values).all():
-            raise MessageError("A message with numbers that are not finite was refused.")
-        return values
-
-    def numbers(self, kind: str, count: int) -> NDArray[Any]:
-        return np.frombuffer(self.take(np.dtype(kind).itemsize * count), dtype=kind)
+        begin, self.place = self.place, self.place + size
+        raw = self.data[begin : self.place]
+        if self.trace is not None and size:
+            self.trace.append(Listed(begin, raw, name, shown(raw)))
+        return raw
 
     def finish(self) -> None:
+        """Refuse bytes after the end.
+
+        Raises:
+            MessageError: there are some.
+        """
         if self.place != len(self.data):
             raise MessageError(
                 f"A message was refused: {len(self.data) - self.place} bytes follow its end."
             )
+
+
+class Message:
+    """Base of the message dataclasses.
+
+    Attributes:
+        KIND: of a message that travels by itself, in its header; 0 for a part of others.
+    """
+
+    KIND: ClassVar[int] = 0
+    _plan: ClassVar[tuple[struct.Struct, tuple[tuple[str, Form], ...]] | None] = None
+
+    @classmethod
+    def plan(cls) -> tuple[struct.Struct, tuple[tuple[str, Form], ...]]:
+        """The structure of the numbers and lengths, and the fields with their forms."""
+        if "_plan" not in cls.__dict__ or cls._plan is None:
+            fields = tuple(
+                (field.name, field.metadata["form"])
+                for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+            )
+            cls._plan = struct.Struct("<" + "".join(form.code for _, form in fields)), fields
+        return cls._plan
+
+    def body(self) -> bytes:
+        """The binary form without a header."""
+        form, fields = self.plan()
+        values = [(field, getattr(self, name)) for name, field in fields]
+        head = form.pack(*(field.number(value) for field, value in values))
+        return b"".join((head, *(field.content(value) for field, value in values)))
+
+    def encode(self) -> bytes:
+        """The binary form, with a header if the message travels by itself."""
+        head = HEADER.pack(MAGIC, WIRE_VERSION, self.KIND) if self.KIND else b""
+        return head + self.body()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """The message that fills `data` exactly.
+
+        Raises:
+            MessageError: it is damaged, of another version or kind, or its values make no sense.
+        """
+        reader = Reader(data)
+        message = cls.open(reader)
+        reader.finish()
+        return message
+
+    @classmethod
+    def open(cls, reader: Reader) -> Self:
+        """Read header and body at the reader's place; see `decode`."""
+        if cls.KIND:
+            magic, version, kind = HEADER.unpack(list_numbers(reader, HEADER, _HEADER_NAMES))
+            if magic != MAGIC:
+                raise MessageError("A message that is not fedforward's was refused.")
+            if version != WIRE_VERSION:
+                raise MessageError(
+                    f"A message of wire version {version} was refused; this side speaks "
+                    f"{WIRE_VERSION}. Install the same release of fedforward on both sides."
+                )
+            if kind != cls.KIND:
+                raise MessageError(
+                    f"A message of kind {kind} was refused where {cls.KIND} was expected."
+                )
+        return cls.read(reader)
+
+    @classmethod
+    def read(cls, reader: Reader, prefix: str = "") -> Self:
+        """Read the body at the reader's place; see `decode`."""
+        form, fields = cls.plan()
+        names = [f"{prefix}{name.replace('_', ' ')}" for name, _ in fields]
+        heads = [
+            name if isinstance(field, Number | Flag) else f"length of {name}"
+            for name, (_, field) in zip(names, fields, strict=True)
+        ]
+        numbers = form.unpack(list_numbers(reader, form, heads))
+        values = {
+            key: field.read(number, reader, name)
+            for (key, field), number, name in zip(fields, numbers, names, strict=True)
+        }
+        message = cls(**values)
+        message.check()
+        return message
+
+    def check(self) -> None:
+        """Whether the values fit together; after reading.
+
+        Raises:
+            MessageError: they do not.
+        """
+
+    @classmethod
+    def describe(cls) -> list[FieldDescription]:
+        """The fields in their order, for the wire reference."""
+        return [
+            FieldDescription(field.name, field.metadata["form"].name, field.metadata["meaning"])
+            for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+        ]
+
+    @classmethod
+    def listing(cls, data: bytes) -> list[Listed]:
+        """Every byte of an encoded message, in order; see `decode` for errors."""
+        trace: list[Listed] = []
+        reader = Reader(data, trace)
+        cls.open(reader)
+        reader.finish()
+        return trace
+
+
+_HEADER_NAMES = ("magic", "wire version", "message kind")
+
+
+def list_numbers(reader: Reader, form: struct.Struct, names: Sequence[str]) -> bytes:
+    """Take the bytes of a structure, listed number by number where the reader lists."""
+    if reader.trace is None:
+        return reader.take(form.size)
+    begin = reader.place
+    trace, reader.trace = reader.trace, None
+    raw = reader.take(form.size)
+    reader.trace = trace
+    for code, name in zip(_codes(form), names, strict=True):
+        size = struct.calcsize("<" + code)
+        part = raw[:size]
+        (value,) = struct.unpack("<" + code, part)
+        text = f"{value:.9g}" if isinstance(value, float) else str(value)
+        if isinstance(value, bytes):
+            text = value.decode("ascii") if value.isalpha() else value.hex()
+        trace.append(Listed(begin, part, name, text))
+        raw, begin = raw[size:], begin + size
+    return reader.data[reader.place - form.size : reader.place]
+
+
+def _codes(form: struct.Struct) -> Iterator[str]:
+    """The numbers of a structure's format: "<2sBI" has "2s", "B" and "I"."""
+    count = ""
+    for code in form.format.lstrip("<"):
+        if code.isdigit():
+            count += code
+        else:
+            yield count + code
+            count = ""
+
+
+def _some_floats(raw: bytes) -> str:
+    values = np.frombuffer(raw, "<f4")
+    shown = ", ".join(f"{value:.6g}" for value in values[:4])
+    return shown + (", …" if len(values) > 4 else "")
+
+
+def _bits(raw: bytes) -> str:
+    return " ".join(f"{byte:08b}"[::-1] for byte in raw)

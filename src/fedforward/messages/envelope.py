@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+from fedforward.core.errors import MessageError
+from fedforward.core.identity import ModelIdentity
 from fedforward.directions import VERSION, Layout
-from fedforward.messages.codec import WIRE_VERSION, MessageError
-from fedforward.training.assembly import ModelIdentity
+from fedforward.messages.codec import WIRE_VERSION
 
 LETTER_VERSION = 1
 #: Bytes of a sentence that are shown.

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import Evaluation, Probe, Steps
 
 
@@ -26,8 +27,8 @@ class Estimator(Protocol):
         """Forward passes of a step."""
         ...
 
-    def probes(self, batch: Any, trajectory: Steps, units: Sequence[Steps]) -> list[Probe]:
-        """The probes of a step; `units` are the n directions, each a step of coefficient 1."""
+    def probes(self, batch: Any, trajectory: Steps, directions: Sequence[Steps]) -> list[Probe]:
+        """The probes of a step; `directions` are n of them, each a step of coefficient 1."""
         ...
 
     def gradients(self, evaluations: Sequence[Evaluation]) -> tuple[NDArray[np.float32], float]:
@@ -45,21 +46,25 @@ class TwoPoint:
     Attributes:
         directions: n; the paper has 1.
         mu: μ, the perturbation scale.
+
+    Example:
+        >>> TwoPoint(mu=1e-3).probes_per_step
+        2
     """
 
-    directions: int
-    mu: float
+    directions: int = 1
+    mu: float = 1e-3
 
     @property
     def probes_per_step(self) -> int:
         """Both signs of every direction."""
         return 2 * self.directions
 
-    def probes(self, batch: Any, trajectory: Steps, units: Sequence[Steps]) -> list[Probe]:
+    def probes(self, batch: Any, trajectory: Steps, directions: Sequence[Steps]) -> list[Probe]:
         """+μ and -μ along each direction in turn."""
         return [
-            Probe(batch, trajectory, unit.scaled(sign * self.mu))
-            for unit in units
+            Probe(batch, trajectory, direction.scaled(sign * self.mu))
+            for direction in directions
             for sign in (1.0, -1.0)
         ]
 
@@ -84,19 +89,31 @@ class FZOO:
     Attributes:
         directions: n, at least 2.
         mu: μ, the perturbation scale.
+
+    Example:
+        >>> FZOO(directions=8, mu=1e-3).probes_per_step
+        9
     """
 
-    directions: int
-    mu: float
+    directions: int = 8
+    mu: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.directions < 2:
+            raise FedForwardError(
+                "method.estimator = 'fzoo' is normalised by the spread of its directions' losses, "
+                f"and method.directions = {self.directions} has none; use 2 or more (the paper "
+                "has 8)."
+            )
 
     @property
     def probes_per_step(self) -> int:
         """Every direction once, and the point itself."""
         return self.directions + 1
 
-    def probes(self, batch: Any, trajectory: Steps, units: Sequence[Steps]) -> list[Probe]:
+    def probes(self, batch: Any, trajectory: Steps, directions: Sequence[Steps]) -> list[Probe]:
         """The point, then +μ along each direction in turn."""
-        away = [Probe(batch, trajectory, unit.scaled(self.mu)) for unit in units]
+        away = [Probe(batch, trajectory, direction.scaled(self.mu)) for direction in directions]
         return [Probe(batch, trajectory), *away]
 
     def gradients(self, evaluations: Sequence[Evaluation]) -> tuple[NDArray[np.float32], float]:

@@ -20,11 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedforward.core.errors import FedForwardError
+from fedforward.core.errors import FedForwardError, MessageError
 from fedforward.core.steps import Evaluation, Probe, ProbePlan, Update
 from fedforward.directions import Distribution, Layout
 from fedforward.directions.ops import commit
-from fedforward.messages.codec import MessageError
 from fedforward.models.blocks import Prefix, class_heads, names_by_block
 from fedforward.models.lm_head import Head, VocabularyTile, losses_of
 from fedforward.models.loading import input_device

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedforward.config.schema import Config
+from fedforward.core.registry import METHODS
 from fedforward.core.seeds import derive
 from fedforward.core.steps import NO_STEPS, Steps
 from fedforward.core.units import parse_bytes
@@ -54,7 +55,7 @@ def survey(config: Config, model: CausalModel, longest: Sequence[Batch]) -> Reso
         sorted(set(shapes)),
         config.method.probes_per_step,
         carries=config.method.local_steps > 1,
-        from_base=bool(config.method.pool),
+        from_base=METHODS.get(config.method.name).capabilities.from_base,
     )
     sizes = np.array(model.layout.block_sizes, dtype=np.float64)
     weights = sizes / sizes.sum()
@@ -99,8 +100,8 @@ def sensitivity(
         direction = Steps.of([derive(run_seed, "sensitivity", number)], [1.0])
         batch = batches[number % len(batches)]
         for block in range(blocks):
-            unit = direction.within(np.arange(blocks) == block)
-            evaluations = model.evaluate(estimator.probes(batch, NO_STEPS, [unit]))
+            own = direction.within(np.arange(blocks) == block)
+            evaluations = model.evaluate(estimator.probes(batch, NO_STEPS, [own]))
             gradients, _ = estimator.gradients(evaluations)
             squares[block] += float(np.nan_to_num(gradients[0])) ** 2
     model.forget()

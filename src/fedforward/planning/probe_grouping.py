@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedforward.core.errors import FedForwardError
-from fedforward.core.steps import Probe, ProbePlan, Steps
+from fedforward.core.steps import Probe, ProbePlan
 from fedforward.core.units import format_bytes
+from fedforward.methods.base import rehearsal
+from fedforward.methods.estimators import Estimator
 from fedforward.models.base import Batch, CausalModel
 from fedforward.planning.memory.tracker import peak_bytes
 
@@ -52,38 +54,26 @@ def resolve(
 def step_probes(
     batches: Sequence[Batch],
     count: int,
-    probes_per_step: int,
-    mu: float,
+    estimator: Estimator,
     active: NDArray[np.bool_] | None = None,
 ) -> list[Probe]:
-    """`count` probes as a step in the middle of a round has them, client after client.
+    """The first `count` probes of steps in the middle of a round, client after client.
 
     Args:
+        batches: of the clients, in turn.
         active: bool [B], blocks that are perturbed; None is all.
     """
-
-    def moved(seed: int, coefficient: float) -> Steps:
-        steps = Steps.of([seed], [coefficient])
-        return steps if active is None else steps.within(active)
-
-    # Every client carries a sum of its own; it is there, but too small to change anything.
-    trajectories = [moved(1, 1e-30) for _ in range(-(-count // probes_per_step))]
-    return [
-        Probe(
-            batches[place // probes_per_step % len(batches)],
-            trajectories[place // probes_per_step],
-            moved(2 + place // 2, mu if place % 2 == 0 else -mu),
-        )
-        for place in range(count)
-    ]
+    clients = -(-count // estimator.probes_per_step)
+    chosen = [batches[client % len(batches)] for client in range(clients)]
+    return rehearsal(estimator, chosen, active)[:count]
 
 
 def fit(
     model: CausalModel,
     batches: Sequence[Batch],
     budget: int,
-    most: int,
-    probes_per_step: int,
+    clients: int,
+    estimator: Estimator,
 ) -> ProbePlan:
     """The model's plan with as many probes in a forward pass as a memory budget allows.
 
@@ -93,8 +83,8 @@ def fit(
     Args:
         batches: the longest of each client.
         budget: bytes of tensors alive, the model's own included.
-        most: probes that can ever be ready at once.
-        probes_per_step: of a client.
+        clients: whose steps can ever be ready at once.
+        estimator: of a step.
 
     Raises:
         FedForwardError: not even one probe fits.
@@ -103,7 +93,7 @@ def fit(
 
     def measured(count: int) -> int:
         model.plan = replace(plan, probes_per_call=count)
-        probes = step_probes(batches, count, probes_per_step, 1e-3)
+        probes = step_probes(batches, count, estimator)
         return peak_bytes(lambda: model.evaluate(probes))
 
     try:
@@ -115,7 +105,7 @@ def fit(
                 f"of its longest batch take {format_bytes(one)}. Raise it, or lower "
                 "data.sequence_length or method.batch_size."
             )
-        count = min(most, 1 + (budget - one) // max(1, two - one))
+        count = min(clients * estimator.probes_per_step, 1 + (budget - one) // max(1, two - one))
         while count > 1 and measured(count) > budget:
             count = max(1, count * 3 // 4)
     finally:

@@ -4,56 +4,37 @@ What a server across machines has, which holds no model: nothing here imports Py
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from fedforward.config.schema import Config
-from fedforward.directions import VERSION, Distribution, Layout
+from fedforward.core.identity import ModelIdentity
+from fedforward.core.registry import AGGREGATORS, ESTIMATORS, METHODS
+from fedforward.directions import VERSION, Distribution
 from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.server import Allocate, ServerSettings
 from fedforward.federation.server_optimizer import ServerOptimizer
-from fedforward.methods.base import FirstOrderMethod, Method
-from fedforward.methods.decomfl import DeComFL
-from fedforward.methods.estimators import FZOO, TwoPoint
-from fedforward.methods.fedkseed import FedKSeed
-from fedforward.methods.fedmezo import FedMeZO
-from fedforward.methods.zorba import ZorBA
+from fedforward.methods.base import Method
+from fedforward.methods.parameters import check_parameters
 
 
-@dataclass(frozen=True)
-class ModelIdentity:
-    """What all parties must agree on before any of them can read another's numbers.
+def build_method(config: Config) -> Method:
+    """The method that the configuration names.
 
-    Attributes:
-        layout: of the tunable space.
-        base: SHA-256 of the base model's weights, hexadecimal.
-        classes: of a sequence classifier, in the order of its head; else empty.
-        state_bytes: of the tuned tensors, which a snapshot carries.
-        tokenizer: SHA-256 of what it makes of texts, hexadecimal; empty where one is shared.
+    Raises:
+        FedForwardError: it, its estimator or its aggregator is unknown, or does not fit.
     """
-
-    layout: Layout
-    base: str
-    classes: tuple[str, ...]
-    state_bytes: int
-    tokenizer: str = ""
-
-
-def build_method(config: Config) -> Method | FirstOrderMethod:
-    """The method that the configuration names."""
     method = config.method
-    if method.name == "fedavg":
-        from fedforward.methods.fedavg import FedAvg
-
-        return FedAvg(method.local_steps, method.optimizer)
-    kind = TwoPoint if method.estimator == "two-point" else FZOO
-    parts = (config.run.seed, method.local_steps, kind(method.directions, method.mu))
-    if method.name in ("fedkseed", "fedkseed-pro"):
-        return FedKSeed(*parts, method.candidates, importance=method.name == "fedkseed-pro")
-    kinds: dict[str, Callable[..., Method]]
-    kinds = {"fedmezo": FedMeZO, "decomfl": DeComFL, "zorba": ZorBA}
-    return kinds[method.name](*parts)
+    kind = METHODS.get(method.name)
+    estimator = ESTIMATORS.get(method.estimator)(directions=method.directions, mu=method.mu)
+    built: Method = kind(
+        run_seed=config.run.seed,
+        local_steps=method.local_steps,
+        estimator=estimator,
+        aggregator=AGGREGATORS.get(method.aggregator),
+        **check_parameters(kind, method.parameters),
+    )
+    return built
 
 
 def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
@@ -61,14 +42,14 @@ def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
     density = config.method.density
     lora = config.lora.model_dump() if config.model.tune == "lora" else None
     return {
-        # 3: contributions may be of some blocks; entries may hold increments of candidate seeds.
-        "format": 3,
+        # 4: entries, tasks and reports carry a payload of the method's own.
+        "format": 4,
         "direction_version": VERSION,
         "distribution": config.method.distribution,
         "directions": config.method.directions,
         "run_seed": config.run.seed,
         "method": config.method.name,
-        "candidates": config.method.pool,
+        "parameters": config.method.parameters,
         "mask": None if config.method.mask == "none" else [config.method.mask, density],
         "classes": list(model.classes) or None,
         "layout": model.layout.fingerprint,

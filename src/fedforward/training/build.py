@@ -15,6 +15,7 @@ import numpy as np
 
 from fedforward.config.schema import Config, SimulationSection
 from fedforward.core.errors import FedForwardError
+from fedforward.core.identity import ModelIdentity
 from fedforward.core.seeds import derive, generator
 from fedforward.core.steps import Probe, ProbePlan
 from fedforward.data import labels, sources, templates
@@ -23,6 +24,7 @@ from fedforward.data.sampler import Batches, Collate, collate, collate_prompts
 from fedforward.data.templates import Example
 from fedforward.directions import Distribution
 from fedforward.evaluation.objectives import batches_of, class_batches_of, needs_answers
+from fedforward.methods.base import Method
 from fedforward.models.base import Batch, CausalModel
 from fedforward.models.full import FullModel
 from fedforward.models.loading import load, longest_sequence
@@ -30,7 +32,6 @@ from fedforward.models.lora import LoraModel
 from fedforward.models.masks import random_mask, small_weights_mask
 from fedforward.models.scored import texts
 from fedforward.planning import probe_grouping as probes
-from fedforward.training.assembly import ModelIdentity
 from fedforward.training.faults import Faults
 
 
@@ -385,16 +386,19 @@ def collate_of(config: Config, tokenizer: Any) -> Collate:
 
 
 def fit_plan(
-    config: Config, model: CausalModel, corpus: Corpus, collate: Collate = collate
+    config: Config,
+    model: CausalModel,
+    corpus: Corpus,
+    method: Method,
+    collate: Collate = collate,
 ) -> ProbePlan:
     """The model's plan, with as many probes in a forward pass as `run.memory_budget` allows."""
     budget = config.run.budget
-    if budget is None or config.method.name == "fedavg":
+    if budget is None or not method.capabilities.forward_only:
         return model.plan
-    step = config.method.probes_per_step
     clients = config.federation.clients if config.model.tune == "lora" else 1
     batches = longest_batches(config, corpus, collate)
-    return probes.fit(model, batches, budget, step * clients, step)
+    return probes.fit(model, batches, budget, clients, method.estimator)
 
 
 def faults(config: Config) -> Faults:

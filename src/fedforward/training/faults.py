@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedforward.core.seeds import derive, generator
-from fedforward.messages.codec import Report
+from fedforward.messages.report import Report
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,14 @@ from fedforward.core.errors import FedForwardError, UpdateNotFiniteError
 from fedforward.core.steps import Probe, ProbePlan
 from fedforward.evaluation import heldout as evaluation
 from fedforward.federation.client import Client, Replica
-from fedforward.federation.first_order import TensorServer
 from fedforward.federation.ledger import Ledger, Round
 from fedforward.federation.server import Server
-from fedforward.methods.base import FirstOrderMethod
+from fedforward.messages.snapshot import Snapshot
+from fedforward.methods.report_filters import build_filters
 from fedforward.models.loading import longest_sequence, placement
 from fedforward.models.scored import AnswerBatch
 from fedforward.planning.allocator import Allocator
 from fedforward.planning.memory.tracker import peak_bytes, peak_resident_bytes
-from fedforward.planning.probe_grouping import step_probes
 from fedforward.training import assembly, run_directory
 from fedforward.training import build as experiment
 from fedforward.training import metrics as progress
@@ -58,7 +57,9 @@ class Session:
         self.collate = experiment.collate_of(config, self.tokenizer)
         if not self.directory.started and config.run.memory_budget:
             listener.phase("fitting probes to the memory budget")
-            self.plan = experiment.fit_plan(config, self.model, self.corpus, self.collate)
+            self.plan = experiment.fit_plan(
+                config, self.model, self.corpus, assembly.build_method(config), self.collate
+            )
             self.model.plan = self.plan
         listener.phase(self._describe_plan())
         self.heldout = evaluation.prepare(config, self.corpus.heldout, self.tokenizer, self.plan)
@@ -69,14 +70,12 @@ class Session:
             # the keys that may change are brought up to date.
             self.directory.start(config, self.plan)
             self.ledger = self._open_ledger()
-        self.replica = Replica(
-            self.model, config.run.seed, config.method.directions, config.method.pool
-        )
+        self.replica = Replica(self.model, self.method)
         self.server = self._build_server(allocate)
         batches = experiment.client_batches(config, self.corpus, self.collate)
+        filters = build_filters(config.method.report_filters, "method.report_filters")
         clients = [
-            Client(number, stream, self.replica, self.method)
-            for number, stream in enumerate(batches)
+            Client(number, stream, self.replica, filters) for number, stream in enumerate(batches)
         ]
         step = config.method.probes_per_step
         # A float32 copy of all weights carries one client's local steps at a time.
@@ -152,8 +151,6 @@ class Session:
             [len(part) for part in self.corpus.clients],
             allocate,
         )
-        if isinstance(self.method, FirstOrderMethod):
-            return TensorServer(settings, self.method, self.ledger, self.directory.path)
         return Server(settings, self.method, self.ledger)
 
     def _allocator(self) -> Allocator | None:
@@ -225,13 +222,8 @@ class Session:
             model.infer(widest)
 
         def step() -> None:
-            if isinstance(self.method, FirstOrderMethod):
-                _backward(model, widest)
-                return
-            method = self.config.method
-            count = method.probes_per_step * self.runtime.together
-            probes = step_probes(longest, count, method.probes_per_step, method.mu, self.widest)
-            model.evaluate(probes)
+            batches = [longest[n % len(longest)] for n in range(self.runtime.together)]
+            self.method.rehearse(model, batches, self.widest)
 
         # Inference first: the buffers that a step leaves behind are not inference's.
         inference()
@@ -248,9 +240,10 @@ class Session:
 
     def _catch_up(self, rounds: int | None = None) -> None:
         """Bring the shared replica to so many rounds of the ledger, or to its end."""
-        if isinstance(self.server, TensorServer):
-            if len(self.server.state):
-                self.model.assign_state(self.server.state)
+        if not self.method.capabilities.replayable:
+            data = self.server.state.encode()
+            if data:
+                self.replica.restore(Snapshot(self.ledger.length, b"", data))
             return
         last = self.ledger.length if rounds is None else rounds
         entries = self.ledger.entries(self.replica.rounds)
@@ -310,7 +303,7 @@ class Session:
             line["changed_share"] = self.model.changed_share
         due = done % self.config.run.evaluate_every == 0 or done == self.config.federation.rounds
         # The states between are gone where the update is a tensor.
-        there = done == self.ledger.length or not isinstance(self.server, TensorServer)
+        there = done == self.ledger.length or self.method.capabilities.replayable
         if due and there:
             began = time.monotonic()
             line |= self._measure()
@@ -402,17 +395,6 @@ class Session:
             "state_digest": self.model.digest().hex(),
             "example": example,
         }
-
-
-def _backward(model: Any, batch: Any) -> None:
-    """One backward pass as a first-order step has it; the gradients are dropped."""
-    parameters = model.tuned_parameters()
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    model.loss(batch).backward()
-    for parameter in parameters:
-        parameter.grad = None
-        parameter.requires_grad_(False)
 
 
 def check_header(ledger: Ledger, header: dict[str, Any]) -> None:

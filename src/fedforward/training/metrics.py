@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
 from fedforward.federation.ledger import Round
-from fedforward.messages.codec import Report
+from fedforward.messages.report import Report
 
 #: A held-out loss above this multiple of the loss at the start counts as divergence.
 DIVERGED = 1.5
@@ -35,14 +35,14 @@ class DivergenceError(FedForwardError):
 
 def round_line(record: Round) -> dict[str, Any]:
     """A round's figures as far as its reports have them; `round` counts from 1."""
-    reports = [origin.report for origin in record.origins]
+    reports = [result.report for result in record.results]
     losses = [report.loss for report in reports if math.isfinite(report.loss)]
     return {
         "round": record.entry.round + 1,
         "training_loss": sum(losses) / len(losses) if losses else None,
         "skipped_steps": sum(report.skipped for report in reports),
         **_zero_gradients(reports),
-        "learning_rates": {o.report.client: o.learning_rate for o in record.origins},
+        "learning_rates": {r.report.client: r.learning_rate for r in record.results},
     }
 
 
@@ -71,8 +71,10 @@ def reason_to_stop(config: Config, lines: Sequence[dict[str, Any]]) -> str:
     # Another objective may leave the loss behind as long as there is one.
     limit = DIVERGED if objective == "loss" else math.inf
     training = [entry["training_loss"] for entry in lines[1:]]
-    if training[-1] > limit * max(start, training[0]):
-        return f"diverged: the training loss is {training[-1]:.3f}, from {training[0]:.3f}"
+    first = next((loss for loss in training if loss is not None), None)
+    # Sites may withhold their losses.
+    if training[-1] is not None and training[-1] > limit * max(start, first):
+        return f"diverged: the training loss is {training[-1]:.3f}, from {first:.3f}"
     if "heldout_loss" not in line:
         return ""
     if not line["heldout_loss"] <= limit * start:

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
-from fedforward.messages.codec import NO_ODDS, Entry, Report, Task, pack_blocks
-from fedforward.methods.base import FirstOrderMethod, Method, Returned
+from fedforward.messages.report import ClientResult, Report
+from fedforward.messages.task import Task
+from fedforward.methods.base import Method
 from fedforward.models.base import CausalModel
 from fedforward.models.loading import longest_sequence
 from fedforward.planning.activation import UNLIMITED, Activation, pareto
@@ -136,7 +137,7 @@ def preview(config: Config, listener: Listener) -> Preview:
         FedForwardError: for whatever the run would refuse, and for budgets that cannot be kept.
     """
     method = build_method(config)
-    if isinstance(method, FirstOrderMethod):
+    if not method.capabilities.forward_only:
         raise FedForwardError(
             f"method.name = {config.method.name!r} trains by backpropagation; `fedforward plan` "
             "is for methods of forward passes."
@@ -155,7 +156,7 @@ def preview(config: Config, listener: Listener) -> Preview:
     resources = survey(config, model, experiment.widest_steps(config, corpus))
     planner: Allocator | None = None
     front: list[Activation] = []
-    if method.by_block:
+    if method.capabilities.blocks:
         listener.phase("planning blocks")
         counted = config.planning.active is not None
         planner = allocator(config, model, examples, None if counted else resources)
@@ -186,20 +187,21 @@ def traffic(
     """
     count = method.local_steps * method.directions
     reports = [
-        Report(0, client, size, 1.0, 0, np.ones(count, np.float32))
+        Report(0, client, size, 1.0, 0, np.arange(count, dtype=np.float32))
         for client, size in enumerate(examples)
     ]
     rows = [None] * len(reports) if plan is None else list(plan.matrix)
-    returned = [
-        Returned(1 / len(reports), 1e-3, report, row)
+    results = [
+        ClientResult(1 / len(reports), 1e-3, report, row)
         for report, row in zip(reports, rows, strict=True)
     ]
-    entry: Entry = method.aggregate(0, returned, NO_ODDS)
-    blocks = [b"" if row is None else pack_blocks(row) for row in rows]
-    odds = np.ones(method.candidates if method.sends_odds else 0, np.uint16)
+    state = method.new_state()
+    entry = method.aggregate(0, results, state)
+    method.observe(entry, results, state)
+    payload = method.task_payload(state)
     tasks = [
-        Task(1, client, 1e-3, False, (entry,), np.empty(0, np.float32), packed, odds)
-        for client, packed in enumerate(blocks)
+        Task(1, client, 1e-3, False, (entry,), blocks=row, payload=payload)
+        for client, row in enumerate(rows)
     ]
     up = max(len(report.encode()) for report in reports)
     return up, round(sum(len(task.encode()) for task in tasks) / len(tasks))

@@ -13,15 +13,16 @@ import torch
 from fedforward.config.schema import Config
 from fedforward.config.site import AT_SITES
 from fedforward.core.errors import FedForwardError
+from fedforward.core.registry import METHODS
 from fedforward.federation.client import Replica
-from fedforward.federation.first_order import TensorServer
 from fedforward.federation.ledger import Ledger
-from fedforward.messages.codec import DIGEST_BYTES
-from fedforward.methods.base import FirstOrderMethod
+from fedforward.federation.state_file import read_state
+from fedforward.messages.report import DIGEST_BYTES
+from fedforward.messages.snapshot import Snapshot
 from fedforward.models.base import CausalModel
 from fedforward.models.lora import LoraModel
 from fedforward.training import build as experiment
-from fedforward.training.assembly import build_method, ledger_header, server_settings
+from fedforward.training.assembly import build_method, ledger_header
 from fedforward.training.loop import check_header
 from fedforward.training.run_directory import RunDirectory
 
@@ -36,7 +37,7 @@ class Verification:
         ledger_digest: the chain hash, hexadecimal.
         proofs: state digests in clients' reports that were checked.
         saved: whether a saved adapter or model was compared.
-        replayed: False for a first-order run, whose state cannot be rebuilt from scalars.
+        replayed: False for a run whose clients send tensors: its state is no list of steps.
         differences: a sentence for each thing that does not agree; empty if all bits do.
     """
 
@@ -88,15 +89,14 @@ def rebuild(directory: RunDirectory, base: str | None = None) -> Rebuilt:
     check_header(ledger, ledger_header(config, experiment.identity(model)))
     proofs, differences = 0, []
     method = build_method(config)
-    if isinstance(method, FirstOrderMethod):
+    replica = Replica(model, method)
+    if not method.capabilities.replayable:
+        read_state(ledger, replica.state)
         if ledger.length:
-            settings = server_settings(config, experiment.identity(model), [])
-            server = TensorServer(settings, method, ledger, directory.path)
-            model.assign_state(server.state)
+            replica.restore(Snapshot(ledger.length, b"", replica.state.encode()))
         return Rebuilt(model, tokenizer, ledger, 0, [])
-    replica = Replica(model, config.run.seed, config.method.directions, config.method.pool)
     for record in ledger.rounds():
-        claimed = {o.report.digest for o in record.origins if o.report.digest}
+        claimed = {r.report.digest for r in record.results if r.report.digest}
         if claimed:
             proofs += len(claimed)
             if claimed != {model.digest()[:DIGEST_BYTES]}:
@@ -160,7 +160,7 @@ def verify(path: Path, base: str | None = None) -> Verification:
         ledger_digest=rebuilt.ledger.chain.hex(),
         proofs=rebuilt.proofs,
         saved=saved,
-        replayed=config.method.name != "fedavg",
+        replayed=METHODS.get(config.method.name).capabilities.replayable,
         differences=differences,
     )
 

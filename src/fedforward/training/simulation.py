@@ -9,11 +9,12 @@ import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
+from fedforward.core.errors import MessageError
 from fedforward.core.steps import Evaluation, Probe
+from fedforward.federation.agreement import QuorumError
 from fedforward.federation.client import Client
 from fedforward.federation.ledger import Round
-from fedforward.federation.server import QuorumError, Server
-from fedforward.messages.codec import MessageError
+from fedforward.federation.server import Server
 from fedforward.models.base import CausalModel
 from fedforward.training.faults import Faults
 
@@ -100,7 +101,7 @@ class LocalRuntime:
         )
         attendance = Attendance(
             asked=len(tasks),
-            reported=len(record.origins),
+            reported=len(record.results),
             failed=len(failed),
             late=len(waiting),
             refused=server.refused - refused - len(waiting),
@@ -109,11 +110,11 @@ class LocalRuntime:
 
     def _snapshot(self, there: Sequence[int]) -> int:
         """Fetch a snapshot if one pays; returns its bytes."""
-        giver = self.server.snapshot_wanted(there)
-        if giver is None:
+        source = self.server.snapshot_wanted(there)
+        if source is None:
             return 0
-        data = self.clients[giver].replica.snapshot().encode()
-        self.server.receive_snapshot(data, giver)
+        data = self.clients[source].replica.snapshot().encode()
+        self.server.receive_snapshot(data, source)
         return len(data)
 
     def _answers(self, tasks: Mapping[int, bytes]) -> dict[int, bytes]:
