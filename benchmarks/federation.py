@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,18 +25,16 @@ from rich.console import Console
 from rich.table import Table
 
 from fedforward.cli import main as cli
+from fedforward.core.registry import METHODS
 from fedforward.directions import Distribution, Layout
 from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import Server, ServerSettings
 from fedforward.messages.report import DIGEST_BYTES, Report
+from fedforward.messages.snapshot import Snapshot
 from fedforward.messages.task import Task
 from fedforward.methods.base import Method
-from fedforward.methods.decomfl import DeComFL
 from fedforward.methods.estimators import TwoPoint
-from fedforward.methods.fedkseed import FedKSeed
-from fedforward.methods.fedmezo import FedMeZO
-from fedforward.methods.zorba import ZorBA
 
 SEED, H, CLIENTS, LATE = 1, 10, 8, 200
 ESTIMATOR = TwoPoint(1, 1e-3)
@@ -47,10 +44,9 @@ BLOCKS = 8
 
 def method(name: str, steps: int = H) -> Method:
     """A method by name, with the paper's number of candidates."""
-    if name.startswith("fedkseed"):
-        return FedKSeed(run_seed=SEED, local_steps=steps, estimator=ESTIMATOR, candidates=4096, importance=name.endswith("pro"))
-    kinds: dict[str, Any] = {"fedmezo": FedMeZO, "decomfl": DeComFL, "zorba": ZorBA}
-    return kinds[name](SEED, steps, ESTIMATOR)
+    kind: Any = METHODS.get(name)
+    made: Method = kind(run_seed=SEED, local_steps=steps, estimator=ESTIMATOR)
+    return made
 
 
 def allocate(participants: Sequence[int]) -> Any:
@@ -71,7 +67,7 @@ def server(folder: Path, own: Method, clients: int, layout: Layout, state_bytes:
         rates=RateSettings(1e-3, 0.0, "fixed", "constant", 0, 1000, 1.0),
         layout=layout,
         distribution=Distribution.GAUSSIAN,
-        allocate=allocate if own.by_block else None,
+        allocate=allocate if own.capabilities.blocks else None,
         state_bytes=state_bytes,
     )
     path = Path(tempfile.mkdtemp(dir=folder)) / "ledger.sqlite"
@@ -104,8 +100,9 @@ def sizes(folder: Path, layout: Layout, tuned: int) -> list[dict[str, Any]]:
                 down += [len(data) for data in tasks.values()]
         rows.append({"method": name, "up": max(up), "down": sum(down) / len(down)})
     state = np.zeros(tuned, np.float32)
-    task = Task(1, 0, 1e-3, False, (), state)
-    report = Report(1, 0, 100, 2.0, 0, np.empty(0, np.float32), b"", state)
+    snapshot = Snapshot(1, b"", state.tobytes())
+    task = Task(1, 0, 1e-3, False, (), snapshot=snapshot.encode())
+    report = Report(1, 0, 100, 2.0, 0, np.empty(0, np.float32), payload=state.tobytes())
     rows.append({"method": "fedavg", "up": len(report.encode()), "down": len(task.encode())})
     return rows
 
@@ -116,8 +113,8 @@ def late(folder: Path, path: str, tune: str, name: str, how: str) -> dict[str, A
 
     own = method(name)
     there, comer = (model_of(path, tune) for _ in range(2))
-    replica, arriving = (Replica(model, SEED, 1, own.candidates) for model in (there, comer))
-    snapshots = how == "snapshot" and not own.candidates
+    replica, arriving = (Replica(model, own) for model in (there, comer))
+    snapshots = how == "snapshot" and not own.capabilities.from_base
     side = server(folder, own, 2, there.layout, there.state_bytes if snapshots else 0)
     for _ in range(LATE):
         task = Task.decode(side.open_round([0])[0])
@@ -134,13 +131,13 @@ def late(folder: Path, path: str, tune: str, name: str, how: str) -> dict[str, A
         task_bytes = replace(task, snapshot=snapshot.encode(), entries=missing).encode()
     client = Client(1, [None], arriving)
     began = time.perf_counter()
-    client.come_to(Task.decode(task_bytes))
+    client.sync(Task.decode(task_bytes))
     seconds = time.perf_counter() - began
     replica.catch_up(list(side.ledger.entries(replica.rounds)))
     return {
         "method": name,
         "tune": tune,
-        "how": how if not own.candidates else "accumulators",
+        "how": how if not own.capabilities.from_base else "accumulators",
         "parameters": there.layout.parameters,
         "bytes": len(task_bytes),
         "seconds": seconds,

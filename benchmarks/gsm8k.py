@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from fedforward.cli import main as cli
 from fedforward.config import schema as config
 from fedforward.messages.entry import Entry
-from fedforward.methods.base import Returned
+from fedforward.messages.report import ClientResult
 from fedforward.methods.estimators import TwoPoint
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.training import assembly
@@ -45,19 +44,17 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Permuted(FedMeZO):
     """FedMeZO whose server deals every client's projected gradients to the wrong steps."""
 
-    def aggregate(
-        self, round_number: int, returned: Sequence[Returned], odds: NDArray[np.uint16]
-    ) -> Entry:
+    def aggregate(self, round_number: int, results: Sequence[ClientResult], state: Any) -> Entry:
         mixed = []
-        for part in returned:
+        for part in results:
             random = np.random.default_rng((part.report.round, part.report.client))
             gradients = random.permutation(part.report.gradients)
             mixed.append(replace(part, report=replace(part.report, gradients=gradients)))
-        return super().aggregate(round_number, mixed, odds)
+        return super().aggregate(round_number, mixed, state)
 
 
 class Plain:

@@ -31,14 +31,15 @@ from rich.table import Table
 
 from fedforward.config import schema as configuration
 from fedforward.config import site as sites
+from fedforward.core.identity import ModelIdentity
 from fedforward.deployment.coordinator import Coordinator
 from fedforward.deployment.participants import Traffic
 from fedforward.deployment.transport import Arrival
 from fedforward.directions import Layout
-from fedforward.messages.report import DIGEST_BYTES, Report
-from fedforward.messages.codec import HEADER_FORM, TASK_FORM
+from fedforward.messages.codec import HEADER
 from fedforward.messages.envelope import Enrolment, Kind, Letter, packed
-from fedforward.core.identity import ModelIdentity
+from fedforward.messages.report import DIGEST_BYTES, Report
+from fedforward.messages.task import Task
 
 STEPS = 10
 #: Llama-3B's LoRA of rank 128 on q and v, as in FedMeZO's setting.
@@ -78,9 +79,9 @@ class StandIns:
             body = Enrolment("", IDENTITY, examples=100, heldout=10, rounds=0).encode()
             return Letter(Kind.ENROLMENT, letter.run, body).seal()
         # Its head is enough; what follows would be read at ten thousand sites, not at one.
-        number, client, _, flags, *_ = TASK_FORM.unpack_from(letter.body, HEADER_FORM.size)
+        number, client, _, wanted, *_ = Task.plan()[0].unpack_from(letter.body, HEADER.size)
         if letter.kind is Kind.TASK:
-            digest = state(number)[:DIGEST_BYTES] if flags & 1 else b""
+            digest = state(number)[:DIGEST_BYTES] if wanted else b""
             gradients = self.random.standard_normal(STEPS).astype(np.float32)
             report = Report(number, client, 100, 1.0, 0, gradients, digest)
             return Letter(Kind.REPORT, letter.run, report.encode()).seal()

@@ -32,6 +32,7 @@ import torch
 from common import Column, Reach, Row
 from numpy.typing import NDArray
 
+from fedforward.methods.estimators import TwoPoint
 from fedforward.models.base import CausalModel, TokenBatch
 from fedforward.models.blocks import transformer_blocks
 from fedforward.planning.memory.model import MemoryModel, calibrate

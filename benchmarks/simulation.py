@@ -87,7 +87,7 @@ def runtime(
     )
     path = Path(tempfile.mkdtemp(dir=folder)) / "ledger.sqlite"
     server = Server(settings, method, Ledger.create(path, {"format": 1}))
-    replica = Replica(model, common.RUN_SEED, 1)
+    replica = Replica(model, method)
     made = [Client(number, batches[number], replica) for number in range(clients)]
     return LocalRuntime(server, made, model, together)
 

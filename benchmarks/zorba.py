@@ -20,6 +20,7 @@ from rich.table import Table
 
 from fedforward.cli import main as cli
 from fedforward.config import schema as config
+from fedforward.methods.estimators import TwoPoint
 from fedforward.planning.budgets import allocator, survey
 from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
 from fedforward.planning.probe_grouping import step_probes

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedforward.core.errors import MessageError
+from fedforward.core.identity import ModelIdentity
 from fedforward.deployment.site_metrics import Figures, combined, weighted_mean
 from fedforward.directions import VERSION, Layout
 from fedforward.messages import envelope as letters
 from fedforward.messages.codec import WIRE_VERSION
-from fedforward.core.errors import MessageError
 from fedforward.messages.envelope import (
     RUN_BYTES,
     Enrolment,
@@ -24,7 +25,6 @@ from fedforward.messages.envelope import (
     difference,
     packed,
 )
-from fedforward.core.identity import ModelIdentity
 
 RUN = bytes(range(RUN_BYTES))
 LAYOUT = Layout.of({"a": (700,), "b": (50, 60)}, {"0": ["b"], "1": ["a"]})

@@ -10,6 +10,7 @@ import torch
 from fedforward.core.steps import Probe, Steps, Update
 from fedforward.directions import Distribution
 from fedforward.directions.ops import accumulate
+from fedforward.methods.estimators import TwoPoint
 from fedforward.models.base import CausalModel
 from fedforward.models.blocks import transformer_blocks
 from fedforward.models.full import FullModel

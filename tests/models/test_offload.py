@@ -14,6 +14,7 @@ import torch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import Evaluation, Probe, ProbePlan, Steps, Update
 from fedforward.federation.ledger import Ledger
+from fedforward.methods.estimators import TwoPoint
 from fedforward.models.base import CausalModel, PromptBatch, TokenBatch
 from fedforward.models.blocks import transformer_blocks
 from fedforward.models.full import FullModel

@@ -11,6 +11,7 @@ import torch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import NO_STEPS, Probe, Steps, Update
 from fedforward.directions import Distribution
+from fedforward.methods.estimators import TwoPoint
 from fedforward.models import lm_head as head_module
 from fedforward.models.base import CausalModel, TokenBatch
 from fedforward.models.blocks import transformer_blocks
@@ -271,16 +272,16 @@ def test_probes_follow_a_memory_budget(tiny_network: Make) -> None:
 
     def peak(count: int) -> int:
         model.plan = plan(count)
-        probes = planning.step_probes(data, count, 2, 1e-3)
+        probes = planning.step_probes(data, count, TwoPoint())
         return peak_bytes(lambda: model.evaluate(probes))
 
     peak(8)
     budget = peak(6) + 1000
-    chosen = planning.fit(model, data, budget, 64, 2).probes_per_call
+    chosen = planning.fit(model, data, budget, 32, TwoPoint()).probes_per_call
     assert 5 <= chosen <= 7 and peak(chosen) <= budget
-    assert planning.fit(model, data, 10 * budget, 12, 2).probes_per_call == 12
+    assert planning.fit(model, data, 10 * budget, 6, TwoPoint()).probes_per_call == 12
     with pytest.raises(FedForwardError, match=r"run\.memory_budget = 10\.00 KiB is too small"):
-        planning.fit(model, data, 10240, 64, 2)
+        planning.fit(model, data, 10240, 32, TwoPoint())
 
 
 def test_a_weight_that_is_read_past_its_parameter_is_refused() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import ProbePlan
+from fedforward.methods.estimators import TwoPoint
 from fedforward.models.base import CausalModel, TokenBatch
 from fedforward.models.blocks import transformer_blocks
 from fedforward.models.full import FullModel

@@ -51,15 +51,14 @@ def test_a_plan_follows_the_participants() -> None:
 
 def test_the_rounds_use_the_plan(configure: Any, carry_out: Any, tmp_path: Path) -> None:
     from fedforward.federation.ledger import Ledger
-    from fedforward.messages.codec import unpack_blocks
 
     settings = configure(**ZORBA, planning__active=[1, 2, 3], federation__participation=0.7)
     carry_out(settings, tmp_path / "run")
     ledger = Ledger(tmp_path / "run/ledger.sqlite")
     for record in ledger.rounds():
         rows = {
-            origin.report.client: int(unpack_blocks(origin.blocks, 3).sum())
-            for origin in record.results
+            result.report.client: 3 if result.blocks is None else int(result.blocks.sum())
+            for result in record.results
         }
         assert all(1 <= count <= client + 1 for client, count in rows.items())
     ledger.close()

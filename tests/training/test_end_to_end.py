@@ -259,15 +259,15 @@ def test_the_fall_is_real(configure: Configure, carry_out: CarryOut, tmp_path: P
     tuned = carry_out(configure(**settings), tmp_path / "tuned")["heldout_loss"]
     aggregate = FedMeZO.aggregate
 
-    def permuted(self: FedMeZO, number: int, returned: Any, odds: Any) -> Any:
+    def permuted(self: FedMeZO, number: int, results: Any, state: Any) -> Any:
         from dataclasses import replace
 
-        random = np.random.default_rng(len(returned))
+        random = np.random.default_rng(len(results))
         mixed = [
             replace(p, report=replace(p.report, gradients=random.permutation(p.report.gradients)))
-            for p in returned
+            for p in results
         ]
-        return aggregate(self, number, mixed, odds)
+        return aggregate(self, number, mixed, state)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FedMeZO, "aggregate", permuted)
