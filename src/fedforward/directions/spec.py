@@ -12,7 +12,7 @@ from importlib.resources import files
 import numpy as np
 from numpy.typing import NDArray
 
-from fedforward.core.layout import TILE
+from fedforward.core.layout import TILE as TILE
 
 #: Provisional until the CUDA kernels have been measured; parties refuse any other version.
 VERSION = "1-draft.1"
