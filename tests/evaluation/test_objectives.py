@@ -518,7 +518,7 @@ def test_numbers_of_other_libraries_are_numbers(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["method.objective=accurcy"], ["method.objective: 'accurcy'", "Did you mean 'accuracy'?"]),
+        (["method.objective=accurcy"], ["method.objective = 'accurcy'", "Did you mean 'accuracy'?"]),
         (["method.objective=own_scores:none"], ["own_scores has no function none"]),
         (["method.objective=own_scores:failing"], ["own_scores:failing'", "failed (KeyError"]),
         (["method.objective=accuracy", "method.name=fedavg"], ["no gradient", "fedmezo"]),
