@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedforward.cli import main as cli
-from fedforward.config import schema as config
+from fedforward.config.loading import validate
 from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
 from fedforward.training.loop import Session
 
@@ -30,7 +30,7 @@ class Silent:
 
 
 def measure(model: str, data: str, clients: int, probes_per_call: int, out: Path) -> dict[str, int]:
-    settings = config.validate(
+    settings = validate(
         {
             "model": {"path": model},
             "data": {

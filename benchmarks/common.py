@@ -244,7 +244,7 @@ def make_plan(
     return ProbePlan(
         probes_per_call=probes_per_call,
         threads=arguments.threads,
-        trajectory=trajectory or "copy",
+        trajectory=trajectory or "cache",
         evaluation_rows=8,
         device=arguments.device,
         tokens_per_call=TOKENS_PER_CALL[arguments.device],

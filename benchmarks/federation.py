@@ -154,7 +154,7 @@ def model_of(path: str, tune: str) -> Any:
     from fedforward.models.lora import LoraModel
 
     network, _ = load(path, "float32", "cpu")
-    plan = ProbePlan(2, 2, "generate", 8)
+    plan = ProbePlan(2, 2, "recompute", 8)
     if tune == "full":
         return FullModel(network, plan=plan, blocks=range(BLOCKS))
     return LoraModel(network, rank=8, alpha=16, plan=plan)

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fedforward.cli import main as cli
-from fedforward.config import schema as config
+from fedforward.config.loading import assign, parse_override, validate
+from fedforward.config.schema import Config
 from fedforward.messages.entry import Entry
 from fedforward.messages.report import ClientResult
 from fedforward.methods.estimators import TwoPoint
@@ -81,7 +82,7 @@ def with_steps(source: Path, target: Path) -> Path:
     return target
 
 
-def configure(name: str, model: str, data: Path, overrides: Sequence[str]) -> config.Config:
+def configure(name: str, model: str, data: Path, overrides: Sequence[str]) -> Config:
     content: dict[str, dict[str, Any]] = {
         "model": {"path": model},
         "lora": dict(LORA),
@@ -106,9 +107,9 @@ def configure(name: str, model: str, data: Path, overrides: Sequence[str]) -> co
     for section, values in VARIANTS[name].items():
         content[section].update(values)
     for override in overrides:
-        section, key, value = config.parse_override(override)
-        content[section][key] = value
-    return config.validate(content)
+        section, key, value = parse_override(override)
+        assign(content, section, key, value, override)
+    return validate(content)
 
 
 def main() -> None:

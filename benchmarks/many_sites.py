@@ -29,8 +29,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedforward.config import schema as configuration
 from fedforward.config import site as sites
+from fedforward.config.loading import validate
 from fedforward.core.identity import ModelIdentity
 from fedforward.deployment.coordinator import Coordinator
 from fedforward.deployment.participants import Traffic
@@ -99,7 +99,7 @@ def measure(method: str, sites_: int, participation: float, late: int) -> dict[s
         "method": {"name": method, "local_steps": STEPS, "learning_rate": 1e-6, "mu": 1e-3},
         "run": {"evaluate_every": 3},
     }
-    config = configuration.validate(content)
+    config = validate(content)
     link = StandIns(sites_)
     rounds: list[dict[str, float]] = []
 

@@ -35,7 +35,7 @@ def step(model: Any, batch: Any, active: Any, horizon: int) -> None:
 def measure(arguments: argparse.Namespace, tune: str, tokens: int) -> Row:
     shape = "quick" if arguments.quick else SHAPE
     base = common.network(shape, "float32", arguments.device)
-    plan = common.make_plan(arguments, 2, "copy" if tune == "lora" else "generate")
+    plan = common.make_plan(arguments, 2, "cache" if tune == "lora" else "recompute")
     batch = common.token_batch(shape, tokens)
     ids = common.on_device(batch, arguments.device)
     forward = {

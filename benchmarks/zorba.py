@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fedforward.cli import main as cli
-from fedforward.config import schema as config
+from fedforward.config.loading import validate
+from fedforward.config.schema import Config
 from fedforward.methods.estimators import TwoPoint
 from fedforward.planning.budgets import allocator, survey
 from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
@@ -48,7 +49,7 @@ class Quiet:
             )
 
 
-def configure(arguments: argparse.Namespace, name: str, rate: float, seed: int) -> config.Config:
+def configure(arguments: argparse.Namespace, name: str, rate: float, seed: int) -> Config:
     content: dict[str, dict[str, Any]] = {
         "model": {"path": arguments.model, "tune": arguments.tune, "blocks": "0-7"},
         "lora": {"rank": 8, "alpha": 16.0, "factors": "B"},
@@ -72,7 +73,7 @@ def configure(arguments: argparse.Namespace, name: str, rate: float, seed: int) 
         "planning": {"active": ACTIVE} if name == "zorba" else {},
         "run": {"seed": seed, "evaluate_every": arguments.rounds, "threads": arguments.threads},
     }
-    return config.validate(content)
+    return validate(content)
 
 
 def fall(arguments: argparse.Namespace, name: str, rate: float, seed: int) -> float:

@@ -31,7 +31,7 @@ def main() -> None:
     estimator, rate = TwoPoint(directions=1, mu=1e-2), 4e-3
 
     network, tokenizer = load(arguments.model, "float32", "cpu")
-    plan = ProbePlan(probes_per_call=2, threads=2, trajectory="generate", evaluation_rows=8)
+    plan = ProbePlan(probes_per_call=2, threads=2, trajectory="recompute", evaluation_rows=8)
     model = LoraModel(network, rank=8, alpha=16, plan=plan)
     rows = site_examples(seed=0, per_site=100)
     tokens = tokenise(rows, tokenizer, prompt=PROMPT, answer=ANSWER, sequence_length=128)

@@ -101,10 +101,11 @@ def rows(tmp_path: Path) -> Path:
 @pytest.fixture
 def configure(rows: Path, libraries_are_no_garbage: None) -> Callable[..., Any]:
     """A function that makes a configuration of a few short rounds on the demonstration model."""
-    from fedforward.config import schema as config
+    from fedforward.config.loading import validate
+    from fedforward.config.schema import Config
     from fedforward.demo.text import ANSWER, PROMPT
 
-    def make(**changes: Any) -> config.Config:
+    def make(**changes: Any) -> Config:
         content: dict[str, dict[str, Any]] = {
             "model": {"path": str(DEMO_MODEL)},
             "lora": {"rank": 2},
@@ -122,7 +123,7 @@ def configure(rows: Path, libraries_are_no_garbage: None) -> Callable[..., Any]:
         for key, value in changes.items():
             section, _, name = key.partition("__")
             content.setdefault(section, {})[name] = value
-        return config.validate(content)
+        return validate(content)
 
     return make
 

@@ -95,7 +95,7 @@ def test_init_then_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_a_mistake_leaves_no_run_behind(config: Path, override: str, words: list[str]) -> None:
     out = config.parent / "out"
-    more = ["federation.partition=by"] if "field" in override else []
+    more = ["federation.partition=by-field"] if "field" in override else []
     command("run", config, override, *more, "--out", out).refused(*words)
     assert not out.exists() or not any(out.iterdir())
 

@@ -94,7 +94,7 @@ def test_letters_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_a_site_keeps_what_came_and_what_went(tmp_path: Path) -> None:
-    site = party(tmp_path, "a", site__keep_letters=True)
+    site = party(tmp_path, "a", site__keep_messages=True)
     answers = [site.answer(b"nonsense"), site.answer(Letter(Kind.TASK, RUN, b"").seal())]
     folder = tmp_path / "a" / "letters"
     names = ["000001-in", "000001-out-refusal", "000002-in", "000002-out-stranger"]

@@ -272,7 +272,7 @@ SITES = [f"s{n % 6}" for n in range(60)]
 
 
 @pytest.mark.parametrize(
-    ("kind", "clients"), [("iid", 7), ("dirichlet", 4), ("by", 3), ("iid", 60)]
+    ("kind", "clients"), [("iid", 7), ("dirichlet", 4), ("by-field", 3), ("iid", 60)]
 )
 def test_every_index_goes_to_one_client(kind: str, clients: int) -> None:
     parts = divided(SITES, clients, kind)
@@ -284,7 +284,7 @@ def test_every_index_goes_to_one_client(kind: str, clients: int) -> None:
 
 def test_by_keeps_a_site_together() -> None:
     owners: dict[str, set[int]] = {}
-    for client, part in enumerate(divided(SITES, 3, "by")):
+    for client, part in enumerate(divided(SITES, 3, "by-field")):
         for index in part:
             owners.setdefault(SITES[index], set()).add(client)
     assert sorted(map(len, owners.values())) == [1] * 6
@@ -294,6 +294,6 @@ def test_a_partition_that_cannot_be() -> None:
     with pytest.raises(FedForwardError, match=r"federation\.clients = 4, but only 3 training"):
         divided([0, 1, 2], 4, "iid")
     with pytest.raises(FedForwardError, match=r"Use federation\.clients = 1, 2, 3, 6, or another"):
-        divided(SITES, 4, "by")
+        divided(SITES, 4, "by-field")
     with pytest.raises(FedForwardError, match=r"alpha = 0\.0001 left a client without examples"):
         partition(["a"] * 12, 12, kind="dirichlet", field="site", alpha=1e-4, seed=0)

@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from fedforward.cli import main as cli
-from fedforward.config import schema as config
 from fedforward.config import site as sites
+from fedforward.config.loading import validate_as
+from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
 from fedforward.demo.text import ANSWER, PROMPT, site_examples
 from fedforward.deployment.coordinator import Coordinator, Stopped
@@ -95,14 +96,14 @@ def site_config(folder: Path, name: str, **changes: Any) -> sites.SiteConfig:
     for key, value in changes.items():
         section, _, rest = key.partition("__")
         content.setdefault(section, {})[rest] = value
-    return config.validate_as(sites.SiteConfig, content, "site.toml")
+    return validate_as(sites.SiteConfig, content, "site.toml")
 
 
 def party(folder: Path, name: str, **changes: Any) -> Site:
     return Site(site_config(folder, name, **changes), lambda text: None)
 
 
-def run_toml(folder: Path, *overrides: str) -> config.Config:
+def run_toml(folder: Path, *overrides: str) -> Config:
     path = folder / "run.toml"
     path.write_text(
         f"""
@@ -124,7 +125,7 @@ def run_toml(folder: Path, *overrides: str) -> config.Config:
     return sites.load_terms(path, list(overrides))
 
 
-def carry_out(settings: config.Config, out: Path, link: Direct, **options: Any) -> dict[str, Any]:
+def carry_out(settings: Config, out: Path, link: Direct, **options: Any) -> dict[str, Any]:
     clock = Clock()
     coordinator = Coordinator(settings, out, link, clock=clock, pause=clock.pause, **options)
     return coordinator.run()
@@ -143,7 +144,7 @@ def three(tmp_path: Path) -> dict[str, Site]:
 
 
 METHODS = [
-    ("method.name=fedmezo", "method.strategy=update-difference"),
+    ("method.name=fedmezo", "method.client_rates=update-difference"),
     ("method.name=decomfl",),
     ("method.name=zorba",),
     ("method.name=fedkseed-pro", "method.candidates=16"),
@@ -479,7 +480,7 @@ def test_limits(tmp_path: Path, section: str, key: str, value: Any, words: str) 
     ("override", "words"),
     [
         ("method.name=fedavg", "method.name = 'fedavg'"),
-        ("simulation.failing=0.1", r"\[simulation\]"),
+        ("simulation.dropout=0.1", r"\[simulation\]"),
         ("federation.partition=dirichlet", "federation.partition"),
         ("evaluation.source=x.jsonl", "evaluation.source"),
     ],

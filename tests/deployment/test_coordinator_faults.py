@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedforward.config import schema as configuration
 from fedforward.config import site as sites
+from fedforward.config.loading import validate, validate_as
 from fedforward.config.schema import Config
 from fedforward.config.site import SiteConfig, terms
 from fedforward.core.errors import FedForwardError
@@ -168,7 +168,7 @@ class World:
         for key, value in changes.items():
             section, _, part = key.partition("__")
             content[section][part] = value
-        return configuration.validate_as(SiteConfig, content, "site.toml")
+        return validate_as(SiteConfig, content, "site.toml")
 
     def site(self, name: str, **changes: Any) -> Site:
         return Site(self.settings(name, **changes), lambda text: None)
@@ -288,7 +288,7 @@ def configured(**changes: Any) -> Config:
     for key, value in changes.items():
         section, _, name = key.partition("__")
         content.setdefault(section, {})[name] = value
-    config = configuration.validate(content)
+    config = validate(content)
     sites.check_terms(config, "run.toml")
     return config
 
@@ -421,7 +421,7 @@ def simulated(
 
 
 METHODS: dict[str, dict[str, Any]] = {
-    "fedmezo": {"method__strategy": "loss", "server__momentum": 0.5},
+    "fedmezo": {"method__client_rates": "loss", "server__momentum": 0.5},
     "zorba": {},
     "decomfl": {"method__directions": 2},
     "fedkseed": {"method__candidates": 16},

@@ -334,7 +334,7 @@ def test_what_is_wrong_with_a_connection_is_found_out(
 
 def test_a_worker_answers_over_its_socket_and_is_not_waited_for(tmp_path: Path) -> None:
     settings = site_config(tmp_path, "a")
-    from fedforward.config.schema import to_toml
+    from fedforward.config.template import to_toml
 
     file, place = tmp_path / "site.toml", tmp_path / "s"
     file.write_text(to_toml(settings), encoding="utf-8")  # type: ignore[arg-type]

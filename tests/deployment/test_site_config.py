@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from fedforward.config import schema as configuration
 from fedforward.config import site as sites
-from fedforward.config.schema import Config
+from fedforward.config.loading import validate, validate_as
+from fedforward.config.schema import SECTIONS, Config, sections_of
 from fedforward.config.site import LimitsSection, SiteConfig, join, refusals, terms
 from fedforward.core.errors import FedForwardError
 from fedforward.demo.text import ANSWER, PROMPT, site_examples
@@ -43,8 +43,8 @@ RUN: dict[str, dict[str, Any]] = {
     "method": {
         "name": "zorba",
         "learning_rate": 0.1 + 0.2,
-        "strategy": "loss",
-        "spread": 0.01,
+        "client_rates": "loss",
+        "rate_spread": 0.01,
         "schedule": "cosine",
         "warmup": 2,
         "final": 0.5,
@@ -56,13 +56,13 @@ RUN: dict[str, dict[str, Any]] = {
         "batch_size": 3,
         "objective": "f1",
     },
-    "server": {"learning_rate": 0.5, "decay": 0.99, "momentum": 0.9, "window": 3},
+    "server": {"learning_rate": 0.5, "state_decay": 0.99, "momentum": 0.9, "window": 3},
     "planning": {"epsilon": 0.5, "objective": "worst", "dimension_penalty": 0.2},
     "run": {"seed": 12, "evaluate_every": 3, "patience": 4},
 }
 #: Keys of a site or of a simulation, with values that a server might have.
 LOCAL: dict[str, dict[str, Any]] = {
-    "model": {"path": "somewhere", "device_map": "auto", "resting": "host"},
+    "model": {"path": "somewhere", "device_map": "auto", "offload": "host"},
     "data": {
         "source": "rows.jsonl",
         "subset": "small",
@@ -78,10 +78,10 @@ LOCAL: dict[str, dict[str, Any]] = {
         "probes_per_call": 4,
         "tokens_per_call": 99,
         "memory_budget": "6 GiB",
-        "trajectory": "copy",
+        "trajectory": "cache",
     },
     "planning": {"budgets": "6 GiB", "active": [1, 1]},
-    "simulation": {"failing": 0.5},
+    "simulation": {"dropout": 0.5},
 }
 
 
@@ -89,7 +89,7 @@ def validated(content: dict[str, dict[str, Any]]) -> Config:
     whole = {**content}
     whole["model"] = {"path": sites.AT_SITES, **whole.get("model", {})}
     whole["data"] = {"source": sites.AT_SITES, **whole.get("data", {})}
-    return configuration.validate(whole)
+    return validate(whole)
 
 
 def site(**changes: Any) -> SiteConfig:
@@ -97,7 +97,7 @@ def site(**changes: Any) -> SiteConfig:
     for key, value in changes.items():
         section, _, name = key.partition("__")
         content.setdefault(section, {})[name] = value
-    return configuration.validate_as(SiteConfig, content, "site.toml")
+    return validate_as(SiteConfig, content, "site.toml")
 
 
 def wire(content: Any) -> Any:
@@ -137,14 +137,15 @@ def test_keys_of_a_site_do_not_travel() -> None:
 def test_no_key_is_forgotten() -> None:
     """A new key of a run must be put on one side or the other."""
     here = {section: set(keys) for section, keys in LOCAL.items()}
-    for section, part in configuration.SECTIONS.items():
+    for section, part in SECTIONS.items():
         if section == "simulation":
             continue
         known = RUN.get(section, {}).keys() | here.get(section, set())
         optional = {"model": {"tune", "head", "quantization"}, "server": {"normalise"}}
         optional |= {
             "federation": {"partition", "field", "alpha"},
-            "method": {"candidates", "mask", "density", "optimizer"},
+            "method": {"candidates", "mask", "density", "optimizer"}
+            | {"aggregator", "report_filters", "parameters"},
             "planning": {"weights"},
         }
         assert set(part.model_fields) == known | optional.get(section, set()), section
@@ -244,7 +245,7 @@ def test_what_every_site_has_is_its_own() -> None:
     forced = wire(terms(validated({})))
     forced["model"] |= {"path": "elsewhere", "device_map": "auto"}
     forced["data"] |= {"source": "elsewhere", "split": "other"}
-    forced["run"] |= {"device": "cuda", "threads": 7, "trajectory": "copy"}
+    forced["run"] |= {"device": "cuda", "threads": 7, "trajectory": "cache"}
     assert join(forced, site()) == join(wire(terms(validated({}))), site())
 
 
@@ -364,10 +365,10 @@ def test_a_servers_file_needs_neither_model_nor_data(written: Any) -> None:
     ("text", "key"),
     [
         ('[method]\nname = "fedavg"', r"method\.name = 'fedavg'"),
-        ("[simulation]\nfailing = 0.1", r"\[simulation\]"),
+        ("[simulation]\ndropout = 0.1", r"\[simulation\]"),
         (
-            '[federation]\npartition = "by"\nfield = "site"',
-            r"federation\.partition = 'by'",
+            '[federation]\npartition = "by-field"\nfield = "site"',
+            r"federation\.partition = 'by-field'",
         ),
         (
             '[federation]\npartition = "dirichlet"\nfield = "site"',
@@ -391,7 +392,7 @@ def test_what_cannot_be_done_across_machines_is_refused(written: Any, text: str,
 
 
 def test_all_that_is_wrong_with_a_servers_file_is_said(written: Any) -> None:
-    path = written('[simulation]\nfailing = 0.1\n[evaluation]\nsource = "x.jsonl"')
+    path = written('[simulation]\ndropout = 0.1\n[evaluation]\nsource = "x.jsonl"')
     with pytest.raises(FedForwardError) as caught:
         sites.load_terms(path, [])
     assert len(str(caught.value).split("\n  ")) == 3
@@ -417,8 +418,8 @@ def test_the_example_parses(tmp_path: Path) -> None:
     content = tomllib.loads(
         "\n".join(line for line in shown.splitlines() if '{ instruction = "question" }' not in line)
     )
-    assert configuration.validate_as(SiteConfig, content, "shown") == config
-    for section, part in configuration.sections_of(SiteConfig).items():
+    assert validate_as(SiteConfig, content, "shown") == config
+    for section, part in sections_of(SiteConfig).items():
         for key in part.model_fields:
             assert f"{key} =" in sites.example_site().partition(f"[{section}]")[2]
 

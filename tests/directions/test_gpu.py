@@ -50,7 +50,7 @@ def test_probes_agree_with_the_cpu(tiny_network: Callable[..., Any]) -> None:
     losses = []
     for device in ("cpu", "cuda"):
         model = LoraModel(
-            tiny_network().to(device), rank=3, alpha=6.0, plan=ProbePlan(2, 1, "generate", 4)
+            tiny_network().to(device), rank=3, alpha=6.0, plan=ProbePlan(2, 1, "recompute", 4)
         )
         losses.append(model.evaluate([probe])[0].mean)
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

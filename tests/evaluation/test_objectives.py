@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedforward.config import schema as config
+from fedforward.config.schema import Config
+from fedforward.config.template import to_toml
 from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import NO_STEPS, Probe, Steps, Update
 from fedforward.data import labels
@@ -34,7 +35,7 @@ from tests.models.test_models import PERTURBATION, TRAJECTORY, batch, displace, 
 from tests.support.command_line import command
 
 Make = Callable[..., Any]
-Configure = Callable[..., config.Config]
+Configure = Callable[..., Config]
 CarryOut = Callable[..., dict[str, Any]]
 WORDS = {"0": " no", "1": " yes"}
 
@@ -64,7 +65,7 @@ def reviews(tmp_path: Path) -> Path:
 def classify(configure: Configure, reviews: Path) -> Configure:
     """A function that makes a configuration of a classification."""
 
-    def make(**changes: Any) -> config.Config:
+    def make(**changes: Any) -> Config:
         task: dict[str, Any] = {
             "data__source": str(reviews),
             "data__prompt": "{text}",
@@ -294,7 +295,7 @@ def one_by_one(network: Any, data: PromptBatch) -> list[list[int]]:
     return results
 
 
-@pytest.mark.parametrize("tune", ["lora", "full-generate", "full-copy", "full-bfloat16", "gpt2"])
+@pytest.mark.parametrize("tune", ["lora", "full-recompute", "full-cache", "full-bfloat16", "gpt2"])
 def test_generation_at_displaced_weights(tiny_network: Make, tune: str) -> None:
     """Equal to generation once the weights have moved, with padding, a cache and without."""
     network = tiny_network("bfloat16" if tune == "full-bfloat16" else "float32")
@@ -305,7 +306,7 @@ def test_generation_at_displaced_weights(tiny_network: Make, tune: str) -> None:
         small = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
         network = GPT2LMHeadModel(GPT2Config(**small, initializer_range=0.1)).eval()
         network.requires_grad_(False)
-    trajectory = "copy" if tune == "full-copy" else "generate"
+    trajectory = "cache" if tune == "full-cache" else "recompute"
     model: CausalModel = (
         lora(network) if tune == "lora" else FullModel(network, plan=plan(2, trajectory))
     )
@@ -517,7 +518,10 @@ def test_numbers_of_other_libraries_are_numbers(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["method.objective=accurcy"], ["method.objective: 'accurcy'", "Did you mean 'accuracy'?"]),
+        (
+            ["method.objective=accurcy"],
+            ["method.objective = 'accurcy'", "Did you mean 'accuracy'?"],
+        ),
         (["method.objective=own_scores:none"], ["own_scores has no function none"]),
         (["method.objective=own_scores:failing"], ["own_scores:failing'", "failed (KeyError"]),
         (["method.objective=accuracy", "method.name=fedavg"], ["no gradient", "fedmezo"]),
@@ -534,7 +538,7 @@ def test_bad_input_gets_a_sentence(
     classify: Configure, tmp_path: Path, overrides: list[str], words: list[str]
 ) -> None:
     path = tmp_path / "c.toml"
-    path.write_text(config.to_toml(classify()), encoding="utf-8")
+    path.write_text(to_toml(classify()), encoding="utf-8")
     command("run", path, *overrides, "--out", tmp_path / "run").refused(*words)
     assert not (tmp_path / "run/config.toml").exists()
 

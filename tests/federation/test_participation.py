@@ -279,18 +279,18 @@ def test_a_run_with_faults_verifies(
 
     settings = configure(
         method__name=name,
-        method__candidates=50,
+        **({"method__candidates": 50} if name == "fedkseed-pro" else {}),
         federation__clients=5,
         federation__rounds=12,
         federation__quorum=2,
         federation__deadline=1.0,
         method__local_steps=1,
         method__learning_rate=1e-5,
-        simulation__failing=0.3,
-        simulation__slow=0.2,
-        simulation__lying=0.4,
-        simulation__late=1,
-        simulation__late_round=6,
+        simulation__dropout=0.3,
+        simulation__straggler=0.2,
+        simulation__byzantine=0.4,
+        simulation__late_join=1,
+        simulation__late_join_round=6,
         run__seed=5,
         run__evaluate_every=12,
     )
@@ -305,6 +305,6 @@ def test_a_run_with_faults_verifies(
 def test_a_quorum_out_of_reach_is_a_sentence(
     configure: Any, carry_out: Any, tmp_path: Path
 ) -> None:
-    settings = configure(simulation__failing=0.9, federation__quorum=2, federation__rounds=20)
+    settings = configure(simulation__dropout=0.9, federation__quorum=2, federation__rounds=20)
     with pytest.raises(FedForwardError, match=r"federation\.quorum is 2"):
         carry_out(settings, tmp_path / "run")

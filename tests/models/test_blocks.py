@@ -24,7 +24,7 @@ Make = Callable[..., Any]
 FAMILIES = ("llama", "gpt2", "opt", "gemma2")
 
 
-def build(tune: str, network: Any, together: int = 4, trajectory: str = "generate") -> CausalModel:
+def build(tune: str, network: Any, together: int = 4, trajectory: str = "recompute") -> CausalModel:
     model: CausalModel
     if tune == "lora":
         model = lora(network, plan=plan(together))
@@ -59,7 +59,7 @@ def of_blocks(model: CausalModel, blocks: list[str], seeds: list[int], size: flo
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tune", ["lora", "full"])
-@pytest.mark.parametrize("trajectory", ["generate", "copy"])
+@pytest.mark.parametrize("trajectory", ["recompute", "cache"])
 def test_clients_with_different_blocks_in_one_call(family: str, tune: str, trajectory: str) -> None:
     model = build(tune, make(family), 4, trajectory)
     names = model.layout.blocks
@@ -156,7 +156,7 @@ def test_a_state_travels_as_bytes_and_goes_back_to_the_base(tune: str) -> None:
 def test_fewer_active_blocks_take_less_memory(tune: str) -> None:
     """The bank of adapters, and the float32 copy under full tuning, hold active blocks alone."""
     network = make("llama")
-    model = build(tune, network, 2, "copy")
+    model = build(tune, network, 2, "cache")
     peaks = []
     for blocks in (["1"], ["0", "1"], list(model.layout.blocks)):
         active = np.array([name in blocks for name in model.layout.blocks])
@@ -170,7 +170,7 @@ def test_fewer_active_blocks_take_less_memory(tune: str) -> None:
 
 @pytest.mark.parametrize("kind", ["random", "small"])
 @pytest.mark.parametrize("tune", ["lora", "full"])
-@pytest.mark.parametrize("trajectory", ["generate", "copy"])
+@pytest.mark.parametrize("trajectory", ["recompute", "cache"])
 def test_a_mask_lets_the_rest_rest(kind: str, tune: str, trajectory: str) -> None:
     """A probe under a mask is the loss of weights of which only the masked ones moved."""
     network = make("llama")

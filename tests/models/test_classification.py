@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedforward.config import schema as config
+from fedforward.config.schema import Config
+from fedforward.config.template import to_toml
 from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import NO_STEPS, Probe, Steps, Update
 from fedforward.data import labels
@@ -38,7 +39,7 @@ from tests.support.command_line import command
 pytestmark = pytest.mark.slow
 
 Make = Callable[..., Any]
-Configure = Callable[..., config.Config]
+Configure = Callable[..., Config]
 CarryOut = Callable[..., dict[str, Any]]
 TUNES = ["lora", "full"]
 KINDS = ["llama", "bert", "roberta", "distilbert"]
@@ -126,7 +127,7 @@ def reviews(tmp_path: Path) -> Path:
 def classify(configure: Configure, reviews: Path) -> Configure:
     """A function that makes a configuration with a classification head."""
 
-    def make(**changes: Any) -> config.Config:
+    def make(**changes: Any) -> Config:
         task: dict[str, Any] = {
             "model__head": "classification",
             "data__source": str(reviews),
@@ -230,7 +231,7 @@ def test_rows_cut_from_a_batch_are_the_same() -> None:
     model = lora(classifier(), plan=plan(2))
     probes = [Probe(batch(), NO_STEPS, PERTURBATION), Probe(batch())]
     whole = model.evaluate(probes)
-    model.plan = plan(2).__class__(2, 1, "copy", 4, tokens_per_call=24)
+    model.plan = plan(2).__class__(2, 1, "cache", 4, tokens_per_call=24)
     parts = model.evaluate(probes)
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_allclose(one.sums, other.sums, rtol=1e-5)
@@ -502,7 +503,7 @@ def test_settings_that_do_not_fit(
 
 def test_no_plan_of_memory(classify: Configure, tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
-    path.write_text(config.to_toml(classify()), encoding="utf-8")
+    path.write_text(to_toml(classify()), encoding="utf-8")
     command("plan", path).refused("model.head = 'classification'", "fedforward run")
 
 

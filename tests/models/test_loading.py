@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedforward.config import schema as config
+from fedforward.config.loading import validate
+from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import NO_STEPS, Probe, Steps, Update
 from fedforward.directions import Distribution
@@ -32,7 +33,7 @@ from tests.models.test_models import (
     plan,
 )
 
-Configure = Callable[..., config.Config]
+Configure = Callable[..., Config]
 CarryOut = Callable[..., dict[str, Any]]
 
 needs_package = pytest.mark.skipif(
@@ -92,7 +93,7 @@ def test_settings_that_are_refused(
 ) -> None:
     whole = {"model": {"path": "m"} | model, "data": {"source": "d"}, "run": run}
     with pytest.raises(FedForwardError) as caught:
-        config.validate(whole)
+        validate(whole)
     for word in words:
         assert word in str(caught.value)
 

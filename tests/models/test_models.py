@@ -19,7 +19,7 @@ TRAJECTORY = Steps.of([5, 6, 7], [0.02, -0.01, 0.015])
 PERTURBATION = Steps.of([11], [0.05])
 
 
-def plan(probes: int = 4, trajectory: str = "generate") -> ProbePlan:
+def plan(probes: int = 4, trajectory: str = "recompute") -> ProbePlan:
     return ProbePlan(probes, 1, trajectory, 4)
 
 
@@ -82,7 +82,7 @@ def test_a_lora_probe_equals_moving_the_adapters(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("trajectory", ["generate", "copy"])
+@pytest.mark.parametrize("trajectory", ["recompute", "cache"])
 def test_a_full_probe_equals_moving_the_weights(
     tiny_network: Make, dtype: str, tie: bool, trajectory: str
 ) -> None:
@@ -111,7 +111,7 @@ def test_a_full_probe_equals_moving_the_weights(
 def test_probes_never_touch_the_weights(tiny_network: Make, tune: str) -> None:
     network = tiny_network()
     model: CausalModel = (
-        lora(network) if tune == "lora" else FullModel(network, plan=plan(1, "copy"))
+        lora(network) if tune == "lora" else FullModel(network, plan=plan(1, "cache"))
     )
     before = {name: p.clone() for name, p in network.named_parameters()}
     digest = model.digest()

@@ -28,7 +28,7 @@ from tests.models.test_models import PERTURBATION, TRAJECTORY, batch, lora, plan
 from tests.models.test_probing import make
 
 Make = Callable[..., Any]
-KINDS = ("lora", "lora B", "full copy", "full generate")
+KINDS = ("lora", "lora B", "full cache", "full recompute")
 GPU = pytest.param(
     "cuda",
     marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
@@ -128,7 +128,7 @@ def test_what_blocks_share_stays(tune: str) -> None:
 def test_a_device_that_is_full_leaves_a_model_that_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    models = [build("full copy", "llama", "cpu", rests) for rests in (True, False)]
+    models = [build("full cache", "llama", "cpu", rests) for rests in (True, False)]
     residency = models[0].residency
     assert residency is not None
     step(models[0], ["1"])
@@ -146,7 +146,7 @@ def test_a_device_that_is_full_leaves_a_model_that_goes_on(
 
 def test_an_interrupted_pass_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C is no `Exception`: what had been fetched is dropped when blocks move next."""
-    models = [build("full generate", "llama", "cpu", rests) for rests in (True, False)]
+    models = [build("full recompute", "llama", "cpu", rests) for rests in (True, False)]
     block = transformer_blocks(models[0].network)[0]
     with monkeypatch.context() as broken:
 
@@ -223,7 +223,7 @@ def test_a_merged_model_is_whole_again(device: str) -> None:
 
 
 def test_an_error_in_a_block_sends_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("full generate", "llama", "cpu", True)
+    model = build("full recompute", "llama", "cpu", True)
     expected = step(model, ["1"])
     block = transformer_blocks(model.network)[0]
     waiting = [weight.data_ptr() for weight in block.parameters()]
@@ -292,7 +292,7 @@ def large(kind: str, device: str) -> CausalModel:
     tune, _, how = kind.partition(" ")
     model: CausalModel
     if tune == "lora":
-        model = lora(network, factors=how or "both", plan=ProbePlan(2, 1, "copy", 4))
+        model = lora(network, factors=how or "both", plan=ProbePlan(2, 1, "cache", 4))
     else:
         model = FullModel(network, plan=ProbePlan(2, 1, how, 4))
     model.rest_on_host()
@@ -325,14 +325,14 @@ def test_a_run_has_the_same_ledger(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model__quantization": "nf4"}, ["resting = 'host'", "quantization = 'nf4'"]),
-        ({"model__device_map": "auto"}, ["resting = 'host'", "device_map = 'auto'"]),
-        ({"method__name": "fedavg"}, ["model.resting = 'host'", "'fedavg' has no probes"]),
-        ({"run__memory_budget": "1 GiB"}, ["run.memory_budget = '1 GiB'", "resting = 'host'"]),
-        ({"model__resting": "disk"}, ["model.resting = 'disk'", "'device', 'host'"]),
+        ({"model__quantization": "nf4"}, ["offload = 'host'", "quantization = 'nf4'"]),
+        ({"model__device_map": "auto"}, ["offload = 'host'", "device_map = 'auto'"]),
+        ({"method__name": "fedavg"}, ["model.offload = 'host'", "'fedavg' has no probes"]),
+        ({"run__memory_budget": "1 GiB"}, ["run.memory_budget = '1 GiB'", "offload = 'host'"]),
+        ({"model__offload": "disk"}, ["model.offload = 'disk'", "'none', 'host'"]),
     ],
 )
 def test_what_does_not_go_with_it(configure: Any, changes: Any, words: list[str]) -> None:
     with pytest.raises(FedForwardError) as refused:
-        configure(**({"model__resting": "host"} | changes))
+        configure(**({"model__offload": "host"} | changes))
     assert all(word in str(refused.value) for word in words)

@@ -107,7 +107,7 @@ def test_adapters_on_a_family(family: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("trajectory", ["generate", "copy"])
+@pytest.mark.parametrize("trajectory", ["recompute", "cache"])
 def test_both_signs_in_one_pass_in_every_dtype(
     tiny_network: Make, dtype: str, trajectory: str
 ) -> None:
@@ -121,7 +121,7 @@ def test_both_signs_in_one_pass_in_every_dtype(
 
 def test_trajectories_that_differ_in_one_pass(tiny_network: Make) -> None:
     """Full tuning: neither probe meets the float32 copy that an earlier call left behind."""
-    model = FullModel(tiny_network(), plan=plan(2, "copy"))
+    model = FullModel(tiny_network(), plan=plan(2, "cache"))
     model.evaluate([Probe(batch(), TRAJECTORY, PERTURBATION)])
     probes = [Probe(batch(), TRAJECTORY[:k], PERTURBATION) for k in (1, 2)]
     together = model.evaluate(probes)

@@ -28,14 +28,14 @@ pytestmark = pytest.mark.slow
 SEEN = ((1, 8), (2, 40))
 NEW = ((3, 16), (9, 40))
 #: "few" takes one probe at a time for the largest batches, and cuts them under LoRA.
-KINDS = ("lora", "full copy", "full generate", "lora few", "full few")
+KINDS = ("lora", "full cache", "full recompute", "lora few", "full few")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def nothing_else() -> Iterator[None]:
     """What was there before is not looked through for tensors each time that they are counted."""
     # Libraries are loaded with the first models of a kind.
-    for kind in ("lora", "full copy"):
+    for kind in ("lora", "full cache"):
         calibrate(build(kind)[0], SEEN)
     gc.collect()
     gc.freeze()
@@ -47,7 +47,7 @@ def build(kind: str, family: str = "llama") -> tuple[CausalModel, int]:
     """A model, and the bytes of tensors alive before there was one."""
     before = bytes_alive()
     tune, _, how = kind.partition(" ")
-    trajectory = "generate" if how == "generate" else "copy"
+    trajectory = "recompute" if how == "recompute" else "cache"
     plan = ProbePlan(2, 1, trajectory, 4, tokens_per_call=200 if how == "few" else 0)
     network = make(family)
     model = lora(network, plan=plan) if tune == "lora" else FullModel(network, plan=plan)
@@ -92,7 +92,7 @@ def test_a_prediction_is_near_what_is_counted(
     check(*calibrated, 0.1)
 
 
-@pytest.mark.parametrize(("kind", "family"), [("full copy", "gpt2"), ("lora", "gemma2")])
+@pytest.mark.parametrize(("kind", "family"), [("full cache", "gpt2"), ("lora", "gemma2")])
 def test_other_families(kind: str, family: str) -> None:
     model, before = build(kind, family)
     check(model, before, calibrate(model, SEEN), 0.1)
@@ -141,7 +141,7 @@ def test_what_is_kept_beside_the_step_is_told_apart() -> None:
     active = np.ones(2, np.bool_)
     flat = once.adapters
     assert based.peak(active, 2, 40) - once.peak(active, 2, 40) == flat + model.state_bytes
-    model, _ = build("full copy")
+    model, _ = build("full cache")
     assert not any(calibrate(model, SEEN, carries=False).copies)
     assert calibrate(model, SEEN).copies == tuple(4 * n for n in model.layout.block_sizes)
 
@@ -184,7 +184,7 @@ def test_calibrating_leaves_no_trace(calibrated: tuple[CausalModel, int, MemoryM
 
 
 def test_an_interrupted_calibration_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = build("full copy")
+    model, _ = build("full cache")
     plan = model.plan
 
     def stop(*_: Any) -> None:

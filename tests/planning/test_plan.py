@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedforward.cli import main as cli
-from fedforward.config.schema import to_toml
+from fedforward.config.template import to_toml
 from fedforward.core.errors import FedForwardError
 from fedforward.planning.activation import Problem
 from fedforward.planning.allocator import Allocator
@@ -98,7 +98,7 @@ def test_methods_without_blocks_have_a_preview_too(
 
 def budgets_for(configure: Any, tune: str) -> tuple[int, list[int]]:
     """Bytes of no and of each further block."""
-    plan = preview(configure(**ZORBA, model__tune=tune, run__trajectory="copy"), Silent())
+    plan = preview(configure(**ZORBA, model__tune=tune, run__trajectory="cache"), Silent())
     return int(plan.resources.memory.fixed(*plan.resources.shapes[0])), plan.peaks(0)
 
 
@@ -107,7 +107,7 @@ def test_budgets_are_kept_and_impossible_ones_refused(
     configure: Any, carry_out: Any, tmp_path: Path, tune: str
 ) -> None:
     fixed, peaks = budgets_for(configure, tune)
-    base = {**ZORBA, "model__tune": tune, "run__trajectory": "copy"}
+    base = {**ZORBA, "model__tune": tune, "run__trajectory": "cache"}
     roomy = f"{2 * peaks[-1]} B"
     middle = f"{(fixed + peaks[-1]) // 2} B"
     plan = preview(configure(**base, planning__budgets=[middle, roomy, roomy]), Silent())

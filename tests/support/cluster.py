@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fedforward.config.schema import toml_value
+from fedforward.config.template import toml_value
 from fedforward.demo.text import ANSWER, PROMPT, site_examples
 from fedforward.deployment.flower import certificates
 from fedforward.deployment.supervisor import free_port

@@ -65,7 +65,8 @@ def write_rows(path: Path, count: int = EXAMPLES) -> Path:
 
 def write_config(folder: Path, overrides: Sequence[str] = ()) -> Path:
     """A configuration file of two short rounds beside its data."""
-    from fedforward.config import schema as config
+    from fedforward.config.loading import validate
+    from fedforward.config.template import to_toml
 
     data = write_rows(folder / "rows.jsonl")
     content = {
@@ -83,5 +84,5 @@ def write_config(folder: Path, overrides: Sequence[str] = ()) -> Path:
         "run": {"device": "cpu", "threads": 1, "evaluate_every": 1},
     }
     path = folder / "c.toml"
-    path.write_text(config.to_toml(config.validate(content)), encoding="utf-8")
+    path.write_text(to_toml(validate(content)), encoding="utf-8")
     return path

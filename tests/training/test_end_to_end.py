@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedforward.config import schema as config
+from fedforward.config.schema import Config
+from fedforward.config.template import to_toml
 from fedforward.core.errors import FedForwardError
 from fedforward.messages.report import Report
 from fedforward.methods.fedmezo import FedMeZO
@@ -24,7 +25,7 @@ from fedforward.training import loop as session
 from fedforward.training import metrics as progress
 from fedforward.training import replay as artefacts
 
-Configure = Callable[..., config.Config]
+Configure = Callable[..., Config]
 CarryOut = Callable[..., dict[str, Any]]
 DIGESTS = ("ledger_digest", "state_digest")
 
@@ -87,20 +88,20 @@ def test_blocks_within_a_budget(
 
 
 OPTIONS: list[dict[str, Any]] = [
-    {"method__strategy": "update-difference", "federation__weights": "equal"},
-    {"method__strategy": "random", "method__directions": 2, "lora__factors": "B"},
-    {"method__strategy": "loss-window", "method__distribution": "rademacher"},
-    {"federation__partition": "by", "federation__field": "site", "federation__clients": 4},
+    {"method__client_rates": "update-difference", "federation__weights": "equal"},
+    {"method__client_rates": "random", "method__directions": 2, "lora__factors": "B"},
+    {"method__client_rates": "loss-window", "method__distribution": "rademacher"},
+    {"federation__partition": "by-field", "federation__field": "site", "federation__clients": 4},
     {"federation__partition": "dirichlet", "federation__field": "site"},
     {"federation__participation": 0.5, "federation__clients": 4, "method__schedule": "cosine"},
-    {"model__tune": "full", "model__dtype": "bfloat16", "run__trajectory": "generate"},
+    {"model__tune": "full", "model__dtype": "bfloat16", "run__trajectory": "recompute"},
     {"model__tune": "full", "model__dtype": "float16", "method__mu": 0.02},
     {"model__dtype": "bfloat16", "federation__clients": 1},
     {"run__probes_per_call": 4, "method__warmup": 2, "lora__targets": ["q_proj", "v_proj"]},
-    {"method__name": "decomfl", "method__directions": 2, "method__strategy": "loss"},
+    {"method__name": "decomfl", "method__directions": 2, "method__client_rates": "loss"},
     {"method__name": "zorba", "planning__active": [2, 3]},
     {"method__name": "zorba", "model__tune": "full", "planning__active": [3, 5]},
-    {"method__name": "zorba", "method__strategy": "update-difference", "model__blocks": "0-2"},
+    {"method__name": "zorba", "method__client_rates": "update-difference", "model__blocks": "0-2"},
     {"method__name": "fedkseed", "method__candidates": 40, "model__tune": "full"},
     {
         "method__name": "fedkseed-pro",
@@ -116,7 +117,7 @@ OPTIONS: list[dict[str, Any]] = [
         "method__distribution": "rademacher",
         "method__learning_rate": 1e-5,
     },
-    {"server__momentum": 0.5, "server__decay": 0.999, "server__normalise": True},
+    {"server__momentum": 0.5, "server__state_decay": 0.999, "server__normalise": True},
     {"method__name": "zorba", "server__momentum": 0.5, "planning__active": [2, 3]},
 ]
 
@@ -140,7 +141,7 @@ def test_copy_and_generate_are_one_run(
     changes: dict[str, Any] = {"model__tune": "full", "model__dtype": "bfloat16"}
     one, two = (
         carry_out(configure(**changes, run__trajectory=way), tmp_path / way)
-        for way in ("copy", "generate")
+        for way in ("cache", "recompute")
     )
     assert digests(one) == digests(two)
 
@@ -229,7 +230,7 @@ def test_lost_metrics_do_not_change_when_a_run_stops(
     assert whole["rounds"] < 9
     reason = progress.reason_to_stop
 
-    def killed(settings: config.Config, lines: Sequence[dict[str, Any]]) -> str:
+    def killed(settings: Config, lines: Sequence[dict[str, Any]]) -> str:
         if lines[-1]["round"] == whole["rounds"] - 1:
             raise KeyboardInterrupt
         return reason(settings, lines)
@@ -305,7 +306,7 @@ def test_stopped_between_rounds_and_resumed(
         "federation__rounds": 5,
         "federation__participation": 0.5,
         "federation__clients": 3,
-        "method__strategy": "loss-window",
+        "method__client_rates": "loss-window",
     }
     whole = carry_out(configure(**settings), tmp_path / "whole")
     out = tmp_path / "stopped"
@@ -336,7 +337,7 @@ def test_killed_and_resumed(configure: Configure, carry_out: CarryOut, tmp_path:
     """SIGKILL of the real command in mid-run, then --resume: the digests of an unbroken run."""
     whole = carry_out(configure(federation__rounds=40), tmp_path / "whole")
     file = tmp_path / "run.toml"
-    file.write_text(config.to_toml(configure(federation__rounds=40)), encoding="utf-8")
+    file.write_text(to_toml(configure(federation__rounds=40)), encoding="utf-8")
     command = [sys.executable, "-m", "fedforward.cli", "run", str(file), "--out"]
     command += [str(tmp_path / "killed"), "--json"]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

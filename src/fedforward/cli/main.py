@@ -171,12 +171,12 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Carry out a run: federated tuning of one model over simulated clients."""
-    from fedforward.config import schema as configuration
+    from fedforward.config.loading import load
 
     out = out or Path("runs") / config.stem
     again = ["fedforward", "run", str(config), *(overrides or []), "--out", str(out), "--resume"]
     with _friendly(f"Continue with: {shlex.join(again)}"):
-        _carry_out(configuration.load(config, overrides or []), out, resume, as_json)
+        _carry_out(load(config, overrides or []), out, resume, as_json)
 
 
 @app.command()
@@ -207,10 +207,10 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a run will need, before it runs: memory, blocks of each client, bytes."""
-    from fedforward.config import schema as configuration
+    from fedforward.config.loading import load
 
     with _friendly():
-        settings = configuration.load(config, overrides or [])
+        settings = load(config, overrides or [])
         if picture is not None and not picture.absolute().parent.is_dir():
             raise FedForwardError(f"--png {picture}: there is no folder {picture.parent}.")
         with _display() as display:
@@ -428,7 +428,7 @@ def letter(
     paths: Annotated[list[Path], typer.Argument(help="files of OUT/letters", show_default=False)],
     as_json: JsonOption = False,
 ) -> None:
-    """Show letters that a site has kept (site.keep_letters), byte by byte."""
+    """Show letters that a site has kept (site.keep_messages), byte by byte."""
     from fedforward.cli.message_dump import letter_table, listing
 
     shown = []
@@ -487,14 +487,14 @@ def init(
     ] = False,
 ) -> None:
     """Write a commented example configuration."""
-    from fedforward.config import schema as configuration
     from fedforward.config.site import example_site
+    from fedforward.config.template import example
 
     with _friendly():
         if path.exists():
             raise FedForwardError(f"{path} exists already. Choose another name.")
         try:
-            text = example_site() if site else configuration.example()
+            text = example_site() if site else example()
             path.write_text(text, encoding="utf-8")
         except OSError as error:
             raise FedForwardError(f"{path} cannot be written: {error.strerror}.") from error

@@ -25,7 +25,7 @@ def render(plan: Preview) -> Iterator[RenderableType]:
     )
     yield memory_table(plan, size)
     if not plan.resources.memory.streams:
-        yield Text('on host: given less what model.resting = "host" keeps off a CUDA device')
+        yield Text('on host: given less what model.offload = "host" keeps off a CUDA device')
     if len(plan.examples) > MOST_CLIENTS:
         yield Text(f"… and {len(plan.examples) - MOST_CLIENTS} clients more (--json has them all)")
     yield Text("\nwho perturbs which block")

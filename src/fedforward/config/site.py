@@ -10,22 +10,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fedforward.config import schema as configuration
-from fedforward.config.schema import (
-    MOST_COUNTED,
-    Config,
-    Count,
-    RunSection,
-    Section,
-    SimulationSection,
-)
+from fedforward.config import rules
+from fedforward.config.fields import MOST_COUNTED, Count, ReportFilters, Section
+from fedforward.config.loading import read_toml, validate, validate_as
+from fedforward.config.schema import Config
+from fedforward.config.sections import RunSection
+from fedforward.config.template import example_of
 from fedforward.core.errors import FedForwardError
+from fedforward.core.registry import METHODS
 
 #: Stands in a server's configuration for what only sites have.
 AT_SITES = "(each site's own)"
 #: Keys that never travel: they are a site's own, or mean nothing across machines.
 _LOCAL = {
-    "model": {"path", "device_map", "resting"},
+    "model": {"path", "device_map", "offload"},
     "data": {"source", "subset", "split", "limit", "example", "fields"},
     "evaluation": {"source", "subset", "split", "limit"},
     "run": set(RunSection.model_fields) - {"seed", "evaluate_every", "patience"},
@@ -40,9 +38,14 @@ class SiteSection(Section):
         "", description="what people are shown beside the name that its key is registered under"
     )
     out: str = Field("site", description="folder for the log, and for what was tuned at the end")
-    keep_letters: bool = Field(
+    keep_messages: bool = Field(
         False,
-        description="keep every letter, in and out, in OUT/letters; `fedforward letter` shows one",
+        description="keep every message, in and out, in OUT/letters; `fedforward letter` shows one",
+    )
+    filters: ReportFilters = Field(
+        [],
+        description="what this site does to its reports before they are sent, in this order, "
+        "after the run's method.report_filters",
     )
 
 
@@ -53,8 +56,8 @@ class SiteModelSection(Section):
     device_map: Literal["none", "auto"] = Field(
         "none", description='"auto" spreads a frozen base over all devices'
     )
-    resting: Literal["device", "host"] = Field(
-        "device", description='"host" keeps blocks that rest in host memory'
+    offload: Literal["none", "host"] = Field(
+        "none", description='"host" keeps blocks that are not perturbed in host memory'
     )
 
 
@@ -88,8 +91,10 @@ class SiteRunSection(Section):
     memory_budget: str | None = Field(
         None, description='"6 GiB": as many probes together as fit, the model included'
     )
-    trajectory: str = Field(
-        "auto", description='local steps under full tuning: "auto", "generate" or "copy"'
+    trajectory: Literal["auto", "recompute", "cache"] = Field(
+        "auto",
+        description='local steps under full tuning: "recompute" them in every probe, or "cache" '
+        "their sum",
     )
 
 
@@ -124,21 +129,21 @@ def load_site(path: Path) -> SiteConfig:
     Raises:
         FedForwardError: no such file, not TOML, or a key or value that is not legal.
     """
-    return configuration.validate_as(SiteConfig, configuration.read_toml(path), str(path))
+    return validate_as(SiteConfig, read_toml(path), str(path))
 
 
 def load_terms(path: Path, overrides: list[str]) -> Config:
     """Read a server's `run.toml`: a configuration that need not say where model and data are.
 
     Raises:
-        FedForwardError: as `config.load`, and for what cannot be done across machines.
+        FedForwardError: as `loading.load`, and for what cannot be done across machines.
     """
-    content = configuration.read_toml(path, overrides)
+    content = read_toml(path, overrides)
     for section, key in (("model", "path"), ("data", "source")):
         part = content.setdefault(section, {})
         if isinstance(part, dict):
             part.setdefault(key, AT_SITES)
-    config = configuration.validate(content, str(path))
+    config = validate(content, str(path))
     check_terms(config, str(path))
     return config
 
@@ -150,12 +155,13 @@ def check_terms(config: Config, origin: str) -> None:
         FedForwardError: with a line for each such key.
     """
     problems = []
-    if config.method.name == "fedavg":
+    if not rules.capabilities(config.method.name).forward_only:
         problems.append(
-            "method.name = 'fedavg' sends whole tensors and trains by backpropagation; it is for "
-            "comparison in `fedforward run`. Across machines only scalars travel."
+            f"method.name = {config.method.name!r} sends whole tensors and trains by "
+            "backpropagation; it is for comparison in `fedforward run`. Across machines only "
+            "scalars travel."
         )
-    if config.simulation != SimulationSection():
+    if not config.simulation.plain:
         problems.append("the section [simulation] is for `fedforward run`. Leave it out.")
     if config.federation.partition != "iid":
         problems.append(
@@ -212,8 +218,9 @@ def refusals(given: dict[str, Any], limits: LimitsSection) -> list[str]:
             f"model.tune = {model.get('tune')!r} changes all weights, and this site has "
             "limits.full_tuning = false"
         )
-    if method.get("name") == "fedavg":
-        found.append("method.name = 'fedavg' would send tensors, and this site sends scalars only")
+    name = method.get("name")
+    if isinstance(name, str) and name in METHODS and not rules.capabilities(name).forward_only:
+        found.append(f"method.name = {name!r} would send tensors, and this site sends scalars only")
     metrics = _table(given, "evaluation").get("metrics")
     metrics = metrics if isinstance(metrics, list) else [metrics]
     own = [name for name in (method.get("objective"), *metrics) if ":" in str(name)]
@@ -247,12 +254,12 @@ def join(given: dict[str, Any], site: SiteConfig) -> Config:
     # A site is one client of one, whatever the number of the others.
     federation = content.setdefault("federation", {})
     federation |= {"clients": 1, "participation": 1.0, "quorum": 1}
-    return configuration.validate(content, "the server's terms with this site's configuration")
+    return validate(content, "the server's terms with this site's configuration")
 
 
 def example_site() -> str:
     """A commented `site.toml` with every key, for `fedforward init --site`."""
-    return configuration.example_of(
+    return example_of(
         SiteConfig,
         "# A site of a federation: `fedforward client THIS_FILE --server HOST:PORT --tls CERTS "
         "--key KEY`.\n# Commented keys show their defaults.",

@@ -21,7 +21,7 @@ class Registry:
 
     Example:
         >>> METHODS.names()[:2]
-        ('decomfl', 'fedavg')
+        ('fedmezo', 'decomfl')
         >>> METHODS.get("decomfl").__name__
         'DeComFL'
 
@@ -60,8 +60,9 @@ class Registry:
         self._registered.pop(name, None)
 
     def names(self) -> tuple[str, ...]:
-        """All names, sorted; nothing is imported for it."""
-        return tuple(sorted({*self._builtin, *self._registered, *self._points()}))
+        """All names, the built-in ones first; nothing is imported for it."""
+        others = {*self._registered, *self._points()} - self._builtin.keys()
+        return (*self._builtin, *sorted(others))
 
     def __contains__(self, name: object) -> bool:
         return name in self.names()

@@ -173,7 +173,7 @@ class ProbePlan:
     Attributes:
         probes_per_call: most probes that share one forward pass.
         threads: PyTorch and kernel threads.
-        trajectory: "generate" adds a client's local steps to the weights in every probe; "copy"
+        trajectory: "recompute" adds a client's local steps to the weights in every probe; "cache"
             keeps their sum in a float32 copy of the tuned weights. Both round once from the same
             sum, so the bits are the same.
         evaluation_rows: examples per forward pass of a held-out evaluation.

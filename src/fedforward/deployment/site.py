@@ -139,7 +139,7 @@ class Site:
         if kind is Kind.REFUSAL:
             self.notice(f"refused: {body.decode()}")
         answer = Letter(kind, run, body).seal()
-        if self.settings.site.keep_letters:
+        if self.settings.site.keep_messages:
             self._keep_letters(data, answer, kind)
         return answer
 

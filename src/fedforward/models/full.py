@@ -117,7 +117,7 @@ class FullModel(CausalModel):
         sources: dict[str, torch.Tensor] = {}
         if any(probe.trajectory is not trajectory for probe in probes):
             shared, own = NO_STEPS, [probe.trajectory + probe.perturbation for probe in probes]
-        elif len(trajectory) and self.plan.trajectory == "copy":
+        elif len(trajectory) and self.plan.trajectory == "cache":
             self._carry(trajectory)
             shared, sources = NO_STEPS, self._copy
         displacement = Displacement(

@@ -2,7 +2,7 @@
 
 A block that a client does not perturb is read once in a forward pass and never written by it. So
 only the client's own blocks need to be on the device all the time: that is what a block's
-activation costs, and what `planning.memory_model` counts where `model.resting = "host"`.
+activation costs, and what `planning.memory_model` counts where `model.offload = "host"`.
 """
 
 from collections.abc import Collection, Iterator, Sequence

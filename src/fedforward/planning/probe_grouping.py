@@ -44,7 +44,7 @@ def resolve(
     return ProbePlan(
         probes_per_call=probes_per_call or (2 if full else probes_per_step),
         threads=threads or len(os.sched_getaffinity(0)),
-        trajectory="copy" if trajectory == "auto" or not full else trajectory,
+        trajectory="cache" if trajectory == "auto" or not full else trajectory,
         evaluation_rows=EVALUATION_ROWS,
         device=device,
         tokens_per_call=tokens_per_call or TOKENS_PER_CALL[device.split(":")[0]],

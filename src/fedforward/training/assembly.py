@@ -78,7 +78,7 @@ def server_settings(
         rates=RateSettings(
             base=method.learning_rate,
             spread=method.alpha,
-            strategy=method.strategy,
+            strategy=method.client_rates,
             schedule=method.schedule,
             warmup=method.warmup,
             rounds=config.federation.rounds,
@@ -90,7 +90,7 @@ def server_settings(
         deadline=config.federation.deadline or math.inf,
         optimizer=ServerOptimizer(
             learning_rate=config.server.learning_rate,
-            decay=config.server.decay,
+            decay=config.server.state_decay,
             momentum=config.server.momentum,
             window=config.server.window,
             normalise=config.server.normalise,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedforward.config.schema import Config, SimulationSection
+from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
 from fedforward.core.identity import ModelIdentity
 from fedforward.core.seeds import derive, generator
@@ -288,7 +288,7 @@ def _load(config: Config, device: str, classes: Sequence[str]) -> tuple[Any, Any
 
 def _rests_on_host(config: Config, device: str) -> bool:
     """Whether blocks wait in host memory. The processor's own are there anyway."""
-    return config.model.resting == "host" and device != "cpu"
+    return config.model.offload == "host" and device != "cpu"
 
 
 def build_model(
@@ -404,15 +404,15 @@ def fit_plan(
 def faults(config: Config) -> Faults:
     """What goes wrong in the simulation."""
     given = config.simulation
-    if given == SimulationSection():
+    if given.plain:
         return Faults()
     return Faults(
         run_seed=config.run.seed,
-        failing=given.failing,
-        slow=given.slow,
-        lying=given.lying,
-        late=given.late,
-        late_round=given.late_round,
+        failing=given.dropout,
+        slow=given.straggler,
+        lying=given.byzantine,
+        late=given.late_join,
+        late_round=given.late_join_round,
     )
 
 

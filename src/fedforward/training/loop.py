@@ -79,7 +79,7 @@ class Session:
         ]
         step = config.method.probes_per_step
         # A float32 copy of all weights carries one client's local steps at a time.
-        alone = config.model.tune == "full" and self.plan.trajectory == "copy"
+        alone = config.model.tune == "full" and self.plan.trajectory == "cache"
         together = 1 if alone else max(1, self.plan.probes_per_call // step)
         self.widest = self._widest_blocks(allocate, together)
         self.runtime = LocalRuntime(
@@ -103,7 +103,7 @@ class Session:
             step = self.config.method.probes_per_step
             sums = max(1, grouped // step)
             return f"{words}; adapters for them: {4 * parameters * (grouped + sums) / 1e6:.1f} MB"
-        if self.plan.trajectory == "copy":
+        if self.plan.trajectory == "cache":
             return f"{words}; local steps in a float32 copy: {4 * parameters / 1e6:.1f} MB"
         return f"{words}; local steps generated again in each: no memory, more time"
 

@@ -75,7 +75,7 @@ class Preview:
         """Predicted bytes of a client's step with the blocks that it was given.
 
         Args:
-            streams: as if `model.resting` were "host" or not; None takes it as it is.
+            streams: as if `model.offload` were "host" or not; None takes it as it is.
         """
         memory, shape = self.resources.memory, self.resources.shapes[client]
         if streams is not None:

@@ -16,8 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fedforward.config import schema as configuration
+from fedforward.config.loading import load, renamed
 from fedforward.config.schema import Config
+from fedforward.config.template import to_toml
 from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import ProbePlan
 
@@ -98,7 +99,7 @@ class RunDirectory:
         if plan is not None:
             write_json(self.path / "plan.json", asdict(plan))
         write_json(self.path / "environment.json", environment())
-        write_text(self.path / "config.toml", configuration.to_toml(config))
+        write_text(self.path / "config.toml", to_toml(config))
 
     def config(self) -> Config:
         """The configuration of a run that was started here.
@@ -111,7 +112,7 @@ class RunDirectory:
                 f"{self.path} is not a run directory: it has no config.toml. Give the --out "
                 "folder of a run."
             )
-        return configuration.load(self.path / "config.toml")
+        return load(self.path / "config.toml")
 
     def load(self) -> tuple[Config, ProbePlan]:
         """The configuration and plan of a run that was started here.
@@ -123,6 +124,8 @@ class RunDirectory:
         try:
             content = json.loads((self.path / "plan.json").read_text(encoding="utf-8"))
             plan = ProbePlan(**content)
+            if moved := renamed("run.trajectory", plan.trajectory):
+                raise FedForwardError(f"{self.path / 'plan.json'}: {moved.removeprefix('run.')}.")
             if not _is_plan(plan):
                 raise ValueError(f"{content} is not a probe plan")
         except (OSError, ValueError, TypeError) as error:
@@ -186,7 +189,7 @@ def _is_plan(plan: ProbePlan) -> bool:
     whole = all(type(count) is int and count > 0 for count in counts)
     whole = whole and type(plan.tokens_per_call) is int and plan.tokens_per_call >= 0
     whole = whole and type(plan.placement) is str
-    return whole and plan.trajectory in ("generate", "copy")
+    return whole and plan.trajectory in ("recompute", "cache")
 
 
 def _is_metrics(line: Any, number: int) -> bool:

@@ -9,7 +9,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedforward.config.schema import Config, toml_value
+from fedforward.config.schema import Config
+from fedforward.config.template import toml_value
 from fedforward.core.errors import FedForwardError
 
 #: The name under which Flower's command line knows our engine.

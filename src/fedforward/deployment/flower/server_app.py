@@ -6,9 +6,10 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import ServerApp
 
-from fedforward.config import schema as configuration
+from fedforward.config.loading import assign, parse_override, validate
 from fedforward.config.schema import Config
 from fedforward.config.site import AT_SITES, check_terms
+from fedforward.config.template import toml_value
 from fedforward.core.errors import FedForwardError
 from fedforward.deployment.coordinator import Coordinator
 from fedforward.deployment.flower.transport import GridLink
@@ -23,7 +24,7 @@ def run_config(config: Config) -> dict[str, Any]:
     """A configuration as Flower's users write it: dotted kebab-case keys and plain values."""
     return {
         f"{section}.{key}".replace("_", "-"): (
-            _TOML + configuration.toml_value(value) if isinstance(value, list | dict) else value
+            _TOML + toml_value(value) if isinstance(value, list | dict) else value
         )
         for section, values in config.model_dump(exclude_none=True).items()
         for key, value in values.items()
@@ -36,6 +37,7 @@ def config_of(given: dict[str, Any]) -> tuple[Config, Path]:
     Raises:
         FedForwardError: for keys and values that are not legal.
     """
+    origin = "the app's configuration"
     overrides, content = [], {"model": {"path": AT_SITES}, "data": {"source": AT_SITES}}
     out = Path("runs/flower")
     for name, value in given.items():
@@ -46,12 +48,12 @@ def config_of(given: dict[str, Any]) -> tuple[Config, Path]:
             overrides.append(f"{key}={value.removeprefix(_TOML)}")
         else:
             section, _, rest = key.partition(".")
-            content.setdefault(section, {})[rest] = value
+            assign(content, section, rest, value, origin)
     for override in overrides:
-        section, key, value = configuration.parse_override(override)
-        content.setdefault(section, {})[key] = value
-    config = configuration.validate(content, "the app's configuration")
-    check_terms(config, "the app's configuration")
+        section, key, value = parse_override(override)
+        assign(content, section, key, value, origin)
+    config = validate(content, origin)
+    check_terms(config, origin)
     return config, out
 
 

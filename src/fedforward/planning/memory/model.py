@@ -95,7 +95,7 @@ class MemoryModel:
         tokens_per_call: of the plan; 0 is any number.
         cuts_rows: whether a batch is cut by rows to keep to it.
         streams: whether transformer blocks that are not active wait in host memory and come to the
-            device in turn (`model.resting = "host"`); what lies on the host is not counted then.
+            device in turn (`model.offload = "host"`); what lies on the host is not counted then.
             Replace it to see what that would change.
         activations: by "stage way" (of `STAGES`, and `RESTING`, `ALONE` or `TOGETHER`), what a
             stage takes beyond all of the above.
@@ -392,7 +392,7 @@ def _peaks(
     ]
     model.forget()
     model.plan = replace(
-        model.plan, probes_per_call=groups, tokens_per_call=0, trajectory="generate"
+        model.plan, probes_per_call=groups, tokens_per_call=0, trajectory="recompute"
     )
     found = _measure(model, probes)
     moving = 0 if way == RESTING else groups
@@ -521,7 +521,7 @@ def _derive(
         flat = model.flat.untyped_storage().nbytes()
     else:
         scratch, head_scratch = _scratch(model)
-        if carries and plan.trajectory == "copy":
+        if carries and plan.trajectory == "cache":
             copies = tuple(4 * size for size in layout.block_sizes)
     outside, residents = _weights(model)
     return MemoryModel(
