@@ -20,7 +20,7 @@ demo: .venv/.installed
 	touch $@
 
 docs: .venv/.docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

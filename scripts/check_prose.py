@@ -76,9 +76,9 @@ def complaints(text: str) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(text.splitlines(), 1):
         fence = FENCE.match(line)
         in_fence = in_fence != bool(fence)
-        if not in_fence and not NO_PROSE.match(line) and not line.startswith("    "):
-            if len(line) > MAX_CHARACTERS:
-                yield number, f"{len(line)} characters: {line[:60].strip()} …"
+        prose = not (in_fence or NO_PROSE.match(line) or line.startswith("    "))
+        if prose and len(line) > MAX_CHARACTERS:
+            yield number, f"{len(line)} characters: {line[:60].strip()} …"
 
 
 def documents() -> list[Path]:

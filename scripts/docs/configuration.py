@@ -33,12 +33,16 @@ def kind_of(name: str) -> type[BaseModel]:
     """The class of a configuration file, from whichever module of `fedforward.config` has it."""
     package = fedforward.config
     modules = [package.__name__]
-    modules += [found.name for found in pkgutil.walk_packages(package.__path__, "fedforward.config.")]
+    modules += [
+        found.name for found in pkgutil.walk_packages(package.__path__, "fedforward.config.")
+    ]
     for module in modules:
         found = getattr(importlib.import_module(module), name, None)
         if isinstance(found, type) and issubclass(found, BaseModel):
             return found
-    raise LookupError(f"no module of fedforward.config has {name}: see scripts/docs/configuration.py")
+    raise LookupError(
+        f"no module of fedforward.config has {name}: see scripts/docs/configuration.py"
+    )
 
 
 def sections(kind: type[BaseModel]) -> Iterator[tuple[str, str, type[BaseModel]]]:
@@ -107,6 +111,9 @@ def _default(field: FieldInfo) -> str:
 def allowed(field: FieldInfo) -> str:
     """What a key takes: its values, or its type with its limits."""
     kinds = list(dict.fromkeys(_kinds(field.annotation)))
+    if names := _registered(field):
+        listed = ", ".join(f'`"{name}"`' for name in names) + ", or what a plugin registers"
+        kinds = [f"list of {listed}" if kinds[0].startswith("list") else listed]
     limits = []
     for constraint in _constraints(field):
         for name, word in (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most")):
@@ -137,6 +144,16 @@ def _kinds(annotation: Any) -> Iterator[str]:
 
 def _plural(kind: str) -> str:
     return kind + "s" if kind in ("whole number", "number", "text") else kind
+
+
+def _registered(field: FieldInfo) -> tuple[str, ...]:
+    """The names that a field may be where they come from a registry; else empty."""
+    items = [m for a in get_args(field.annotation) for m in getattr(a, "__metadata__", ())]
+    for validator in (*field.metadata, *items):
+        kind = getattr(getattr(validator, "func", None), "kind", None)
+        if kind is not None:
+            return tuple(importlib.import_module("fedforward.config.names").known(kind))
+    return ()
 
 
 def _constraints(field: FieldInfo) -> list[Any]:

@@ -1,11 +1,12 @@
 """The reference of the wire form, made from the codec's own declarations.
 
-`layouts` is the one place that knows how the codec declares its fields. Today these are struct
-formats, and the names that `fedforward inspect-message` prints beside them.
+`layouts` is the one place that knows how the codec declares its fields: struct formats, and the
+names that `fedforward inspect-message` prints beside them.
 """
 
 import struct
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def layouts() -> dict[str, tuple[str, list[Row]]]:
             "Across machines every message lies in one. A simulation has none.",
             [
                 *_fixed(
-                    envelope.HEAD_FORM,
+                    _first(envelope, "ENVELOPE_FORM", "HEAD_FORM"),
                     ("magic", "envelope version", "message kind", "run"),
                 ),
                 ("body", "as the kind says", "the rest"),
@@ -98,8 +99,8 @@ def kinds() -> list[tuple[int, str]]:
     """Number and name of each kind of message between a server and its sites."""
     from fedforward.messages import envelope
 
-    found: Any = getattr(envelope, "MessageKind", None) or vars(envelope)["Kind"]
-    return [(int(kind), str(kind.name)) for kind in found]
+    kinds_of_message = _first(envelope, "MessageKind", "Kind")
+    return [(int(kind), str(kind.name)) for kind in kinds_of_message]
 
 
 def versions() -> list[tuple[str, str]]:
@@ -107,12 +108,20 @@ def versions() -> list[tuple[str, str]]:
     from fedforward.directions import VERSION
     from fedforward.messages import codec, envelope
 
-    number = getattr(envelope, "ENVELOPE_VERSION", None) or vars(envelope)["LETTER_VERSION"]
+    number = _first(envelope, "ENVELOPE_VERSION", "LETTER_VERSION")
     return [
         ("messages", str(codec.WIRE_VERSION)),
         ("envelope", str(number)),
         ("directions", str(VERSION)),
     ]
+
+
+def _first(module: ModuleType, *names: str) -> Any:
+    """The first of some names that a module has."""
+    for name in names:
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise LookupError(f"{module.__name__} has none of {', '.join(names)}: see scripts/docs/wire.py")
 
 
 def _fixed(form: struct.Struct, names: tuple[str, ...]) -> list[Row]:
