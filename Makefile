@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-cluster lint clean
+.PHONY: demo docs test test-all test-cluster lint clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -13,6 +13,14 @@ BIN := .venv/bin
 demo: .venv/.installed
 	rm -rf runs/demo runs/demo-data
 	$(BIN)/fedforward demo --out runs/demo
+
+# What only the site needs is installed when it is first asked for.
+.venv/.docs: .venv/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -31,4 +39,4 @@ test-cluster: .venv/.installed
 	$(BIN)/python -m pytest -n 0 -m cluster
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs build
