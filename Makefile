@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-cluster lint clean
+.PHONY: demo test test-all test-cluster lint wheel clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -30,5 +30,9 @@ test-all: lint
 test-cluster: .venv/.installed
 	$(BIN)/python -m pytest -n 0 -m cluster
 
+# What `pip install` takes, in dist/.
+wheel: .venv/.installed
+	$(BIN)/python -m build --wheel --no-isolation
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs dist
