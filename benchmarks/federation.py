@@ -25,7 +25,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedforward.cli import main as cli
 from fedforward.directions import Distribution, Layout
 from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.ledger import Ledger
@@ -37,6 +36,7 @@ from fedforward.methods.estimators import TwoPoint
 from fedforward.methods.fedkseed import FedKSeed
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.methods.zorba import ZorBA
+from fedforward.models.libraries import quiet_libraries
 
 SEED, H, CLIENTS, LATE = 1, 10, 8, 200
 ESTIMATOR = TwoPoint(1, 1e-3)
@@ -195,7 +195,7 @@ def main() -> None:
     if arguments.parts == ["alone"]:
         print(json.dumps(join(10_000, 30)))
         return
-    cli.quiet_libraries()
+    quiet_libraries()
     results: dict[str, Any] = {}
     if "join" in arguments.parts:
         # A process of its own: a server needs no PyTorch.

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from fedforward.cli import main as cli
 from fedforward.config import schema as config
 from fedforward.messages.codec import Entry
 from fedforward.methods.base import Returned
 from fedforward.methods.estimators import TwoPoint
 from fedforward.methods.fedmezo import FedMeZO
+from fedforward.models.libraries import quiet_libraries
 from fedforward.training import assembly
 from fedforward.training.loop import Session
 
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    cli.quiet_libraries()
+    quiet_libraries()
     console = Console(stderr=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     data = with_steps(arguments.data, arguments.out / "data.jsonl")

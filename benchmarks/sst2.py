@@ -19,8 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedforward.cli import main as cli
 from fedforward.config import schema as config
+from fedforward.models.libraries import quiet_libraries
 from fedforward.training.loop import Session
 
 # One block, one kind of module: few parameters for the same steps, and what lies below the block is
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    cli.quiet_libraries()
+    quiet_libraries()
     console = Console(stderr=True)
     summaries: dict[str, list[dict[str, Any]]] = {}
     for name in arguments.variants:

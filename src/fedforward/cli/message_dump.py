@@ -1,4 +1,4 @@
-"""A letter byte by byte, for whoever must know what leaves a site.
+"""A message byte by byte, for whoever must know what leaves a site.
 
 Reads what `federation.letters` and `messages` write, from their own structures; a test holds it to
 every byte. Imports no PyTorch.
@@ -187,8 +187,8 @@ def _snapshot(cursor: _Cursor) -> None:
     cursor.take(size, "tuned tensors", lambda raw: "")
 
 
-def letter_table(title: str, fields: list[Field]) -> Table:
-    """A letter for people."""
+def message_table(title: str, fields: list[Field]) -> Table:
+    """A message as a table, a row a field."""
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("byte", justify="right")
     table.add_column("size", justify="right")
