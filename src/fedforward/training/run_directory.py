@@ -12,7 +12,7 @@ import math
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -102,7 +102,11 @@ class RunDirectory:
             ) from error
 
     def unlock(self) -> None:
-        """Let others write here."""
+        """Let others write here; a folder in which no run was started is left as it was."""
+        if self._lock.is_locked and not self.started:
+            # Windows does not remove a file that is open; an empty one does no harm.
+            with suppress(OSError):
+                (self.path / LOCK).unlink()
         self._lock.release(force=True)
 
     @contextmanager
