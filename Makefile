@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo docs test test-all test-cluster lint clean
+.PHONY: demo docs test test-all test-cluster lint wheel clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -38,5 +38,9 @@ test-all: lint
 test-cluster: .venv/.installed
 	$(BIN)/python -m pytest -n 0 -m cluster
 
+# What `pip install` takes, in dist/.
+wheel: .venv/.installed
+	$(BIN)/python -m build --wheel --no-isolation
+
 clean:
-	rm -rf .venv runs build
+	rm -rf .venv runs build dist

@@ -15,8 +15,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fedforward.cli import main as cli
 from fedforward.config.loading import validate
+from fedforward.models.libraries import quiet_libraries
 from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
 from fedforward.training.loop import Session
 
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--probes-per-call", type=int, default=0, help="0 is the default plan")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    cli.quiet_libraries()
+    quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         rows = [
             measure(

@@ -25,7 +25,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedforward.cli import main as cli
 from fedforward.core.registry import METHODS
 from fedforward.directions import Distribution, Layout
 from fedforward.federation.learning_rates import RateSettings
@@ -36,6 +35,7 @@ from fedforward.messages.snapshot import Snapshot
 from fedforward.messages.task import Task
 from fedforward.methods.base import Method
 from fedforward.methods.estimators import TwoPoint
+from fedforward.models.libraries import quiet_libraries
 
 SEED, H, CLIENTS, LATE = 1, 10, 8, 200
 ESTIMATOR = TwoPoint(1, 1e-3)
@@ -194,7 +194,7 @@ def main() -> None:
     if arguments.parts == ["alone"]:
         print(json.dumps(join(10_000, 30)))
         return
-    cli.quiet_libraries()
+    quiet_libraries()
     results: dict[str, Any] = {}
     if "join" in arguments.parts:
         # A process of its own: a server needs no PyTorch.

@@ -20,13 +20,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedforward.cli import main as cli
 from fedforward.config.loading import assign, parse_override, validate
 from fedforward.config.schema import Config
 from fedforward.messages.entry import Entry
 from fedforward.messages.report import ClientResult
 from fedforward.methods.estimators import TwoPoint
 from fedforward.methods.fedmezo import FedMeZO
+from fedforward.models.libraries import quiet_libraries
 from fedforward.training import assembly
 from fedforward.training.loop import Session
 
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    cli.quiet_libraries()
+    quiet_libraries()
     console = Console(stderr=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     data = with_steps(arguments.data, arguments.out / "data.jsonl")

@@ -19,9 +19,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedforward.cli import main as cli
 from fedforward.config.loading import assign, parse_override, validate
 from fedforward.config.schema import Config
+from fedforward.models.libraries import quiet_libraries
 from fedforward.training.loop import Session
 
 # One block, one kind of module: few parameters for the same steps, and what lies below the block is
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    cli.quiet_libraries()
+    quiet_libraries()
     console = Console(stderr=True)
     summaries: dict[str, list[dict[str, Any]]] = {}
     for name in arguments.variants:

@@ -18,10 +18,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedforward.cli import main as cli
 from fedforward.config.loading import validate
 from fedforward.config.schema import Config
 from fedforward.methods.estimators import TwoPoint
+from fedforward.models.libraries import quiet_libraries
 from fedforward.planning.budgets import allocator, survey
 from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
 from fedforward.planning.probe_grouping import step_probes
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true", help="exit 1 below 90 %% of all blocks")
     arguments = parser.parse_args()
-    cli.quiet_libraries()
+    quiet_libraries()
     rates = arguments.rates or RATES[arguments.tune]
     results: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(arguments).items()}}
     for name in ("all", "zorba"):

@@ -83,13 +83,13 @@ def test_values_are_what_was_written() -> None:
 def test_letters_on_the_command_line(tmp_path: Path) -> None:
     path, runner = tmp_path / "000001-out-report", CliRunner()
     path.write_bytes(Letter(Kind.REPORT, RUN, REPORT.encode()).seal())
-    shown = runner.invoke(cli.app, ["letter", str(path), "--json"])
+    shown = runner.invoke(cli.app, ["inspect-message", str(path), "--json"])
     fields: list[dict[str, Any]] = json.loads(shown.stdout)[str(path)]
     assert bytes.fromhex("".join(field["bytes"] for field in fields)) == path.read_bytes()
-    assert "3, 0" in runner.invoke(cli.app, ["letter", str(path)]).stdout
+    assert "3, 0" in runner.invoke(cli.app, ["inspect-message", str(path)]).stdout
     path.write_bytes(b"nonsense of some length")
     for wrong, words in ((path, "not fedforward's"), (tmp_path / "none", "cannot be read")):
-        result = runner.invoke(cli.app, ["letter", str(wrong)])
+        result = runner.invoke(cli.app, ["inspect-message", str(wrong)])
         assert result.exit_code == 2 and words in result.stderr.replace("\n", " ")
 
 

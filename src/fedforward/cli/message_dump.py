@@ -1,4 +1,4 @@
-"""A letter byte by byte, for whoever must know what leaves a site.
+"""A message byte by byte, for whoever must know what leaves a site.
 
 What the codec and the envelope say of their own fields is shown; a test holds it to every byte.
 Imports no PyTorch.
@@ -56,8 +56,8 @@ def listing(data: bytes) -> list[Listed]:
     return trace
 
 
-def letter_table(title: str, fields: list[Listed]) -> Table:
-    """A letter for people."""
+def message_table(title: str, fields: list[Listed]) -> Table:
+    """A message as a table, a row a field."""
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("byte", justify="right")
     table.add_column("size", justify="right")

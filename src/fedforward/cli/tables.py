@@ -6,8 +6,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-#: Metrics between 0 and 1.
-SHARES = {"accuracy", "exact-match", "f1", "rougeL"}
+from fedforward.evaluation.text_metrics import SHARES
 
 
 def quantity(size: float | None) -> str:
@@ -21,7 +20,7 @@ def quantity(size: float | None) -> str:
     raise AssertionError
 
 
-def figure(name: str, value: float | None) -> str:
+def shown(name: str, value: float | None) -> str:
     """A metric's value: a share in per cent, anything else as a number."""
     if value is None:
         return "not finite"
@@ -46,7 +45,10 @@ def summary_table(summary: dict[str, Any]) -> Table:
             f"{start:.3f} before, {end:.3f} after ({100 * (end / start - 1):+.1f} %)",
         ),
         *(
-            (name, f"{figure(name, value['start'])} before, {figure(name, value['end'])} after")
+            (
+                name,
+                f"{shown(name, value['start'])} before, {shown(name, value['end'])} after",
+            )
             for name, value in summary["metrics"].items()
             if name != "loss"
         ),
@@ -118,7 +120,7 @@ def federation_table(summary: dict[str, Any]) -> Table:
     rows = [
         ("held-out loss", f"{start:.3f} to {end:.3f} nats per answer token"),
         *(
-            (name, f"{figure(name, value['start'])} to {figure(name, value['end'])}")
+            (name, f"{shown(name, value['start'])} to {shown(name, value['end'])}")
             for name, value in summary["metrics"].items()
         ),
         ("method", f"{summary['method']}, {summary['tune']}"),

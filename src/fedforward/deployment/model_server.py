@@ -82,8 +82,8 @@ def say(text: str) -> None:
 
 def serve(settings: Path, path: Path) -> None:
     """Answer letters until the supervisor is gone or says so."""
-    from fedforward.cli.main import quiet_libraries
     from fedforward.config.site import load_site
+    from fedforward.models.libraries import quiet_libraries
 
     site_config = load_site(settings)
     say("loading libraries")

@@ -9,6 +9,9 @@ import string
 from collections import Counter
 from decimal import Decimal
 
+#: Metrics that are a share, between 0 and 1.
+SHARES = {"accuracy", "exact-match", "f1", "rougeL"}
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 #: "10-5" ends in 5: a sign stands at the beginning of a word.
 _NUMBER = re.compile(r"(?:(?<![\w.])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")

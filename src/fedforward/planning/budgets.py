@@ -5,13 +5,14 @@ From a configuration, a model and the clients' examples to the problem that `act
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fedforward.config.schema import Config
+from fedforward.core.errors import FedForwardError
+from fedforward.core.machine import available_memory
 from fedforward.core.registry import METHODS
 from fedforward.core.seeds import derive
 from fedforward.core.steps import NO_STEPS, Steps
@@ -75,14 +76,23 @@ def _budgets(config: Config, model: CausalModel, clients: int) -> NDArray[np.int
 
 
 def memory_there(device: torch.device) -> int:
-    """Bytes that a process could still take on a device, what this one holds included."""
+    """Bytes that a process could still take on a device.
+
+    On a CUDA device what PyTorch's allocator holds unused counts as free.
+
+    Raises:
+        FedForwardError: the system does not tell.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device))
-    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return UNLIMITED
+    available = available_memory()
+    if available is None:
+        raise FedForwardError(
+            "planning.budgets = 'measured' is not possible here: this system does not tell how "
+            "much memory is available. Give an amount, such as '6 GiB'."
+        )
+    return available
 
 
 def sensitivity(

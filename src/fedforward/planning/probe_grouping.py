@@ -4,7 +4,6 @@ It is resolved once, stored with the run and reused on resume, because the group
 last bits of a loss.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedforward.core.errors import FedForwardError
+from fedforward.core.machine import usable_cores
 from fedforward.core.steps import Probe, ProbePlan
 from fedforward.core.units import format_bytes
 from fedforward.methods.base import rehearsal
@@ -43,7 +43,7 @@ def resolve(
     full = tune == "full"
     return ProbePlan(
         probes_per_call=probes_per_call or (2 if full else probes_per_step),
-        threads=threads or len(os.sched_getaffinity(0)),
+        threads=threads or usable_cores(),
         trajectory="cache" if trajectory == "auto" or not full else trajectory,
         evaluation_rows=EVALUATION_ROWS,
         device=device,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError, UpdateNotFiniteError
+from fedforward.core.machine import peak_resident_bytes
 from fedforward.core.steps import Probe, ProbePlan
 from fedforward.evaluation import heldout as evaluation
 from fedforward.federation.client import Client, Replica
@@ -27,7 +28,7 @@ from fedforward.methods.report_filters import build_filters
 from fedforward.models.loading import longest_sequence, placement
 from fedforward.models.scored import AnswerBatch
 from fedforward.planning.allocator import Allocator
-from fedforward.planning.memory.tracker import peak_bytes, peak_resident_bytes
+from fedforward.planning.memory.tracker import peak_bytes
 from fedforward.training import assembly, run_directory
 from fedforward.training import build as experiment
 from fedforward.training import metrics as progress
@@ -47,6 +48,16 @@ class Session:
         self.config = config
         self.directory = RunDirectory(out)
         self.listener = listener
+        self.directory.lock()
+        try:
+            self._build(resume)
+        except BaseException:
+            self.directory.unlock()
+            raise
+
+    def _build(self, resume: bool) -> None:
+        """Make the parts, and start the run directory once nothing more can be refused."""
+        config, listener = self.config, self.listener
         self.plan = self._claim(resume)
         listener.phase("loading the model")
         self.model, self.tokenizer = experiment.build_model(config, self.plan)
@@ -65,7 +76,7 @@ class Session:
         self.heldout = evaluation.prepare(config, self.corpus.heldout, self.tokenizer, self.plan)
         self.method = assembly.build_method(config)
         allocate = self._allocator()
-        with errors_of_the_disk(out):
+        with errors_of_the_disk(self.directory.path):
             # Only now: a mistake in the configuration must not leave a run behind. On resume
             # the keys that may change are brought up to date.
             self.directory.start(config, self.plan)
@@ -178,7 +189,7 @@ class Session:
             DivergenceError: after the results so far have been written.
             FedForwardError: the disk is full; what was committed stays.
         """
-        with errors_of_the_disk(self.directory.path):
+        with self.directory.locked(), errors_of_the_disk(self.directory.path):
             self._measure_memory()
             self._restore()
             reason = progress.reason_to_stop(self.config, self.lines)

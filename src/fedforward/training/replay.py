@@ -4,6 +4,7 @@ Both rebuild the tuned state from the base model and the ledger alone.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,13 @@ from fedforward.training import build as experiment
 from fedforward.training.assembly import build_method, ledger_header
 from fedforward.training.loop import check_header
 from fedforward.training.run_directory import RunDirectory
+
+#: Called with the rounds that are rebuilt and all there are.
+RoundCallback = Callable[[int, int], None]
+
+
+def _ignore(done: int, total: int) -> None:
+    """Show nothing of how far a rebuild is."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +69,15 @@ class Rebuilt:
     differences: list[str]
 
 
-def rebuild(directory: RunDirectory, base: str | None = None) -> Rebuilt:
+def rebuild(
+    directory: RunDirectory, base: str | None = None, on_round: RoundCallback = _ignore
+) -> Rebuilt:
     """Base model plus ledger; checks on the way the digests that clients proved.
 
     Args:
         base: folder or hub name of the base model; needed where the run directory is that of a
             server, which has none.
+        on_round: called after each round.
 
     Raises:
         FedForwardError: no base model, or another one than the ledger's.
@@ -106,21 +117,23 @@ def rebuild(directory: RunDirectory, base: str | None = None) -> Rebuilt:
                     f"{model.digest()[:DIGEST_BYTES].hex()}"
                 )
         replica.catch_up([record.entry])
+        on_round(record.entry.round + 1, ledger.length)
     return Rebuilt(model, tokenizer, ledger, proofs, differences)
 
 
-def verify(path: Path, base: str | None = None) -> Verification:
+def verify(path: Path, base: str | None = None, on_round: RoundCallback = _ignore) -> Verification:
     """Rebuild the tuned state and compare it, bit for bit, with all that the run left.
 
     Args:
         base: see `rebuild`.
+        on_round: see `rebuild`.
 
     Raises:
         FedForwardError: this is not a run, or its ledger or base model cannot be used.
     """
     directory = RunDirectory(path)
     config = directory.config()
-    rebuilt = rebuild(directory, base)
+    rebuilt = rebuild(directory, base, on_round)
     differences = list(rebuilt.differences)
     digest = rebuilt.model.digest().hex()
     current = False
@@ -207,18 +220,26 @@ def _compare_settings(config: Config, file: Path) -> list[str]:
     ]
 
 
-def export(path: Path, out: Path, *, merge: bool, base: str | None = None) -> Path:
+def export(
+    path: Path,
+    out: Path,
+    *,
+    merge: bool,
+    base: str | None = None,
+    on_round: RoundCallback = _ignore,
+) -> Path:
     """Write the adapter, or with `merge` (or full tuning) a whole model, rebuilt from the ledger.
 
     Args:
         base: see `rebuild`.
+        on_round: see `rebuild`.
 
     Raises:
         FedForwardError: `out` is in use, or the run cannot be rebuilt.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FedForwardError(f"--out {out} exists and is not an empty folder. Choose another.")
-    rebuilt = rebuild(RunDirectory(path), base)
+    rebuilt = rebuild(RunDirectory(path), base, on_round)
     rebuilt.ledger.close()
     if rebuilt.differences:
         raise FedForwardError(

@@ -4,33 +4,40 @@ config.toml       the resolved configuration        metrics.jsonl   a line per r
 plan.json         the probe plan                    loss.png        the loss curve
 environment.json  versions and machine              summary.json    the result
 ledger.sqlite     the source of truth               adapter/ or model/   what was tuned
+lock              held by the process that writes here
 """
 
 import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from fedforward import __version__
 from fedforward.config.loading import load, renamed
 from fedforward.config.schema import Config
 from fedforward.config.template import to_toml
 from fedforward.core.errors import FedForwardError
+from fedforward.core.machine import processor_name
 from fedforward.core.steps import ProbePlan
 
 #: Keys that may change on resume: no committed step depends on them.
 FREE_KEYS = {"run.patience", "run.evaluate_every"}
+LOCK = "lock"
 #: What a start that was cut short may leave behind; nothing has been computed yet.
-_FIRST_FILES = {
+_FIRST_FILES = {LOCK} | {
     name + ending
     for name in ("plan.json", "environment.json", "config.toml", "federation.json")
     for ending in ("", ".partial")
 }
-_PACKAGES = ("fedforward", "torch", "transformers", "peft", "numba", "numpy", "datasets")
+_PACKAGES = ("torch", "transformers", "peft", "numba", "numpy", "datasets")
 
 
 class RunDirectory:
@@ -42,6 +49,8 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.plot = path / "loss.png"
+        # One thread may build a run and another carry it out.
+        self._lock = FileLock(path / LOCK, timeout=0, thread_local=False)
 
     @property
     def started(self) -> bool:
@@ -71,6 +80,44 @@ class RunDirectory:
             )
         if not os.access(self.path, os.W_OK):
             raise FedForwardError(f"{self.path} cannot be written. Choose another --out.")
+
+    def lock(self) -> None:
+        """Keep other processes from writing here until `unlock`; a kill lets go of it as well.
+
+        Raises:
+            FedForwardError: another process does, or the folder cannot be used.
+        """
+        if not self.started:
+            self.claim()
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise FedForwardError(
+                f"{self.path} is in use by another fedforward process. Wait until that one has "
+                "ended, stop it, or choose another --out."
+            ) from error
+        except OSError as error:
+            raise FedForwardError(
+                f"{self.path / LOCK} cannot be locked: {error.strerror or error}. Look at the "
+                "rights of the folder, or choose another --out."
+            ) from error
+
+    def unlock(self) -> None:
+        """Let others write here; a folder in which no run was started is left as it was."""
+        if self._lock.is_locked and not self.started:
+            # Windows does not remove a file that is open; an empty one does no harm.
+            with suppress(OSError):
+                (self.path / LOCK).unlink()
+        self._lock.release(force=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """`lock`, unless this object has done so, and `unlock` at the end."""
+        self.lock()
+        try:
+            yield
+        finally:
+            self.unlock()
 
     def continues(self, config: Config, resume: bool) -> bool:
         """Whether a run that was started here is to be continued; else the folder is claimed.
@@ -237,7 +284,7 @@ def strict(content: Any) -> Any:
 
 def environment() -> dict[str, Any]:
     """Versions and the machine, as far as they matter for repeating a run."""
-    versions: dict[str, str | None] = {}
+    versions: dict[str, str | None] = {"fedforward": __version__}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)
@@ -247,17 +294,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.system(),
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "packages": versions,
     }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor()

@@ -188,7 +188,7 @@ def write_app(folder: Path, config: Config, out: Path) -> Path:
     (package / "__init__.py").write_text("", encoding="utf-8")
     for name in _APPS:
         # Of the two, only the server's needs the configuration, the planner and the ledger.
-        text = f'from fedforward.runtimes.flower.{name} import {name}\n\n__all__ = ["{name}"]\n'
+        text = f'from fedforward.deployment.flower.{name} import {name}\n\n__all__ = ["{name}"]\n'
         (package / f"{name}.py").write_text(text, encoding="utf-8")
     return folder
 

@@ -5,14 +5,12 @@ Nothing here knows of rounds. Processes that die are started again; the coordina
 starts as its server app, goes on from the ledger each time.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-import resource
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import httpx
 
 from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
+from fedforward.core.machine import process_runs, raise_open_file_limit
 from fedforward.deployment.flower import certificates, engine
 from fedforward.deployment.flower.reverse_proxy import Gate
 from fedforward.deployment.state import Papers
@@ -105,11 +104,9 @@ def serve(
     if over is not None:
         tell("the run was over already")
         return over
-    Papers(directory).open(config, resume)
-    # Every site has a connection or two.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    with _alone(directory), Supervisor() as supervisor:
+    raise_open_file_limit()
+    with directory.locked(), Supervisor() as supervisor:
+        Papers(directory).open(config, resume)
         return _Service(config, directory, door, supervisor, listener, tell).run()
 
 
@@ -124,20 +121,6 @@ def _finished(directory: RunDirectory, config: Config) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return dict(summary) if done else None
-
-
-@contextmanager
-def _alone(directory: RunDirectory) -> Iterator[None]:
-    """Keep others from carrying out the same run at the same time."""
-    with (directory.path / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise FedForwardError(
-                f"{directory.path} is being carried out by another `fedforward server`. Stop that "
-                f"one with: fedforward stop {directory.path}"
-            ) from error
-        yield
 
 
 class _Service:
@@ -254,7 +237,7 @@ class _Service:
                 self._show(status)
                 if status["state"] in ("finished", "failed", "stopped"):
                     return self._end(status)
-                alive = _alive(int(status["pid"])) and _age(self.status) < SILENCE
+                alive = process_runs(int(status["pid"])) and _age(self.status) < SILENCE
                 if status["round"] > round_before:
                     tries, round_before = 0, status["round"]
             if alive:
@@ -397,21 +380,6 @@ def _words(site: dict[str, Any]) -> str:
     if not site["ready"]:
         return "connected, loading model and data"
     return f"takes part with {site['examples']} examples"
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and is not yet buried does not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return True
-    return state != "Z"
 
 
 def _age(path: Path) -> float:

@@ -5,8 +5,6 @@ method needs is counted here from the tensors themselves.
 """
 
 import gc
-import resource
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -90,9 +88,3 @@ def peak_bytes(action: Callable[[], object]) -> int:
     with tracker:
         action()
     return before + tracker.peak
-
-
-def peak_resident_bytes() -> int:
-    """The largest resident size that this process has had, in bytes."""
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else 1024 * size
