@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from fedforward.errors import FedForwardError
+from fedforward.errors import FedForwardError, out_of_memory
 from fedforward.report.table import figure
 
 # PyTorch's threads spin for long before they sleep; on a busy machine that takes the cores from
@@ -51,7 +51,7 @@ def _friendly(resume_hint: str = "") -> Iterator[None]:
         _complain(f"{where}{error.strerror or error}. Look at the path, its rights and its room.")
         raise typer.Exit(2) from error
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         _complain(
             "there is not enough memory. Lower method.batch_size, data.sequence_length or "
@@ -61,13 +61,6 @@ def _friendly(resume_hint: str = "") -> Iterator[None]:
     except KeyboardInterrupt:
         _say(console, f"interrupted. {resume_hint}")
         raise typer.Exit(130) from None
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out; PyTorch's allocators say so in words only."""
-    words = str(error).lower()
-    told = "out of memory" in words or "can't allocate memory" in words
-    return isinstance(error, MemoryError) or told
 
 
 def _complain(message: str) -> None:

@@ -11,3 +11,10 @@ class FedForwardError(Exception):
 
 class UpdateNotFiniteError(FedForwardError):
     """The reports of a round add up to more than can be written; nothing was."""
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on any device; PyTorch's allocators say so in words only."""
+    words = str(error).lower()
+    told = "out of memory" in words or "can't allocate memory" in words
+    return isinstance(error, MemoryError) or told

@@ -16,7 +16,7 @@ from fedforward import evaluation, experiment
 from fedforward.assembly import ModelIdentity, build_method
 from fedforward.config import Config
 from fedforward.data.batches import Batches, Collate
-from fedforward.errors import FedForwardError
+from fedforward.errors import FedForwardError, out_of_memory
 from fedforward.federation.client import Client, Replica
 from fedforward.federation.letters import Enrolment, Kind, Letter, packed
 from fedforward.messages import MessageError, Task
@@ -126,12 +126,12 @@ class Site:
             kind, body = self._answer(letter)
         except FedForwardError as error:
             kind, body = Kind.REFUSAL, str(error).encode()
-        except MemoryError:
-            kind, body = Kind.REFUSAL, b"there is not enough memory here for what was asked"
         except Exception as error:
-            # The server must hear of it, and the site's log has where it came from.
-            traceback.print_exc(file=sys.stderr)
-            kind, body = Kind.REFUSAL, f"{type(error).__name__}: {error}".encode()
+            kind, body = Kind.REFUSAL, b"there is not enough memory here for what was asked"
+            if not out_of_memory(error):
+                # The server must hear of it, and the site's log has where it came from.
+                traceback.print_exc(file=sys.stderr)
+                body = f"{type(error).__name__}: {error}".encode()
         if kind is Kind.REFUSAL:
             self.notice(f"refused: {body.decode()}")
         answer = Letter(kind, run, body).seal()

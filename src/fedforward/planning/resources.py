@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedforward import devices
 from fedforward.config import Config
 from fedforward.estimators import TwoPoint
 from fedforward.models.causal_lm import Batch, CausalModel
@@ -75,9 +76,8 @@ def _budgets(config: Config, model: CausalModel, clients: int) -> NDArray[np.int
 
 def memory_there(device: torch.device) -> int:
     """Bytes that a process could still take on a device, what this one holds included."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device))
+    if devices.is_accelerator(device):
+        return devices.room(device)
     for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("MemAvailable:"):
             return 1024 * int(line.split()[1])
