@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.text import Text
 
 from fedforward.cli.tables import shown
-from fedforward.core.errors import FedForwardError
+from fedforward.core.errors import FedForwardError, out_of_memory
 
 #: Results, for people or as JSON.
 out_console = Console()
@@ -95,7 +95,7 @@ def friendly(resume_hint: str = "") -> Iterator[None]:
         words = f"{where}{error.strerror or error}. Look at the path, its rights and its room."
         raise _refusal(words, error) from error
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         raise _refusal(
             "there is not enough memory. Lower method.batch_size, data.sequence_length or "
@@ -111,13 +111,6 @@ def _refusal(message: str, error: Exception) -> typer.Exit:
     log.debug("the error below was raised here", exc_info=error)
     console.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
     return typer.Exit(2)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out; PyTorch's allocators say so in words only."""
-    words = str(error).lower()
-    told = "out of memory" in words or "can't allocate memory" in words
-    return isinstance(error, MemoryError) or told
 
 
 def say(where: Console, text: str) -> None:

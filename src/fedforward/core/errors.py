@@ -15,3 +15,10 @@ class UpdateNotFiniteError(FedForwardError):
 
 class MessageError(FedForwardError):
     """A message that is damaged, of another version, or not what was asked for."""
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on any device; PyTorch's allocators say so in words only."""
+    words = str(error).lower()
+    told = "out of memory" in words or "can't allocate memory" in words
+    return isinstance(error, MemoryError) or told

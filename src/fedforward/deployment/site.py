@@ -14,7 +14,7 @@ from typing import Any
 
 from fedforward.config.schema import Config
 from fedforward.config.site import SiteConfig, join, refusals
-from fedforward.core.errors import FedForwardError, MessageError
+from fedforward.core.errors import FedForwardError, MessageError, out_of_memory
 from fedforward.core.identity import ModelIdentity
 from fedforward.data.sampler import Batches, Collate
 from fedforward.evaluation import heldout as evaluation
@@ -130,12 +130,12 @@ class Site:
             kind, body = self._answer(letter)
         except FedForwardError as error:
             kind, body = Kind.REFUSAL, str(error).encode()
-        except MemoryError:
-            kind, body = Kind.REFUSAL, b"there is not enough memory here for what was asked"
         except Exception as error:
-            # The server must hear of it, and the site's log has where it came from.
-            traceback.print_exc(file=sys.stderr)
-            kind, body = Kind.REFUSAL, f"{type(error).__name__}: {error}".encode()
+            kind, body = Kind.REFUSAL, b"there is not enough memory here for what was asked"
+            if not out_of_memory(error):
+                # The server must hear of it, and the site's log has where it came from.
+                traceback.print_exc(file=sys.stderr)
+                body = f"{type(error).__name__}: {error}".encode()
         if kind is Kind.REFUSAL:
             self.notice(f"refused: {body.decode()}")
         answer = Letter(kind, run, body).seal()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedforward.core.errors import out_of_memory
 from fedforward.models.loading import input_device
 
 #: Logits that are worked on at once, by device: what fits a cache, or fills a GPU.
@@ -74,7 +75,9 @@ class Head:
         try:
             with self._replaced(answer):
                 logits = self.network(input_ids=token, use_cache=False).logits
-        except RuntimeError:
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             # Something after the head counts on the size of the vocabulary.
             self.module = None
             return

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedforward.models import devices
 from fedforward.models.blocks import transformer_blocks
 
 
@@ -43,7 +44,7 @@ class Residency:
         self.sizes = tuple(block.size for block in self._blocks)
         with torch.inference_mode(False):
             for block in self._blocks:
-                block.leave(device.type == "cuda")
+                block.leave(devices.is_accelerator(device))
         self._hooks = []
         for number, module in enumerate(transformer_blocks(network)):
             self._hooks.append(module.register_forward_pre_hook(self._arrives(number)))

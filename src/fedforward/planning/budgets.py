@@ -18,6 +18,7 @@ from fedforward.core.seeds import derive
 from fedforward.core.steps import NO_STEPS, Steps
 from fedforward.core.units import parse_bytes
 from fedforward.methods.estimators import TwoPoint
+from fedforward.models import devices
 from fedforward.models.base import Batch, CausalModel
 from fedforward.planning.activation import UNLIMITED, Problem
 from fedforward.planning.allocator import Allocator, counted
@@ -78,14 +79,13 @@ def _budgets(config: Config, model: CausalModel, clients: int) -> NDArray[np.int
 def memory_there(device: torch.device) -> int:
     """Bytes that a process could still take on a device.
 
-    On a CUDA device what PyTorch's allocator holds unused counts as free.
+    On an accelerator what PyTorch's allocator holds unused counts as free.
 
     Raises:
         FedForwardError: the system does not tell.
     """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device))
+    if devices.is_accelerator(device):
+        return devices.room(device)
     available = available_memory()
     if available is None:
         raise FedForwardError(

@@ -41,13 +41,14 @@ def resolve(
     step does, so that memory does not depend on the number of clients.
     """
     full = tune == "full"
+    kind = device.split(":")[0]
     return ProbePlan(
         probes_per_call=probes_per_call or (2 if full else probes_per_step),
         threads=threads or usable_cores(),
         trajectory="cache" if trajectory == "auto" or not full else trajectory,
         evaluation_rows=EVALUATION_ROWS,
         device=device,
-        tokens_per_call=tokens_per_call or TOKENS_PER_CALL[device.split(":")[0]],
+        tokens_per_call=tokens_per_call or TOKENS_PER_CALL.get(kind, TOKENS_PER_CALL["cuda"]),
     )
 
 
@@ -94,7 +95,7 @@ def fit(
     def measured(count: int) -> int:
         model.plan = replace(plan, probes_per_call=count)
         probes = step_probes(batches, count, estimator)
-        return peak_bytes(lambda: model.evaluate(probes))
+        return peak_bytes(lambda: model.evaluate(probes), model.device)
 
     try:
         measured(1)

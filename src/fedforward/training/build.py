@@ -251,22 +251,23 @@ def resolve_device(wish: str) -> str:
     Raises:
         FedForwardError: CUDA was asked for and is not there, or the name is unknown.
     """
-    import torch
+    from fedforward.models import devices
 
+    there = devices.accelerators()
     if wish == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if "cuda" in there else "cpu"
     kind = wish.split(":")[0]
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", wish):
+    if not re.fullmatch("|".join(["cpu", *(rf"{name}(:\d+)?" for name in {"cuda", *there})]), wish):
         raise FedForwardError(
             f"run.device = {wish!r} is not allowed: it must be 'auto', 'cpu', 'cuda' or 'cuda:N'."
         )
-    if kind == "cuda" and not torch.cuda.is_available():
+    if kind == "cuda" and kind not in there:
         raise FedForwardError(
             f"run.device = {wish!r}: PyTorch finds no CUDA device here. Use 'cpu' or 'auto'."
         )
-    if kind == "cuda" and int(wish.partition(":")[2] or 0) >= torch.cuda.device_count():
+    if kind in there and int(wish.partition(":")[2] or 0) >= devices.count(kind):
         raise FedForwardError(
-            f"run.device = {wish!r}: there are only {torch.cuda.device_count()} CUDA devices, "
+            f"run.device = {wish!r}: there are only {devices.count(kind)} {kind.upper()} devices, "
             "numbered from 0."
         )
     return wish
@@ -316,10 +317,12 @@ def _tuned_model(
 ) -> tuple[CausalModel, Any]:
     import torch
 
+    from fedforward.models import devices
+
     torch.set_num_threads(plan.threads)
     device = resolve_device(config.run.device)
     if ":" in device:
-        torch.cuda.set_device(device)
+        devices.select(device)
     network, tokenizer = _load(config, device, classes)
     distribution = Distribution(config.method.distribution)
     if config.model.tune == "full":

@@ -238,16 +238,16 @@ class Session:
 
         # Inference first: the buffers that a step leaves behind are not inference's.
         inference()
-        self.inference_memory = peak_bytes(inference)
+        self.inference_memory = peak_bytes(inference, model.device)
         step()
-        self.peak_memory = peak_bytes(step)
+        self.peak_memory = peak_bytes(step, model.device)
 
     def _first_peak(self, record: Round) -> int:
         """Peak bytes of this session's first commit; later ones take no more."""
         if self.commit_measured:
             return 0
         self.commit_measured = True
-        return peak_bytes(self._catch_up)
+        return peak_bytes(self._catch_up, self.model.device)
 
     def _catch_up(self, rounds: int | None = None) -> None:
         """Bring the shared replica to so many rounds of the ledger, or to its end."""

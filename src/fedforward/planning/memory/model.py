@@ -461,11 +461,10 @@ def _measure(model: "CausalModel", probes: Sequence[Probe]) -> dict[str, int]:
 @contextmanager
 def _meter(device: "torch.device") -> Iterator[Any]:
     """A function that gives the peak of bytes since it was last called, above the beginning."""
-    import torch
-
+    from fedforward.models import devices
     from fedforward.planning.memory.tracker import _Tracker
 
-    if device.type != "cuda":
+    if not devices.is_accelerator(device):
         with _Tracker() as tracker:
 
             def since() -> int:
@@ -475,13 +474,11 @@ def _meter(device: "torch.device") -> Iterator[Any]:
 
             yield since
         return
-    devices = range(torch.cuda.device_count())
-    begin = sum(torch.cuda.memory_allocated(each) for each in devices)
+    begin = devices.allocated(device)
 
     def allocated() -> int:
-        peak = sum(torch.cuda.max_memory_allocated(each) for each in devices)
-        for each in devices:
-            torch.cuda.reset_peak_memory_stats(each)
+        peak = devices.peak_allocated(device)
+        devices.reset_peak(device)
         return peak - begin
 
     allocated()
@@ -489,15 +486,13 @@ def _meter(device: "torch.device") -> Iterator[Any]:
 
 
 def _library(device: "torch.device") -> int:
-    """What the allocator has given out on CUDA that no tensor is."""
-    import torch
-
+    """What an accelerator's allocator has given out that no tensor is."""
+    from fedforward.models import devices
     from fedforward.planning.memory.tracker import bytes_alive
 
-    if device.type != "cuda":
+    if not devices.is_accelerator(device):
         return 0
-    devices = range(torch.cuda.device_count())
-    return max(0, sum(torch.cuda.memory_allocated(d) for d in devices) - bytes_alive("cuda"))
+    return max(0, devices.allocated(device) - bytes_alive(device.type))
 
 
 # What follows from layout and plan ----------------------------------------------------------------

@@ -13,6 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fedforward.models import devices
+
 
 def bytes_alive(device: str | None = None) -> int:
     """Bytes of all storages that some living tensor refers to, or of those on a kind of device."""
@@ -75,15 +77,22 @@ class _Tracker(TorchDispatchMode):
         self.now -= size
 
 
-def peak_bytes(action: Callable[[], object]) -> int:
-    """Bytes of tensors alive at the worst moment of `action`, those from before included."""
-    before = bytes_alive()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        devices = range(torch.cuda.device_count())
-        for device in devices:
-            torch.cuda.reset_peak_memory_stats(device)
+def peak_bytes(action: Callable[[], object], device: torch.device | str | None = None) -> int:
+    """Bytes of tensors alive at the worst moment of `action`, those from before included.
+
+    Args:
+        device: on which `action` works: on an accelerator, its allocator is asked. None is CUDA if
+            this process has used it, and the CPU if not.
+    """
+    if device is None:
+        used = torch.cuda.is_available() and torch.cuda.is_initialized()
+        device = "cuda" if used else "cpu"
+    if devices.is_accelerator(device):
+        gc.collect()
+        devices.reset_peak(device)
         action()
-        return sum(int(torch.cuda.max_memory_allocated(device)) for device in devices)
+        return devices.peak_allocated(device)
+    before = bytes_alive()
     tracker = _Tracker()
     with tracker:
         action()
