@@ -1,96 +1,63 @@
-"""The reference of the wire form, made from the codec's own declarations.
+"""The reference of the wire form, made from the codec's own declarations (`Message.describe`)."""
 
-`layouts` is the one place that knows how the codec declares its fields: struct formats, and the
-names that `fedforward inspect-message` prints beside them.
-"""
-
-import struct
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-#: Name, type and size of a field; the size is text where it depends on another field.
+#: Name, type and meaning of a field.
 Row = tuple[str, str, str]
-
-CODES = {
-    "B": "uint8",
-    "H": "uint16",
-    "I": "uint32",
-    "Q": "uint64",
-    "i": "int32",
-    "q": "int64",
-    "f": "float32",
-    "d": "float64",
-}
 
 
 def layouts() -> dict[str, tuple[str, list[Row]]]:
-    """By title: a sentence, and the fields in the order in which they travel."""
-    from fedforward.cli import message_dump as names
-    from fedforward.messages import codec, envelope
+    """By title: a sentence, and the fields in the order of their numbers and lengths."""
+    from fedforward.messages import envelope
+    from fedforward.messages.codec import Message
+    from fedforward.messages.entry import Contribution, Entry
+    from fedforward.messages.report import ClientResult, Report
+    from fedforward.messages.snapshot import Snapshot
+    from fedforward.messages.task import Task
 
-    digest = f"0 or {codec.DIGEST_BYTES}"
-    header = _fixed(codec.HEADER_FORM, names._HEADER)
+    def rows(kind: type[Message]) -> list[Row]:
+        return [(row.name, row.type, row.meaning) for row in kind.describe()]
+
     return {
         "Envelope": (
             "Across machines every message lies in one. A simulation has none.",
             [
-                *_fixed(
-                    _first(envelope, "ENVELOPE_FORM", "HEAD_FORM"),
-                    ("magic", "envelope version", "message kind", "run"),
-                ),
-                ("body", "as the kind says", "the rest"),
-                ("checksum", "bytes of the SHA-256 before it", str(envelope.CHECKSUM_BYTES)),
+                ("magic", "2 bytes", "says that it is one"),
+                ("version", "uint8", "of the envelope"),
+                ("kind", "uint8", "what the body is"),
+                ("run", f"{envelope.RUN_BYTES} bytes", "the run's random name"),
+                ("body", "the rest", "as the kind says"),
+                ("checksum", f"{envelope.CHECKSUM_BYTES} bytes", "of the SHA-256 before it"),
             ],
         ),
-        "Header": ("Every task, report and snapshot begins with it.", header),
-        "Task": (
-            "From the server to a site, once a round.",
+        "Header": (
+            "Every task, report and snapshot begins with it.",
             [
-                *_fixed(codec.TASK_FORM, names._TASK),
-                ("tuned state, for a method that sends tensors", "float32", "4 each"),
-                ("blocks to perturb", "a bit each", "none, or blocks / 8 rounded up"),
-                ("sampling weights of candidate seeds", "uint16", "2 each"),
-                ("snapshot", "a whole snapshot", "0 or more"),
-                ("ledger entries", "entries", "as below"),
+                ("magic", "2 bytes", "`FF`"),
+                ("version", "uint8", "of the wire form"),
+                ("kind", "uint8", "1 task, 2 report, 3 snapshot"),
             ],
         ),
+        "Task": ("From the server to a site, once a round.", rows(Task)),
         "Ledger entry": (
             "One round's change of the tuned state. The ledger stores the same bytes.",
-            [
-                *_fixed(codec.ENTRY_FORM, names._ENTRY),
-                ("digest of the state", "bytes", "0 or 32"),
-                ("places of increments", "uint32", "4 each"),
-                ("increments", "int64", "8 each"),
-                ("contributions", "contributions", "as below"),
-            ],
+            rows(Entry),
         ),
         "Contribution": (
             "Steps of an entry that share a client and a set of blocks.",
-            [
-                *_fixed(codec.CONTRIBUTION_FORM, names._CONTRIBUTION),
-                ("blocks that they move", "a bit each", "none, or blocks / 8 rounded up"),
-                ("coefficients", "float32", "4 each"),
-            ],
+            rows(Contribution),
         ),
-        "Report": (
-            "From a site to the server, once a round.",
-            [
-                *_fixed(codec.REPORT_FORM, names._REPORT),
-                ("digest of the tuned state", "first half of its SHA-256", digest),
-                ("projected gradients", "float32", "4 each"),
-                ("tuned state, for a method that sends tensors", "float32", "4 each"),
-            ],
-        ),
+        "Report": ("From a site to the server, once a round.", rows(Report)),
         "Snapshot": (
             "The tuned tensors in place of the entries that led to them.",
-            [
-                *_fixed(codec.SNAPSHOT_FORM, names._SNAPSHOT),
-                ("digest", "SHA-256 of the tuned state", "0 or 32"),
-                ("tuned tensors", "bytes in the layout's order", "as counted"),
-            ],
+            rows(Snapshot),
+        ),
+        "Client result": (
+            "What the ledger keeps of a client's part in a round.",
+            rows(ClientResult),
         ),
     }
 
@@ -124,54 +91,23 @@ def _first(module: ModuleType, *names: str) -> Any:
     raise LookupError(f"{module.__name__} has none of {', '.join(names)}: see scripts/docs/wire.py")
 
 
-def _fixed(form: struct.Struct, names: tuple[str, ...]) -> list[Row]:
-    codes = list(_codes(form))
-    return [
-        (name, _type(code), str(struct.calcsize("<" + code)))
-        for name, code in zip(names, codes, strict=True)
-    ]
-
-
-def _codes(form: struct.Struct) -> Iterator[str]:
-    """The fields of a format: "<2sBI" has "2s", "B" and "I"."""
-    count = ""
-    for code in form.format.lstrip("<"):
-        if code.isdigit():
-            count += code
-        else:
-            yield count + code
-            count = ""
-
-
-def _type(code: str) -> str:
-    return "bytes" if code.endswith("s") else CODES[code]
-
-
-def _offsets(rows: list[Row]) -> Iterator[str]:
-    """Where each field begins, as long as everything before it has a fixed size."""
-    place: int | None = 0
-    for _, _, size in rows:
-        yield "" if place is None else str(place)
-        place = place + int(size) if place is not None and size.isdigit() else None
-
-
 def page() -> str:
     """The page, in Markdown."""
     parts = [
         "# Wire form\n",
         "This page is made from the codec. Integers and floats are little-endian. A message that "
         "is cut short, too long, of another version or not finite is refused with a sentence.\n",
+        "A message is one structure with all numbers, and the length of every variable part, in "
+        "the order below. The variable parts follow it in the same order.\n",
         "| what | version |\n|---|---|",
         *(f"| {name} | `{version}` |" for name, version in versions()),
         "",
     ]
     for title, (sentence, rows) in layouts().items():
         parts.append(f"## {title}\n\n{sentence}\n")
-        parts.append("| byte | size | type | field |\n|---:|---:|---|---|")
-        for offset, (name, kind, size) in zip(_offsets(rows), rows, strict=True):
-            parts.append(f"| {offset} | {size} | {kind} | {name} |")
-        fixed = sum(int(size) for _, _, size in rows if size.isdigit())
-        parts.append(f"\n{fixed} bytes are fixed.\n")
+        parts.append("| field | type | what it is |\n|---|---|---|")
+        parts += [f"| {name} | {kind} | {meaning} |" for name, kind, meaning in rows]
+        parts.append("")
     parts.append("## Kinds of message\n")
     parts.append("Kinds below 16 come from the server; the others are a site's answers.\n")
     parts.append("| number | kind |\n|---:|---|")
