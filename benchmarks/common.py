@@ -26,11 +26,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedforward.core.batches import TokenBatch
 from fedforward.core.seeds import direction_seed, dither_seed
 from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 from fedforward.directions import Distribution
 from fedforward.methods.estimators import TwoPoint
-from fedforward.models.base import CausalModel, TokenBatch
+from fedforward.models.base import CausalModel
 from fedforward.models.full import FullModel
 from fedforward.models.lora import LoraModel
 from fedforward.planning.memory.tracker import bytes_alive, peak_bytes

@@ -37,7 +37,7 @@ import torch
 from common import Column, Reach, Row, Trajectory
 from step import HORIZON, TOKENS
 
-from fedforward.models.base import TokenBatch
+from fedforward.core.batches import TokenBatch
 from fedforward.planning.memory.tracker import peak_bytes
 from fedforward.planning.probe_grouping import TOKENS_PER_CALL
 

@@ -32,8 +32,9 @@ import torch
 from common import Column, Reach, Row
 from numpy.typing import NDArray
 
+from fedforward.core.batches import TokenBatch
 from fedforward.methods.estimators import TwoPoint
-from fedforward.models.base import CausalModel, TokenBatch
+from fedforward.models.base import CausalModel
 from fedforward.models.blocks import transformer_blocks
 from fedforward.planning.memory.model import MemoryModel, calibrate
 from fedforward.planning.memory.tracker import peak_bytes

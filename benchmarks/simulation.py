@@ -28,13 +28,13 @@ import common
 import numpy as np
 from common import Column, Reach, Row
 
+from fedforward.core.batches import TokenBatch
 from fedforward.federation.client import Client, Replica
 from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import Server, ServerSettings
 from fedforward.methods.estimators import TwoPoint
 from fedforward.methods.fedmezo import FedMeZO
-from fedforward.models.base import TokenBatch
 from fedforward.training.simulation import LocalRuntime
 
 LENGTHS = {"short": (16, 48), "long": (100, 250), "quick": (4, 8)}

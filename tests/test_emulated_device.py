@@ -16,15 +16,17 @@ import pytest
 import torch
 from torch import nn
 
+from fedforward.core.batches import TokenBatch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import Probe, ProbePlan, Update
 from fedforward.directions import Distribution
 from fedforward.directions import ops as kernels
+from fedforward.evaluation.objectives import ClassError, ClassLoss
 from fedforward.federation.ledger import Ledger
 from fedforward.messages.envelope import Kind, Letter
 from fedforward.methods.estimators import TwoPoint
 from fedforward.models import devices
-from fedforward.models.base import CausalModel, ClassBatch, TokenBatch, WrongClassBatch
+from fedforward.models.base import CausalModel
 from fedforward.models.blocks import transformer_blocks
 from fedforward.models.full import FullModel
 from fedforward.models.lm_head import Head
@@ -268,8 +270,8 @@ def test_classifiers_have_the_bits_of_the_cpu(kind: str, tune: str, rests: bool)
         if waits:
             model.rest_on_host()
         answers: list[Any] = []
-        for batch_kind in (ClassBatch, WrongClassBatch):
-            batches = [test_classification.batch(n, n + 2, batch_kind) for n in (1, 2)]
+        for objective in (ClassLoss(), ClassError()):
+            batches = [test_classification.batch(n, n + 2, objective) for n in (1, 2)]
             probes = [Probe(batches[0], TRAJECTORY, s) for s in (PERTURBATION, OPPOSITE)]
             probes.append(Probe(batches[1], TRAJECTORY[:1], PERTURBATION))
             answers += [e.sums.tolist() for e in model.evaluate(probes)]

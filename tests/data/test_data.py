@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedforward.core.batches import IGNORED
 from fedforward.core.errors import FedForwardError
 from fedforward.data import sources, templates
 from fedforward.data.partition import partition
 from fedforward.data.sampler import Batches, by_length, collate
 from fedforward.data.templates import Example
-from fedforward.models.base import IGNORED
 from tests.support.command_line import MODEL
 
 ROWS = [{"q": "größe?", "a": "1"}, {"q": "b, c", "a": "2"}]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from fedforward.core.batches import TokenBatch
 from fedforward.core.steps import Probe, ProbePlan, Steps
 from fedforward.directions import Distribution
 from fedforward.directions.ops import accumulate
-from fedforward.models.base import TokenBatch
 from fedforward.models.lora import LoraModel
 
 pytestmark = [

@@ -13,21 +13,21 @@ import torch
 
 from fedforward.config.schema import Config
 from fedforward.config.template import to_toml
+from fedforward.core.batches import IGNORED, AnswerBatch, ChoiceBatch, PromptBatch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import NO_STEPS, Probe, Steps, Update
 from fedforward.data import labels
-from fedforward.data.sampler import collate, collate_choices, collate_prompts
+from fedforward.data.sampler import collate, collate_prompts
 from fedforward.data.templates import Example, Tokenised
 from fedforward.directions import Distribution
 from fedforward.evaluation import heldout as evaluation
-from fedforward.evaluation.objectives import score_of
+from fedforward.evaluation.objectives import Accuracy, Context, Loss, Score, build_objective
 from fedforward.messages.task import Task
 from fedforward.methods.estimators import TwoPoint
 from fedforward.methods.fedmezo import FedMeZO
-from fedforward.models.base import IGNORED, CausalModel, PromptBatch
+from fedforward.models.base import CausalModel
 from fedforward.models.full import FullModel
 from fedforward.models.lora import LoraModel
-from fedforward.models.scored import AnswerBatch, ChoiceBatch
 from fedforward.training import loop as session
 from fedforward.training import replay as artefacts
 from tests.conftest import DEMO_MODEL, Silent
@@ -95,7 +95,7 @@ def choices(seed: int = 0, examples: int = 6, count: int = 3) -> ChoiceBatch:
         rows = tuple(np.concatenate((prompt, end)) for end in ends)
         right = number % count
         made.append(Example(rows[right], len(prompt), "", rows, right))
-    return collate_choices(made)
+    return Accuracy().batch(made)  # type: ignore[return-value]
 
 
 def by_hand(network: Any, data: ChoiceBatch) -> list[float]:
@@ -116,6 +116,13 @@ def by_hand(network: Any, data: ChoiceBatch) -> list[float]:
     return wrong
 
 
+def score_of(name: str) -> Any:
+    """The function of answers and references behind an objective that scores answers."""
+    objective = build_objective(name, Context(Numbers(), 12))
+    assert isinstance(objective, Score)
+    return objective.function
+
+
 def built(network: Any, tune: str) -> CausalModel:
     return lora(network, plan=plan(1)) if tune == "lora" else FullModel(network, plan=plan(1))
 
@@ -127,7 +134,7 @@ def test_label_words_become_choices(tokenizer: Any) -> None:
     assert [tokenizer.decode(c[second.prompt_length :]) for c in second.choices] == [" no", " yes"]
     assert (first.right, second.right, second.reference) == (1, 0, " no")
     assert first.tokens is first.choices[1]
-    data = collate_choices([first, second])
+    data = Accuracy().batch([first, second])
     assert len(data.tokens) == 4 and data.right.tolist() == [1, 0]
     counted = [row[row != IGNORED].tolist() for row in data.rows.labels]
     words = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in WORDS.values()]
@@ -230,10 +237,10 @@ def test_probing_raises_an_accuracy(tiny_network: Make) -> None:
     prompts = [random.integers(3, 97, 6) for _ in range(32)]
     rows = [tuple(np.append(prompt, word) for word in (5, 6)) for prompt in prompts]
     examples = [Example(choice[0], 6, "", choice, 0) for choice in rows]
-    (base,) = model.evaluate([Probe(collate_choices(examples))])
+    (base,) = model.evaluate([Probe(Accuracy().batch(examples))])
     if base.mean < 0.5:
         examples = [Example(choice[1], 6, "", choice, 1) for choice in rows]
-    data = collate_choices(examples)
+    data = Accuracy().batch(examples)
     (start,) = model.evaluate([Probe(data)])
 
     class Same:
@@ -347,7 +354,7 @@ def test_answers_are_scored(tiny_network: Make, tune: str) -> None:
     (generated,) = model.generate([Probe(data, NO_STEPS, PERTURBATION)])
     texts = Numbers().batch_decode(generated.tolist(), True)
     references = [texts[0], "unlike", " ".join(texts[2].split()[:6])]
-    scored = AnswerBatch(data, references, Numbers(), score_of("f1", "method.objective"))
+    scored = AnswerBatch(data, references, build_objective("f1", Context(Numbers(), 12)))
     (result,) = model.evaluate([Probe(scored, NO_STEPS, PERTURBATION)])
     assert result.sums[:2].tolist() == [0.0, 1.0]
     assert 0.0 < result.sums[2] < 1.0
@@ -472,8 +479,8 @@ def test_a_long_evaluation_says_how_far_it_is(
     monkeypatch.setattr(evaluation, "NEXT_NOTICE", 0.0)
     groups = [[Example(np.arange(3, 9), 2, "5 6")] * 2] * 3
     said: list[str] = []
-    scores = {"f1": score_of("f1", "evaluation.metrics")}
-    heldout = evaluation.HeldOut(groups, ("f1",), scores, Numbers(), 4)
+    scores = {"f1": score_of("f1")}
+    heldout = evaluation.HeldOut(groups, ("f1",), {"loss": Loss()}, scores, Numbers(), 4)
     figures = evaluation.measure(FullModel(tiny_network(), plan=plan(1)), heldout, said.append)
     assert figures.keys() == {"heldout_loss", "metrics"}
     assert said == [
@@ -499,7 +506,7 @@ def test_a_long_evaluation_says_how_far_it_is(
 )
 def test_functions_that_do_not_work(name: str, words: list[str]) -> None:
     with pytest.raises(FedForwardError) as caught:
-        score_of(name, "method.objective")(["a", "b"], ["c", "d"])
+        score_of(name)(["a", "b"], ["c", "d"])
     for word in [f"method.objective = {name!r}", *words]:
         assert word in str(caught.value)
 
@@ -507,11 +514,11 @@ def test_functions_that_do_not_work(name: str, words: list[str]) -> None:
 def test_numbers_of_other_libraries_are_numbers(
     own_scores: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score = score_of("own_scores:length", "method.objective")
+    score = score_of("own_scores:length")
     module = sys.modules["own_scores"]
     monkeypatch.setattr(module, "length", lambda p, r: np.array([0.5, 1.0], np.float32))
     assert score(["a", "bb"], ["a", "b"]) == [0, -1]
-    assert score_of("own_scores:length", "method.objective")(["a", "b"], ["", ""]) == [0.5, 1.0]
+    assert score_of("own_scores:length")(["a", "b"], ["", ""]) == [0.5, 1.0]
 
 
 @pytest.mark.usefixtures("own_scores")

@@ -13,20 +13,14 @@ import torch
 
 from fedforward.config.schema import Config
 from fedforward.config.template import to_toml
+from fedforward.core.batches import IGNORED, TokenBatch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import NO_STEPS, Probe, Steps, Update
 from fedforward.data import labels
-from fedforward.data.sampler import collate_classes
 from fedforward.data.templates import Example
 from fedforward.directions import Distribution
-from fedforward.models.base import (
-    IGNORED,
-    CausalModel,
-    ClassBatch,
-    TokenBatch,
-    WrongClassBatch,
-    fingerprint,
-)
+from fedforward.evaluation.objectives import ClassError, ClassLoss, Objective
+from fedforward.models.base import CausalModel, fingerprint
 from fedforward.models.full import FullModel
 from fedforward.models.loading import load, weights
 from fedforward.models.lora import LoraModel
@@ -69,6 +63,9 @@ def classifier(kind: str = "llama", dtype: str = "float32", classes: int = 3) ->
     return network.to(getattr(torch, dtype)).eval().requires_grad_(False)
 
 
+CLASS_LOSS = ClassLoss()
+
+
 def examples(seed: int = 0, count: int = 5) -> list[Example]:
     """Texts of several lengths; 0 is the padding token and does not occur."""
     random = np.random.default_rng(seed)
@@ -76,8 +73,8 @@ def examples(seed: int = 0, count: int = 5) -> list[Example]:
     return [Example(t, len(t), right=place % 3) for place, t in enumerate(texts)]
 
 
-def batch(seed: int = 0, count: int = 5, kind: type[ClassBatch] = ClassBatch) -> ClassBatch:
-    return collate_classes(examples(seed, count), kind)
+def batch(seed: int = 0, count: int = 5, objective: Objective = CLASS_LOSS) -> Any:
+    return objective.batch(examples(seed, count))
 
 
 def built(network: Any, tune: str, probes: int = 4) -> CausalModel:
@@ -153,7 +150,7 @@ def test_the_loss_is_the_one_of_transformers(kind: str, tune: str) -> None:
         mask = (tokens != 0).long()
         whole = float(network(input_ids=tokens, attention_mask=mask, labels=right).loss)
     model = built(network, tune)
-    loss, wrong = model.evaluate([Probe(batch()), Probe(batch(kind=WrongClassBatch))])
+    loss, wrong = model.evaluate([Probe(batch()), Probe(batch(objective=ClassError()))])
     np.testing.assert_allclose(loss.sums, losses, rtol=2e-6)
     assert loss.mean == pytest.approx(whole, rel=1e-6)
     assert loss.counts.tolist() == wrong.counts.tolist() == [1] * 5
@@ -249,7 +246,7 @@ def test_probes_never_touch_the_weights(tune: str) -> None:
 
 def test_a_batch_of_tokens_is_refused() -> None:
     tokens = np.full((1, 4), 5)
-    with pytest.raises(FedForwardError, match=r"on a ClassBatch, not on a TokenBatch"):
+    with pytest.raises(FedForwardError, match=r"class logits and no token losses"):
         lora(classifier()).evaluate([Probe(TokenBatch(tokens, tokens))])
 
 
@@ -321,7 +318,7 @@ def test_the_padding_token_is_the_networks_own() -> None:
     network.config.pad_token_id = 96
     texts = [Example(np.array(tokens), len(tokens)) for tokens in ([5, 0], [0, 7, 8, 0, 9], [0])]
     losses, _ = one_by_one(network, texts)
-    (result,) = lora(network).evaluate([Probe(collate_classes(texts))])
+    (result,) = lora(network).evaluate([Probe(CLASS_LOSS.batch(texts))])
     np.testing.assert_allclose(result.sums, losses, rtol=2e-6)
 
 
@@ -396,8 +393,7 @@ def test_what_is_exported_answers_alike_elsewhere(
     model = artefacts.rebuild(artefacts.RunDirectory(tmp_path / "run")).model
     data = batch()
     tokens, mask = torch.from_numpy(data.tokens), torch.from_numpy(data.tokens != 0).long()
-    with torch.inference_mode():
-        expected = model.class_logits(tokens, torch.from_numpy(data.labels)).float()
+    expected = torch.from_numpy(model.class_logits([Probe(data)])[0]).float()
 
     def answers(network: Any) -> Any:
         with torch.inference_mode():
@@ -472,7 +468,7 @@ def test_labels_are_part_of_the_data(classify: Configure) -> None:
     corpus = experiment.read_corpus(classify(), tokenizer, None, ("2", "10"))
     swapped = experiment.read_corpus(classify(), tokenizer, None, ("10", "2"))
     assert experiment.corpus_fingerprint(corpus) != experiment.corpus_fingerprint(swapped)
-    data = collate_classes(corpus.heldout)
+    data = CLASS_LOSS.batch(corpus.heldout)
     assert ((data.labels != IGNORED).sum(axis=1) == 1).all()
 
 

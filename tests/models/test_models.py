@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from fedforward.core.batches import IGNORED, TokenBatch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 from fedforward.directions import TILE, Distribution, Layout, reference
-from fedforward.models.base import IGNORED, CausalModel, TokenBatch
+from fedforward.models.base import CausalModel
 from fedforward.models.full import FullModel
 from fedforward.models.lora import LoraModel
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from fedforward.core.batches import PromptBatch, TokenBatch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import Evaluation, Probe, ProbePlan, Steps, Update
 from fedforward.federation.ledger import Ledger
 from fedforward.methods.estimators import TwoPoint
-from fedforward.models.base import CausalModel, PromptBatch, TokenBatch
+from fedforward.models.base import CausalModel
 from fedforward.models.blocks import transformer_blocks
 from fedforward.models.full import FullModel
 from fedforward.models.offload import place_the_rest

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from fedforward.core.batches import TokenBatch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import NO_STEPS, Probe, Steps, Update
 from fedforward.directions import Distribution
 from fedforward.methods.estimators import TwoPoint
 from fedforward.models import lm_head as head_module
-from fedforward.models.base import CausalModel, TokenBatch
+from fedforward.models.base import CausalModel
 from fedforward.models.blocks import transformer_blocks
 from fedforward.models.full import FullModel
 from fedforward.planning import probe_grouping as planning

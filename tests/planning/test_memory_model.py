@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedforward.core.batches import TokenBatch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import ProbePlan
 from fedforward.methods.estimators import TwoPoint
-from fedforward.models.base import CausalModel, TokenBatch
+from fedforward.models.base import CausalModel
 from fedforward.models.blocks import transformer_blocks
 from fedforward.models.full import FullModel
 from fedforward.planning.memory.model import Activations, MemoryModel, calibrate

@@ -154,8 +154,8 @@ OBJECTIVES = Registry(
     "objective",
     "fedforward.objectives",
     {
-        "loss": "fedforward.evaluation.objectives:LOSS",
-        "accuracy": "fedforward.evaluation.objectives:ACCURACY",
+        "loss": "fedforward.evaluation.objectives:Loss",
+        "accuracy": "fedforward.evaluation.objectives:Accuracy",
         "exact-match": "fedforward.evaluation.objectives:EXACT_MATCH",
         "f1": "fedforward.evaluation.objectives:F1",
         "rougeL": "fedforward.evaluation.objectives:ROUGE_L",

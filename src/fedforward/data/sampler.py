@@ -10,10 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedforward.core.batches import (
+    IGNORED,
+    AnswerBatch,
+    Batch,
+    ChoiceBatch,
+    PromptBatch,
+    TokenBatch,
+)
 from fedforward.core.seeds import generator
 from fedforward.data.templates import Example
-from fedforward.models.base import IGNORED, Batch, ClassBatch, PromptBatch, TokenBatch
-from fedforward.models.scored import AnswerBatch, ChoiceBatch, Score
 
 Collate = Callable[[Sequence[Example]], Batch]
 
@@ -29,22 +35,20 @@ def collate_choices(examples: Sequence[Example]) -> ChoiceBatch:
     return ChoiceBatch(_rows(choices), np.array([e.right for e in examples], np.int64))
 
 
-def collate_classes(examples: Sequence[Example], kind: type[ClassBatch] = ClassBatch) -> ClassBatch:
+def collate_classes(examples: Sequence[Example]) -> TokenBatch:
     """Right-padded texts; the last token's label is the number of the class."""
     rows = _rows([(example.tokens, len(example.tokens)) for example in examples])
     for row, example in enumerate(examples):
         rows.labels[row, len(example.tokens) - 1] = example.right
-    return kind(rows.tokens, rows.labels)
+    return rows
 
 
-def collate_answers(
-    examples: Sequence[Example], tokenizer: Any, most_tokens: int, score: Score
-) -> AnswerBatch:
-    """The examples' prompts, whose answers are scored."""
+def collate_answers(examples: Sequence[Example], tokenizer: Any, most_tokens: int) -> AnswerBatch:
+    """The examples' prompts, with the right answers."""
     prompts = collate_prompts(
         [example.tokens[: example.prompt_length] for example in examples], tokenizer, most_tokens
     )
-    return AnswerBatch(prompts, [example.reference for example in examples], tokenizer, score)
+    return AnswerBatch(prompts, [example.reference for example in examples])
 
 
 def collate_prompts(

@@ -87,7 +87,7 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
     corpus = experiment.read_corpus(
         config, tokenizer, longest_sequence(model.network), model.classes
     )
-    collate = experiment.collate_of(config, tokenizer)
+    collate = experiment.collate_of(config, tokenizer, model.classes)
     if config.run.memory_budget:
         model.plan = experiment.fit_plan(config, model, corpus, build_method(config), collate)
     method = build_method(config)
@@ -99,7 +99,7 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
         config=config,
         corpus=corpus,
         collate=collate,
-        heldout=evaluation.prepare(config, corpus.heldout, tokenizer, model.plan),
+        heldout=evaluation.prepare(config, corpus.heldout, tokenizer, model.plan, model.classes),
         replica=Replica(model, method),
         method=method,
         identity=experiment.identity(model, tokenizer),

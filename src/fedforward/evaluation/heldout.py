@@ -5,18 +5,24 @@ Answers are generated once for all the metrics that look at them.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fedforward.config.schema import Config
 from fedforward.core.steps import Probe, ProbePlan
-from fedforward.data.sampler import Collate, by_length, collate, collate_choices, collate_prompts
+from fedforward.data.sampler import by_length, collate_prompts
 from fedforward.data.templates import Example
-from fedforward.evaluation.objectives import class_batches_of, needs_answers, score_of
+from fedforward.evaluation.objectives import (
+    Context,
+    Objective,
+    Score,
+    ScoreFunction,
+    build_objective,
+    texts,
+)
 from fedforward.models.base import CausalModel
-from fedforward.models.scored import Score, texts
 
 #: Seconds after which an evaluation says how far it is, and between its saying so.
 FIRST_NOTICE, NEXT_NOTICE = 2.0, 10.0
@@ -30,20 +36,18 @@ class HeldOut:
     Attributes:
         groups: the examples, in groups of similar length.
         metrics: names, without the loss that is always measured.
+        objectives: what is measured through batches, the loss among them, by name.
         scores: of generated answers, by metric.
         tokenizer: reads generated answers.
         most_tokens: of a generated answer.
-        loss: how examples become batches that measure it.
-        accuracy: likewise.
     """
 
     groups: list[list[Example]]
     metrics: tuple[str, ...]
-    scores: dict[str, Score]
+    objectives: dict[str, Objective]
+    scores: dict[str, ScoreFunction]
     tokenizer: Any
     most_tokens: int
-    loss: Collate = collate
-    accuracy: Collate = collate_choices
 
 
 def metrics_of(config: Config) -> tuple[str, ...]:
@@ -54,30 +58,40 @@ def metrics_of(config: Config) -> tuple[str, ...]:
 
 
 def prepare(
-    config: Config, examples: Sequence[Example], tokenizer: Any, plan: ProbePlan
+    config: Config,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    plan: ProbePlan,
+    classes: tuple[str, ...] = (),
 ) -> HeldOut:
     """See `HeldOut`.
+
+    Args:
+        classes: of a sequence classifier; else empty.
 
     Raises:
         FedForwardError: a metric's function cannot be found, or fails on two references.
     """
     metrics = metrics_of(config)
     typed = dict.fromkeys(config.evaluation.metrics, "evaluation.metrics")
-    scores = {
-        name: score_of(name, typed.get(name, "method.objective"))
-        for name in metrics
-        if needs_answers(name)
-    }
+    objectives: dict[str, Objective] = {}
+    scores: dict[str, ScoreFunction] = {}
+    for name in dict.fromkeys(("loss", *metrics)):
+        if name == "perplexity":
+            continue
+        key = typed.get(name, "method.objective")
+        context = Context(tokenizer, config.data.answer_tokens, classes, key)
+        objective = build_objective(name, context)
+        if isinstance(objective, Score):
+            scores[name] = objective.function
+        else:
+            objectives[name] = objective
     references = [example.reference for example in examples[:2]]
     for score in scores.values():
         # Before the run has left anything behind.
         score(references, references)
     groups = by_length(examples, plan.evaluation_rows)
-    heldout = HeldOut(groups, metrics, scores, tokenizer, config.data.answer_tokens)
-    if config.model.head == "classification":
-        loss, accuracy = map(class_batches_of, ("loss", "accuracy"))
-        heldout = replace(heldout, loss=loss, accuracy=accuracy)
-    return heldout
+    return HeldOut(groups, metrics, objectives, scores, tokenizer, config.data.answer_tokens)
 
 
 def measure(model: CausalModel, heldout: HeldOut, notice: Notice) -> dict[str, Any]:
@@ -92,14 +106,14 @@ def measure(model: CausalModel, heldout: HeldOut, notice: Notice) -> dict[str, A
         examples.
     """
     progress = _Progress(notice)
-    loss = _mean(model, progress.over(heldout.groups, "loss"), heldout.loss)
-    values = {"loss": loss}
+    values = {
+        name: objective.metric(_mean(model, progress.over(heldout.groups, name), objective))
+        for name, objective in heldout.objectives.items()
+    }
+    loss = values["loss"]
     if "perplexity" in heldout.metrics:
         with np.errstate(over="ignore"):
             values["perplexity"] = float(np.exp(loss))
-    if "accuracy" in heldout.metrics:
-        groups = progress.over(heldout.groups, "accuracy")
-        values["accuracy"] = 1.0 - _mean(model, groups, heldout.accuracy)
     if heldout.scores:
         values |= _scores(model, heldout, progress.over(heldout.groups, "answers"))
     figures: dict[str, Any] = {"heldout_loss": loss}
@@ -108,11 +122,11 @@ def measure(model: CausalModel, heldout: HeldOut, notice: Notice) -> dict[str, A
     return figures
 
 
-def _mean(model: CausalModel, groups: Iterable[Sequence[Example]], collate: Collate) -> float:
+def _mean(model: CausalModel, groups: Iterable[Sequence[Example]], objective: Objective) -> float:
     """The sum of all that is measured, divided by its count."""
     total, count = 0.0, 0
     for group in groups:
-        (evaluation,) = model.evaluate([Probe(collate(group))])
+        (evaluation,) = model.evaluate([Probe(objective.batch(group))])
         total += float(evaluation.sums.sum())
         count += int(evaluation.counts.sum())
     return total / count

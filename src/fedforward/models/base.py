@@ -7,19 +7,20 @@ How a probe's displacement reaches the weights is left to `lora` (a batched adap
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedforward.core.batches import IGNORED, Batch, PromptBatch, TokenBatch
 from fedforward.core.errors import FedForwardError, MessageError
 from fedforward.core.steps import Evaluation, Probe, ProbePlan, Update
 from fedforward.directions import Distribution, Layout
@@ -28,88 +29,6 @@ from fedforward.models.blocks import Prefix, class_heads, names_by_block
 from fedforward.models.lm_head import Head, VocabularyTile, losses_of
 from fedforward.models.loading import input_device
 from fedforward.models.offload import Residency
-
-#: Label of tokens that do not count (the prompt and the padding).
-IGNORED = -100
-
-
-@dataclass(frozen=True, eq=False)
-class TokenBatch:
-    """Right-padded token rows. Causal attention never looks right, so no mask is needed.
-
-    Attributes:
-        tokens: int64 [rows, length].
-        labels: int64 [rows, length]; IGNORED where a token does not count.
-    """
-
-    tokens: NDArray[np.int64]
-    labels: NDArray[np.int64]
-
-    @classmethod
-    def measure(cls, model: "CausalModel", probes: Sequence[Probe]) -> list[Evaluation]:
-        """See `Batch.measure`: the loss of an example's counted tokens."""
-        return model.evaluate_tokens(probes)
-
-
-@dataclass(frozen=True, eq=False)
-class ClassBatch(TokenBatch):
-    """Right-padded texts, for a sequence classifier: the last token's label is the text's class.
-
-    Nothing else is labelled, so that a row's label also says where it ends.
-    """
-
-    @staticmethod
-    def values(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        """What a probe yields for each row, float64 [rows]: -log p of its class.
-
-        Args:
-            logits: [rows, classes].
-            classes: int64 [rows], the right ones.
-        """
-        return nn.functional.cross_entropy(logits.double(), classes, reduction="none")
-
-
-@dataclass(frozen=True, eq=False)
-class WrongClassBatch(ClassBatch):
-    """The same, where a probe yields 0 for a text whose class is the likeliest, 1 for another."""
-
-    @staticmethod
-    def values(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        """See `ClassBatch.values`; NaN where a logit is not finite."""
-        wrong = (logits.argmax(dim=1) != classes).double()
-        return wrong.masked_fill(~logits.isfinite().all(dim=1), torch.nan)
-
-
-@dataclass(frozen=True, eq=False)
-class PromptBatch:
-    """Left-padded prompts that are continued.
-
-    Attributes:
-        tokens: int64 [rows, length].
-        mask: int64 [rows, length]; 0 where a row is padded.
-        most_tokens: of a continuation.
-        padding: the token that follows a continuation which ended before others; may be None if
-            there is one row.
-    """
-
-    tokens: NDArray[np.int64]
-    mask: NDArray[np.int64]
-    most_tokens: int
-    padding: int | None
-
-
-class Batch(Protocol):
-    """What a probe is measured on: `TokenBatch`, or one of those in `scored`."""
-
-    @property
-    def tokens(self) -> NDArray[np.int64]:
-        """int64 [rows, length], what the network is given."""
-        ...
-
-    @classmethod
-    def measure(cls, model: "CausalModel", probes: Sequence[Probe]) -> list[Evaluation]:
-        """Measure probes whose batches are all of this kind."""
-        ...
 
 
 def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -120,6 +39,12 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
         flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         state.update(flat.numpy().data)
     return state.hexdigest()
+
+
+#: What a forward pass yields: arrays with a row for each row of a probe's batch.
+Arrays = tuple[NDArray[Any], ...]
+#: From tokens, labels and probes of one forward pass to tensors in main memory, a row for each.
+Measure = Callable[[torch.Tensor, torch.Tensor, Sequence[Probe]], tuple[torch.Tensor, ...]]
 
 
 class CausalModel(ABC):
@@ -207,28 +132,47 @@ class CausalModel(ABC):
                 self._moved_house()
 
     def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
-        """Measure probes on their batches, each kind of `Batch` in its own way.
+        """Measure probes on their batches, as the objectives of these ask for it.
 
         The weights stay, bit for bit.
         """
         results: list[Evaluation] = []
-        for kind, run in groupby(probes, key=lambda probe: type(probe.batch)):
-            results += kind.measure(self, list(run))
+        for _, run in groupby(probes, key=lambda probe: id(probe.batch.objective)):
+            part = list(run)
+            objective = part[0].batch.objective
+            measured = self.token_losses(part) if objective is None else None
+            results += objective.measure(self, part) if measured is None else measured
         return results
 
-    def evaluate_tokens(self, probes: Sequence[Probe]) -> list[Evaluation]:
-        """Measure probes on their `TokenBatch`es, some of them in each forward pass.
+    def token_losses(self, probes: Sequence[Probe]) -> list[Evaluation]:
+        """The loss of the labelled tokens of each probe's `TokenBatch`.
 
-        How many is the plan's to say; neighbours go together. The weights stay, bit for bit.
+        Some probes share a forward pass: how many is the plan's to say; neighbours go together.
+
+        Raises:
+            FedForwardError: the network is a sequence classifier, which has none.
         """
+        if self.classes:
+            raise FedForwardError(
+                "A sequence classifier has class logits and no token losses; measure it with the "
+                "objectives 'loss' or 'accuracy'."
+            )
+        return [Evaluation(*arrays) for arrays in self._measured(probes, self._losses)]
+
+    def class_logits(self, probes: Sequence[Probe]) -> list[NDArray[np.float64]]:
+        """A sequence classifier's logits for each probe's `TokenBatch`, float64 [rows, classes]."""
+        return [logits for (logits,) in self._measured(probes, self._logits)]
+
+    def _measured(self, probes: Sequence[Probe], measure: Measure) -> list[Arrays]:
+        """What a pass yields for each probe, a row for each of its batch's."""
         self._hold(probes)
-        results: list[Evaluation] = []
+        results: list[Arrays] = []
         begin = 0
         while begin < len(probes):
             end = begin + 1
             while end < len(probes) and self._fit(probes[begin : end + 1]):
                 end += 1
-            results += self._evaluate_together(probes[begin:end])
+            results += self._measured_together(probes[begin:end], measure)
             begin = end
         return results
 
@@ -239,7 +183,7 @@ class CausalModel(ABC):
         return len(probes) <= self.plan.probes_per_call and tokens <= most
 
     @torch.inference_mode()
-    def _evaluate_together(self, probes: Sequence[Probe]) -> list[Evaluation]:
+    def _measured_together(self, probes: Sequence[Probe], measure: Measure) -> list[Arrays]:
         """One forward pass. The probes' rows come one group after another; probes with a batch in
         common share what lies below the first block that they move.
         """
@@ -255,15 +199,11 @@ class CausalModel(ABC):
         if not first:
             tokens, spread = tokens[index], None
         with self.prefix.spread(len(tokens), spread, first):
-            sums, counts = self._losses(tokens, labels, probes)
+            measured = measure(tokens, labels, probes)
+        columns = [part.split(rows) for part in measured]
         return [
-            Evaluation(part.numpy()[:height], count.numpy()[:height])
-            for part, count, height in zip(
-                sums.split(rows),
-                counts.split(rows),
-                (len(probe.batch.tokens) for probe in probes),
-                strict=True,
-            )
+            tuple(part.numpy()[: len(probe.batch.tokens)] for part in parts)
+            for probe, *parts in zip(probes, *columns, strict=True)
         ]
 
     def _losses(
@@ -275,8 +215,6 @@ class CausalModel(ABC):
             tokens: int64 [rows below the first block that moves, length].
             labels: int64 [rows, length], equally many of each probe.
         """
-        if self.classes:
-            return self._class_values(tokens, labels, probes)
         targets = labels[:, 1:]
         counted = targets != IGNORED
         positions = counted.any(dim=0).nonzero()[:, 0]
@@ -304,23 +242,15 @@ class CausalModel(ABC):
         per_token = losses.cpu().double().view(counted.shape).masked_fill(~counted, 0.0)
         return per_token.sum(dim=1), counted.sum(dim=1)
 
-    def _class_values(
+    def _logits(
         self, tokens: torch.Tensor, labels: torch.Tensor, probes: Sequence[Probe]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `_losses`: one value for each row, of the kind that the probes' batches ask for."""
-        kind = type(probes[0].batch)
-        if not issubclass(kind, ClassBatch):
-            raise FedForwardError(
-                f"A sequence classifier is measured on a ClassBatch, not on a {kind.__name__}."
-            )
+    ) -> tuple[torch.Tensor]:
+        """See `_losses`: a sequence classifier's logits, float64 [rows, classes]."""
         with self._displaced(probes, (labels.shape[0], labels.shape[1])):
-            logits = self.class_logits(tokens, labels)
-        classes, counted = _classes(labels)
-        values = kind.values(logits, classes.to(logits.device)).cpu()
-        return values.masked_fill(~counted, 0.0), counted.long()
+            return (self._classified(tokens, labels).double().cpu(),)
 
-    def class_logits(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """A sequence classifier's logits, [rows, classes], of the rows of a `ClassBatch`.
+    def _classified(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """A sequence classifier's logits, [rows, classes].
 
         What follows a row's labelled token is hidden by the mask, and is the network's own padding
         token: decoders look for the last token that is another one.
@@ -339,8 +269,8 @@ class CausalModel(ABC):
     def infer(self, batch: Batch) -> None:
         """One plain forward pass over the rows of a batch."""
         tokens = torch.from_numpy(batch.tokens)
-        if isinstance(batch, ClassBatch):
-            self.class_logits(tokens, torch.from_numpy(batch.labels))
+        if self.classes:
+            self._classified(tokens, torch.from_numpy(batch.labels))  # type: ignore[attr-defined]
         else:
             self.network(input_ids=tokens.to(self.device), use_cache=False)
 
@@ -349,9 +279,7 @@ class CausalModel(ABC):
         """The name of the likeliest class of one text, int64 [length]."""
         labels = np.full((1, len(tokens)), IGNORED, np.int64)
         labels[0, -1] = 0
-        batch = ClassBatch(tokens[None], labels)
-        with self._displaced([Probe(batch)], (1, len(tokens))):
-            logits = self.class_logits(torch.from_numpy(batch.tokens), torch.from_numpy(labels))
+        (logits,) = self.class_logits([Probe(TokenBatch(tokens[None], labels))])
         name: str = self.classes[int(logits.argmax())]
         return name
 
@@ -534,8 +462,9 @@ class CausalModel(ABC):
         """Mean loss per counted token with gradients to the tuned tensors (first-order methods)."""
         if self.classes:
             labels = torch.from_numpy(batch.labels)
-            logits = self.class_logits(torch.from_numpy(batch.tokens), labels)
-            return ClassBatch.values(logits, _classes(labels)[0].to(logits.device)).mean()
+            logits = self._classified(torch.from_numpy(batch.tokens), labels)
+            classes = labels.amax(dim=1).to(logits.device)
+            return nn.functional.cross_entropy(logits.double(), classes)
         tokens = torch.from_numpy(batch.tokens).to(self.device)
         targets = torch.from_numpy(batch.labels)[:, 1:].to(self.device)
         counted = targets != IGNORED
@@ -562,12 +491,6 @@ def stack(batches: Sequence[TokenBatch]) -> tuple[torch.Tensor, torch.Tensor]:
         labels[place, :height, :width] = batch.labels
     flat = (len(batches) * rows, length)
     return torch.from_numpy(tokens.reshape(flat)), torch.from_numpy(labels.reshape(flat))
-
-
-def _classes(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The class of each row of a `ClassBatch`, and whether the row is one and not padding."""
-    counted = (labels != IGNORED).any(dim=1)
-    return labels.amax(dim=1).clamp(min=0), counted
 
 
 def _height_and_length(batches: Sequence[TokenBatch]) -> tuple[int, int]:

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from fedforward.core.errors import FedForwardError
-from fedforward.core.steps import NO_STEPS, Evaluation, Probe, ProbePlan, Steps
+from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps
 from fedforward.directions import Distribution
 from fedforward.directions.ops import accumulate
-from fedforward.models.base import CausalModel, fingerprint
+from fedforward.models.base import Arrays, CausalModel, Measure, fingerprint
 from fedforward.models.blocks import class_heads, names_in_blocks
 from fedforward.models.displaced_tensor import DisplacedTensor, Displacement
 from fedforward.models.lm_head import VocabularyTile, tile_rows
@@ -76,8 +76,8 @@ class FullModel(CausalModel):
             if parameter is not None and names[id(parameter)] in self._weights
         ]
 
-    def evaluate_tokens(self, probes: Sequence[Probe]) -> list[Evaluation]:
-        """See `CausalModel.evaluate_tokens`.
+    def _measured(self, probes: Sequence[Probe], measure: Measure) -> list[Arrays]:
+        """See `CausalModel`.
 
         Raises:
             FedForwardError: the network reads a tuned tensor past its parameter, so that a probe
@@ -85,7 +85,7 @@ class FullModel(CausalModel):
         """
         before = set(self._moved)
         try:
-            results = super().evaluate_tokens(probes)
+            results = super()._measured(probes, measure)
         except BaseException:
             # A pass that was cut short has not asked for everything.
             self._moved = before

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedforward.config.schema import Config
+from fedforward.core.batches import Batch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.machine import available_memory
 from fedforward.core.registry import METHODS
@@ -19,7 +20,7 @@ from fedforward.core.steps import NO_STEPS, Steps
 from fedforward.core.units import parse_bytes
 from fedforward.methods.estimators import TwoPoint
 from fedforward.models import devices
-from fedforward.models.base import Batch, CausalModel
+from fedforward.models.base import CausalModel
 from fedforward.planning.activation import UNLIMITED, Problem
 from fedforward.planning.allocator import Allocator, counted
 from fedforward.planning.memory.model import MemoryModel, calibrate

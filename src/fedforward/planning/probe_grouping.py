@@ -10,13 +10,14 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fedforward.core.batches import Batch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.machine import usable_cores
 from fedforward.core.steps import Probe, ProbePlan
 from fedforward.core.units import format_bytes
 from fedforward.methods.base import rehearsal
 from fedforward.methods.estimators import Estimator
-from fedforward.models.base import Batch, CausalModel
+from fedforward.models.base import CausalModel
 from fedforward.planning.memory.tracker import peak_bytes
 
 #: Held-out examples per forward pass; more saves nothing on two cores and costs memory.

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedforward.config.schema import Config
+from fedforward.core.batches import Batch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.identity import ModelIdentity
 from fedforward.core.seeds import derive, generator
@@ -23,14 +24,13 @@ from fedforward.data.partition import partition
 from fedforward.data.sampler import Batches, Collate, collate, collate_prompts
 from fedforward.data.templates import Example
 from fedforward.directions import Distribution
-from fedforward.evaluation.objectives import batches_of, class_batches_of, needs_answers
+from fedforward.evaluation.objectives import Context, build_objective, needs_answers, texts
 from fedforward.methods.base import Method
-from fedforward.models.base import Batch, CausalModel
+from fedforward.models.base import CausalModel
 from fedforward.models.full import FullModel
 from fedforward.models.loading import load, longest_sequence
 from fedforward.models.lora import LoraModel
 from fedforward.models.masks import random_mask, small_weights_mask
-from fedforward.models.scored import texts
 from fedforward.planning import probe_grouping as probes
 from fedforward.training.faults import Faults
 
@@ -381,11 +381,10 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def collate_of(config: Config, tokenizer: Any) -> Collate:
+def collate_of(config: Config, tokenizer: Any, classes: Sequence[str]) -> Collate:
     """How training examples become the batches of the run's objective."""
-    if config.model.head == "classification":
-        return class_batches_of(config.method.objective)
-    return batches_of(config.method.objective, tokenizer, config.data.answer_tokens)
+    context = Context(tokenizer, config.data.answer_tokens, tuple(classes))
+    return build_objective(config.method.objective, context).batch
 
 
 def fit_plan(

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedforward.config.schema import Config
+from fedforward.core.batches import AnswerBatch
 from fedforward.core.errors import FedForwardError, UpdateNotFiniteError
 from fedforward.core.machine import peak_resident_bytes
 from fedforward.core.steps import Probe, ProbePlan
@@ -26,7 +27,6 @@ from fedforward.federation.server import Server
 from fedforward.messages.snapshot import Snapshot
 from fedforward.methods.report_filters import build_filters
 from fedforward.models.loading import longest_sequence, placement
-from fedforward.models.scored import AnswerBatch
 from fedforward.planning.allocator import Allocator
 from fedforward.planning.memory.tracker import peak_bytes
 from fedforward.training import assembly, run_directory
@@ -65,7 +65,7 @@ class Session:
         listener.phase("reading the data")
         positions = longest_sequence(self.model.network)
         self.corpus = experiment.read_corpus(config, self.tokenizer, positions, self.model.classes)
-        self.collate = experiment.collate_of(config, self.tokenizer)
+        self.collate = experiment.collate_of(config, self.tokenizer, self.model.classes)
         if not self.directory.started and config.run.memory_budget:
             listener.phase("fitting probes to the memory budget")
             self.plan = experiment.fit_plan(
@@ -73,7 +73,9 @@ class Session:
             )
             self.model.plan = self.plan
         listener.phase(self._describe_plan())
-        self.heldout = evaluation.prepare(config, self.corpus.heldout, self.tokenizer, self.plan)
+        self.heldout = evaluation.prepare(
+            config, self.corpus.heldout, self.tokenizer, self.plan, self.model.classes
+        )
         self.method = assembly.build_method(config)
         allocate = self._allocator()
         with errors_of_the_disk(self.directory.path):

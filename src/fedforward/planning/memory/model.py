@@ -377,7 +377,7 @@ def _peaks(
     way: str = TOGETHER,
 ) -> tuple[int, ...]:
     """One measured pass: what each stage took beyond what is derived, in the order of `STAGES`."""
-    from fedforward.models.base import TokenBatch
+    from fedforward.core.batches import TokenBatch
 
     on = _measured_blocks(derived)
     vocabulary = model.network.get_input_embeddings().weight.shape[0]
