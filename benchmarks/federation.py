@@ -101,7 +101,7 @@ def sizes(folder: Path, layout: Layout, tuned: int) -> list[dict[str, Any]]:
                 down += [len(data) for data in tasks.values()]
         rows.append({"method": name, "up": max(up), "down": sum(down) / len(down)})
     state = np.zeros(tuned, np.float32)
-    snapshot = Snapshot(1, b"", state.tobytes())
+    snapshot = Snapshot(1, b"", b"", state.tobytes())
     task = Task(1, 0, 1e-3, False, (), snapshot=snapshot.encode())
     report = Report(1, 0, 100, 2.0, 0, np.empty(0, np.float32), payload=state.tobytes())
     rows.append({"method": "fedavg", "up": len(report.encode()), "down": len(task.encode())})

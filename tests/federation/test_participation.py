@@ -170,7 +170,7 @@ def test_accumulators_are_the_snapshot_of_fedkseed(tmp_path: Path) -> None:
         federation.round([0, 1, 2, 3])
     assert federation.server.snapshot_wanted() is None, "no client is needed for it"
     tasks = federation.round()
-    assert len(Snapshot.decode(tasks[4].snapshot).data) == 8 * 32
+    assert len(Snapshot.decode(tasks[4].snapshot).state) == 8 * 32
     assert federation.server.snapshot_bytes == 8 * 32
     assert len(set(federation.settle())) == 1
 

@@ -207,11 +207,11 @@ def test_fedkseed_does_not_depend_on_the_order_of_rounds_in_a_sum() -> None:
     assert late.model.digest() == live.model.digest()
     from fedforward.messages.snapshot import Snapshot
 
-    third.restore(Snapshot(8, b"", live.state.encode()))
+    third.restore(Snapshot(8, b"", b"", live.state.encode()))
     assert third.model.digest() == live.model.digest()
     assert third.rounds == 8
     with pytest.raises(MessageError, match=r"accumulators of 5 candidate seeds are 40"):
-        Replica(quadratic(), method).restore(Snapshot(8, b"", b"123"))  # type: ignore[arg-type]
+        Replica(quadratic(), method).restore(Snapshot(8, b"", b"", b"123"))  # type: ignore[arg-type]
 
 
 def test_importance_prefers_candidates_with_large_gradients() -> None:

@@ -74,7 +74,8 @@ class Replica:
 
     def snapshot(self) -> Snapshot:
         """The tuned state as another client can take it over."""
-        return Snapshot(self.rounds, self.model.digest(), self.model.export_bytes())
+        tensors = b"" if self.method.capabilities.state_is_whole else self.model.export_bytes()
+        return Snapshot(self.rounds, self.model.digest(), tensors, self.state.encode())
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take over a state in place of the entries that led to it.
@@ -84,7 +85,12 @@ class Replica:
         """
         if snapshot.rounds <= self.rounds:
             return
-        self.method.restore(self.model, snapshot, self.state)
+        try:
+            self.method.restore(self.model, snapshot, self.state)
+        except MessageError:
+            # Half of it may have been taken over.
+            self.reset()
+            raise
         self.rounds = snapshot.rounds
         if snapshot.digest and self.model.digest() != snapshot.digest:
             self.reset()

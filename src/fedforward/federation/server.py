@@ -239,7 +239,7 @@ class Server:
         size = sum(len(entry.encode()) for entry in entries) if len(entries) > 1 else 0
         own = self._own_snapshot()
         if own and (size > len(own) or (entries and not replayable)):
-            return Snapshot(self.round, b"", own).encode(), ()
+            return Snapshot(self.round, b"", b"", own).encode(), ()
         if own or not replayable:
             return b"", entries if replayable else ()
         snapshot = self.snapshots.for_client(client, begin, size)
@@ -248,7 +248,9 @@ class Server:
         return b"", entries
 
     def _own_snapshot(self) -> bytes:
-        """What the method remembers, where a client can take it over; empty otherwise."""
+        """What the method remembers, where it is the tuned state; empty otherwise."""
+        if not self.method.capabilities.state_is_whole:
+            return b""
         if self._own[0] != self.round:
             self._own = self.round, self.state.encode()
         return self._own[1]

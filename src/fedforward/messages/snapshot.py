@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedforward.messages.codec import U32, Message, data, wire
+from fedforward.messages import codec
+from fedforward.messages.codec import U32, Message, wire
 
 
 @dataclass(frozen=True, eq=False)
@@ -12,13 +13,15 @@ class Snapshot(Message):
 
     Attributes:
         rounds: ledger rounds that it contains.
-        digest: SHA-256 of the tuned state (32 bytes); empty where the server made it from what
-            the method remembers.
-        data: the tuned tensors' bytes in the layout's order, or what the method remembers.
+        digest: SHA-256 of the tuned state (32 bytes); empty where the server made it.
+        data: the tuned tensors' bytes in the layout's order; empty where what the method
+            remembers is the tuned state.
+        state: what the method remembers.
     """
 
     KIND: ClassVar[int] = 3
 
     rounds: int = wire(U32, "ledger rounds that it contains")
-    digest: bytes = wire(data("B", 0, 32), "SHA-256 of the tuned state")
-    data: bytes = wire(data("Q"), "the tuned tensors, or what the method remembers")
+    digest: bytes = wire(codec.data("B", 0, 32), "SHA-256 of the tuned state")
+    data: bytes = wire(codec.data("Q"), "the tuned tensors, unless the state alone gives them")
+    state: bytes = wire(codec.data("Q"), "what the method remembers", default=b"")

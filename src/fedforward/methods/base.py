@@ -61,12 +61,17 @@ class Capabilities:
     masks: bool = True
     from_base: bool = False
 
+    @property
+    def state_is_whole(self) -> bool:
+        """Whether what the method remembers is the tuned state, so that nothing else is needed."""
+        return self.from_base or not self.replayable
+
 
 class MethodState(Protocol):
     """What a method remembers from round to round, at the server and at each replica."""
 
     def encode(self) -> bytes:
-        """What a client can take over in place of ledger entries; empty if there is nothing."""
+        """What another party takes over, beside the tuned tensors or in their place."""
         ...
 
     def restore(self, data: bytes) -> None:
@@ -86,7 +91,16 @@ class NoState:
         return b""
 
     def restore(self, data: bytes) -> None:
-        """Nothing to take over."""
+        """Nothing to take over.
+
+        Raises:
+            MessageError: there is something.
+        """
+        if data:
+            raise MessageError(
+                f"A snapshot with {len(data)} bytes of a method's memory was refused: this method "
+                "has none."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +189,12 @@ class Method(ABC):
         return Update(steps, dither_seed(self.run_seed, entry.round), entry.decay)
 
     def restore(self, model: Any, snapshot: Snapshot, state: Any) -> None:
-        """Bring a model, and what its replica remembers, to a snapshot's state."""
+        """Bring a model, and what its replica remembers, to a snapshot's state.
+
+        Raises:
+            MessageError: the snapshot is of another size than this run's.
+        """
+        state.restore(snapshot.state)
         model.assign_bytes(snapshot.data)
 
     # ---- the client ----------------------------------------------------------------------------

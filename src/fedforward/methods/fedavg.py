@@ -54,7 +54,7 @@ class FedAvg(Method):
 
     def restore(self, model: Any, snapshot: Snapshot, state: "AveragedState") -> None:
         """Take over the average, rounded to the weights' dtype."""
-        state.restore(snapshot.data)
+        state.restore(snapshot.state)
         if len(state.average) != model.layout.parameters:
             raise MessageError(
                 f"A snapshot of {len(state.average)} numbers was refused: this model has "

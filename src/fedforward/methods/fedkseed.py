@@ -102,7 +102,7 @@ class FedKSeed(Method):
 
     def restore(self, model: object, snapshot: Snapshot, state: "KSeedState") -> None:
         """Take over the accumulators and build the weights from the base."""
-        state.restore(snapshot.data)
+        state.restore(snapshot.state)
         model.commit([state.update(snapshot.rounds - 1)])  # type: ignore[attr-defined]
 
     def task_payload(self, state: "KSeedState") -> bytes:

@@ -256,7 +256,7 @@ class Session:
         if not self.method.capabilities.replayable:
             data = self.server.state.encode()
             if data:
-                self.replica.restore(Snapshot(self.ledger.length, b"", data))
+                self.replica.restore(Snapshot(self.ledger.length, b"", b"", data))
             return
         last = self.ledger.length if rounds is None else rounds
         entries = self.ledger.entries(self.replica.rounds)

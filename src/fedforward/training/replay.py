@@ -104,7 +104,7 @@ def rebuild(
     if not method.capabilities.replayable:
         read_state(ledger, replica.state)
         if ledger.length:
-            replica.restore(Snapshot(ledger.length, b"", replica.state.encode()))
+            replica.restore(Snapshot(ledger.length, b"", b"", replica.state.encode()))
         return Rebuilt(model, tokenizer, ledger, 0, [])
     for record in ledger.rounds():
         claimed = {r.report.digest for r in record.results if r.report.digest}
