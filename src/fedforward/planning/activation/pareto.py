@@ -99,7 +99,7 @@ def _least_surrogate(problem: Problem, deadline: float) -> Stage:
     """The least f₁ and a lower bound on it."""
     problem.check_each()
     relaxed = relax(problem, deadline)
-    start = np.zeros(problem.costs.shape, bool) if relaxed is None else relaxed.whole
+    start = np.zeros(problem.costs.shape, bool) if relaxed is None else relaxed.whole(problem)
     bound = 0.0 if relaxed is None else relaxed.bound
     enough = bound * (1 + (SAME if problem.small else 1e-7))
     search = Search(problem, start)
@@ -153,7 +153,7 @@ def _least_total(problem: Problem, target: float, start: Stage, deadline: float)
     best = Stage(trimmed.matrix, problem.used(trimmed.matrix, "total"), bound)
     if relaxed is None or relaxed.worth <= 0:
         return best
-    matrix, byte_price = relaxed.whole, 1 / relaxed.worth
+    matrix, byte_price = relaxed.whole(problem), 1 / relaxed.worth
     for _ in range(4):
         if best.value <= bound or time.perf_counter() > deadline:
             break
@@ -182,10 +182,11 @@ def _least_worst(problem: Problem, target: float, start: Stage, deadline: float)
         before, bound = bound, _bound_cap(problem, prices, target, bound, high, unit)
         if turn and bound - before <= 1e-7 * bound:
             break
-        relaxed = relax(problem.capped(bound), (now + deadline) / 2)
+        capped = problem.capped(bound)
+        relaxed = relax(capped, (now + deadline) / 2)
         if relaxed is None:
             break
-        prices, whole = relaxed.prices, relaxed.whole
+        prices, whole = relaxed.prices, relaxed.whole(capped)
     low, cap, matrix = bound, bound, start.matrix
     for _ in range(8):
         if low >= high or time.perf_counter() > deadline:

@@ -1,7 +1,7 @@
 """f₁ from below: HiGHS on tangents of each block's part, as linear and mixed-integer programs.
 
 The linear program gives prices of coverage. Any prices give a bound for the integer problem, which
-is computed from them alone, so that no tolerance of the solver is part of a certificate.
+is computed from them alone, so that no tolerance of the solver is part of it.
 """
 
 import contextlib
@@ -41,10 +41,11 @@ class Relaxed(NamedTuple):
     worth: float
     fractions: Floats
 
-    @property
-    def whole(self) -> Bools:
-        """What is whole in the fractions, bool [N, L]; it keeps to the budgets."""
+    def whole(self, problem: Problem) -> Bools:
+        """What is whole in the fractions, bool [N, L], within the budgets of this problem."""
         matrix: Bools = self.fractions > 1 - 1e-6
+        # The solver's tolerance may hide some bytes too many; such a client begins with nothing.
+        matrix[problem.memory(matrix) > problem.budgets] = False
         return matrix
 
 
@@ -207,6 +208,7 @@ class Program:
             limits.append(np.array([_SCALE * (target - base)]))
             start, unit, goal = 0.0, size, np.zeros(rises.size)
             if objective == "total":
+                start = float(problem.fixed.sum())
                 goal[: problem.costs.size] = used.data
             else:
                 goal[-1] = 1.0
@@ -279,13 +281,11 @@ class Program:
             system = self._system(target, objective, whole=True)
             options = {"mip_rel_gap": gap, "node_limit": nodes}
             answer = milp(system, problem.costs.size, deadline, options)
-            if answer.mip_dual_bound is not None:
-                bound = float(answer.mip_dual_bound)
+            units = answer.mip_dual_bound
+            if units is not None and math.isfinite(units):
                 if target is not None:
-                    bound = math.ceil(bound - 1e-6 * max(1.0, bound * 1e-3))
-                    bound += int(problem.fixed.sum()) // self.unit if objective == "total" else 0
-                bound = system.start + system.unit * bound
-                best = replace(best, bound=max(best.bound, bound))
+                    units = math.ceil(units - 1e-6 * max(1.0, units * 1e-3))
+                best = replace(best, bound=max(best.bound, system.start + system.unit * units))
             if answer.x is None:
                 break
             matrix = answer.x[: problem.costs.size].reshape(problem.costs.shape) > 0.5
