@@ -53,7 +53,8 @@ def relax(problem: Problem, deadline: float, target: float | None = None) -> Rel
     """Minimise f₁ over fractions of activations, or the bytes for blocks with f₁ ≤ target.
 
     Tangents are added where the solution lies until it meets its bound; None if not even the
-    first program ends by `deadline`, one of `time.perf_counter`.
+    first program ends by `deadline`, one of `time.perf_counter`. With a target of very many cells
+    the solver may come back later than that: it does not look at the clock while it tidies up.
     """
     program = Program(problem)
     best: Relaxed | None = None
