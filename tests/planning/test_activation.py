@@ -159,7 +159,7 @@ def test_few_clients_of_unequal_shares_are_exact(
 def test_bounds_hold_without_a_program(
     problem: Problem, epsilon: float, objective: Objective
 ) -> None:
-    """What large instances rely on alone: relaxation, rounding and exchanges."""
+    """What large instances rely on alone: the relaxation, and exchanges of blocks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Problem, "small", False)
         found = solve(problem, epsilon, objective)
@@ -194,21 +194,51 @@ def test_nearly_equal_shares_take_little(blocks: int, objective: Objective) -> N
     assert found.memory_gap == 0
 
 
+def every_count(problem: Problem, most: Any) -> np.ndarray:
+    """All numbers of clients per block that are possible, int64 [M, L] (Gale and Ryser).
+
+    Args:
+        most: how many blocks each client can have, int64 [N].
+    """
+    clients, blocks = problem.costs.shape
+    counts = np.array(list(itertools.product(range(1, clients + 1), repeat=blocks)))
+    largest = np.cumsum(-np.sort(-counts, axis=1), axis=1)
+    places = np.minimum(np.arange(1, blocks + 1)[:, None], most).sum(axis=1)
+    return counts[(largest <= places).all(axis=1)]
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("seed", range(3))
-def test_program_and_decomposition_agree(
-    seed: int, objective: Objective, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two independent exact methods, on instances too large to try everything."""
+def test_equal_shares_and_costs_against_every_coverage(seed: int, objective: Objective) -> None:
+    """Instances too large to try every matrix, but not every number of clients per block."""
     problem = random_problem(5, 6, "equal shares, equal costs", seed)
-    fast = solve(problem, 0.05, objective)
-    monkeypatch.setattr(Problem, "flat", False)
-    slow = solve(problem, 0.05, objective, time_limit=60)
-    check_valid(problem, slow)
-    assert slow.gap <= SAME
-    assert slow.best_surrogate == pytest.approx(fast.best_surrogate, rel=SAME)
-    assert slow.memory_gap <= SAME
-    assert slow.used == fast.used
+    with pytest.MonkeyPatch.context() as patch:
+        # The linear program alone reaches it; no mixed-integer program is asked.
+        patch.setattr(Problem, "small", False)
+        found = solve(problem, 0.05, objective)
+    check_valid(problem, found)
+    most = np.minimum((problem.budgets - problem.fixed) // 100, 6)
+
+    def surrogates(counts: np.ndarray) -> np.ndarray:
+        each: np.ndarray = problem.surrogates(counts / 5).sum(axis=1)
+        return each
+
+    counts = every_count(problem, most)
+    least = surrogates(counts).min()
+    target = 1.05 * least * (1 + SAME)
+    assert found.gap <= SAME
+    assert found.best_surrogate == pytest.approx(least, rel=SAME)
+    if objective == "total":
+        memory = 5000 + 100 * counts[surrogates(counts) <= target].sum(axis=1).min()
+    else:
+        reached = [
+            cap
+            for cap in range(1, 7)
+            if (surrogates(every_count(problem, np.minimum(most, cap))) <= target).any()
+        ]
+        memory = 1000 + 100 * min(reached)
+    assert found.used == memory
+    assert found.memory_gap <= SAME
 
 
 def test_enough_memory_activates_everything_that_helps() -> None:

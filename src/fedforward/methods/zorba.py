@@ -8,7 +8,7 @@ reporting g_ih; each block moves by the average over the clients that had it act
 
     θ_b ← θ_b - Σ_h z_b(s_h) Σ_i A_ib p_i η_i g_ih / Σ_i A_ib p_i,
 
-and a block that no reporting client had active stays. `planning/activation.py` chooses A.
+and a block that no reporting client had active stays. `planning/activation` chooses A.
 """
 
 from collections.abc import Sequence

@@ -15,17 +15,18 @@ functions of one coverage each. Every block is active on some client, and fixed_
 never exceeds client i's budget. First f₁ is made least, then the memory subject to
 f₁ ≤ (1 + ε) min f₁.
 
-What is exact, and what is certified:
-- Equal shares and clients whose blocks cost the same: f₁ is separable and convex over the integer
-  points of a polymatroid (Gale and Ryser), which decomposition solves exactly (`exact`).
-- Otherwise the continuous relaxation gives prices of coverage, and any prices give a lower bound
-  for the integer problem (`relaxation`); rounding and exchanges of blocks give a matrix
-  (`exchange`). The two meet closely when clients are many.
-- If they do not and the problem is small, a mixed-integer program closes the gap (`program`).
+How it is solved:
+- Lines below each block's part of f₁ (tangents, and chords where no coverage is possible) make a
+  linear program, which HiGHS solves (`program`). Its dual values are prices of coverage, and any
+  prices give a lower bound for the integer problem: the certificate.
+- What is whole in its solution is improved by exchanges of blocks (`exchange`). With equal shares,
+  and to each client blocks of equal cost, all of it is whole and f₁ is proven least.
+- If value and bound do not meet and the problem is small, a mixed-integer program over the same
+  lines closes the gap.
 The gaps that remain are reported.
 """
 
+from fedforward.planning.activation.pareto import pareto, solve
 from fedforward.planning.activation.problem import SAME, UNLIMITED, Activation, Objective, Problem
-from fedforward.planning.activation.stages import pareto, solve
 
 __all__ = ["SAME", "UNLIMITED", "Activation", "Objective", "Problem", "pareto", "solve"]

@@ -1,6 +1,6 @@
-"""Exchanges of blocks within a client and between two clients, which improve a matrix.
+"""A local search: exchanges of blocks within a client and between two, which improve a matrix.
 
-From no block at all they lead to matrices about as good as those from rounding the relaxation.
+It begins with what is whole in the relaxation, or greedily with no block at all.
 """
 
 import math
@@ -44,11 +44,9 @@ class Search:
         matrix: bool [N, L]; a block that no client has counts with a high penalty.
     """
 
-    def __init__(
-        self, problem: Problem, matrix: Bools | None = None, byte_price: float = 0.0
-    ) -> None:
+    def __init__(self, problem: Problem, matrix: Bools, byte_price: float = 0.0) -> None:
         self.problem = problem
-        self.matrix = np.zeros(problem.costs.shape, bool) if matrix is None else matrix.copy()
+        self.matrix = matrix.copy()
         # A last column stands for no block, so that adding and dropping are exchanges too.
         self.costs = np.pad(problem.costs, ((0, 0), (0, 1)))
         self.prices = byte_price * self.costs

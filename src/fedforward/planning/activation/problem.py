@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedforward.core.errors import FedForwardError
+from fedforward.core.units import format_bytes
 
 Objective = Literal["total", "worst"]
 Floats = NDArray[np.float64]
@@ -111,21 +112,42 @@ class Problem:
         """The same where no client may use more than `most` bytes."""
         return replace(self, budgets=np.minimum(self.budgets, most))
 
+    def check_each(self) -> None:
+        """Whether every client can run at all, and every block fits on some client alone.
+
+        Raises:
+            FedForwardError: not so; the sentence names client, block and missing bytes.
+        """
+        missing = self.fixed - self.budgets
+        if (missing > 0).any():
+            client = int(missing.argmax())
+            raise FedForwardError(
+                f"Client {self.client_names[client]!r} cannot take part: with no active block it "
+                f"needs {format_bytes(int(self.fixed[client]))} and lacks "
+                f"{format_bytes(int(missing[client]))}. Raise its budget or leave it out."
+            )
+        alone = missing[:, None] + self.costs
+        nearest = alone.argmin(axis=0)
+        block = int(alone.min(axis=0).argmax())
+        if alone[nearest[block], block] > 0:
+            raise self.uncovered(block, int(nearest[block]), int(alone[nearest[block], block]))
+
+    def uncovered(
+        self, block: int, client: int, missing: int, beside: bool = False
+    ) -> FedForwardError:
+        """The error that a block fits nowhere, `beside` the other blocks or alone."""
+        where = " in addition to the others" if beside else ""
+        return FedForwardError(
+            f"Block {self.block_names[block]!r} cannot be active on any client{where}: client "
+            f"{self.client_names[client]!r} comes nearest and lacks {format_bytes(missing)}. Raise "
+            "its budget, or choose a smaller model or a lower cost of an active block."
+        )
+
     @cached_property
     def slopes(self) -> Floats:
         """λ_b = λ d_b / Σ_b d_b, what a unit of a block's coverage adds to f₁, float64 [L]."""
         slopes: Floats = self.dimension_penalty * self.dimensions / self.dimensions.sum()
         return slopes
-
-    @cached_property
-    def equal(self) -> bool:
-        """Whether all shares are equal, so that coverage is a number of clients."""
-        return bool(np.ptp(self.shares) == 0)
-
-    @cached_property
-    def flat(self) -> bool:
-        """Whether to each client all blocks cost the same."""
-        return bool((self.costs == self.costs[:, :1]).all())
 
     @cached_property
     def small(self) -> bool:
@@ -141,19 +163,11 @@ class Problem:
     @cached_property
     def capacity(self) -> Ints:
         """Bytes for blocks, int64 [N], less what no set of blocks could use."""
-        if self.flat:
-            return self.most_blocks * self.costs[:, 0]
-        most = np.where(self.allowed, self.costs, 0).sum(axis=1)
-        room: Ints = np.clip(self.budgets - self.fixed, 0, most)
-        return room
-
-    @cached_property
-    def most_blocks(self) -> Ints:
-        """How many blocks each client can have where `flat`, int64 [N]."""
-        cost, room = self.costs[:, 0], np.maximum(self.budgets - self.fixed, 0)
-        blocks = self.costs.shape[1]
-        counts: Ints = np.where(cost > 0, np.minimum(room // np.maximum(cost, 1), blocks), blocks)
-        return counts
+        costs = np.where(self.allowed, self.costs, 0)
+        room = np.clip(self.budgets - self.fixed, 0, costs.sum(axis=1))
+        unit = np.maximum(np.gcd.reduce(costs, axis=1), 1)
+        whole: Ints = room // unit * unit
+        return whole
 
     @cached_property
     def coverages(self) -> tuple[Floats, Floats]:
