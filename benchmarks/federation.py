@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedforward.cli import main as cli
+from fedforward.core.logs import quiet_libraries
 from fedforward.directions import Distribution, Layout
 from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.ledger import Ledger
@@ -195,7 +195,7 @@ def main() -> None:
     if arguments.parts == ["alone"]:
         print(json.dumps(join(10_000, 30)))
         return
-    cli.quiet_libraries()
+    quiet_libraries()
     results: dict[str, Any] = {}
     if "join" in arguments.parts:
         # A process of its own: a server needs no PyTorch.

@@ -21,14 +21,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from fedforward.cli import main as cli
 from fedforward.config import schema as config
+from fedforward.core.logs import quiet_libraries
 from fedforward.messages.codec import Entry
 from fedforward.methods.base import Returned
 from fedforward.methods.estimators import TwoPoint
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.training import assembly
-from fedforward.training.loop import Session
+from fedforward.training.metrics import ProgressCallback
+from fedforward.training.run import Run
 
 LORA = {"rank": 8, "alpha": 16, "factors": "B"}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -60,19 +61,15 @@ class Permuted(FedMeZO):
         return super().aggregate(round_number, mixed, odds)
 
 
-class Plain:
-    """A listener that prints the rounds that were evaluated."""
+def printed(name: str, console: Console) -> ProgressCallback:
+    """Prints the rounds that were evaluated."""
 
-    def __init__(self, name: str, console: Console) -> None:
-        self.name, self.console = name, console
-
-    def phase(self, text: str) -> None:
-        self.console.print(f"{self.name}: {text}", highlight=False)
-
-    def progress(self, done: int, total: int, line: dict[str, Any]) -> None:
+    def progress(done: int, total: int, line: dict[str, Any]) -> None:
         if "heldout_loss" in line:
-            text = f"{self.name}: round {done}/{total} held-out {line['heldout_loss']:.4f}"
-            self.console.print(f"{text} after {line['seconds']:.0f} s", highlight=False)
+            text = f"{name}: round {done}/{total} held-out {line['heldout_loss']:.4f}"
+            console.print(f"{text} after {line['seconds']:.0f} s", highlight=False)
+
+    return progress
 
 
 def with_steps(source: Path, target: Path) -> Path:
@@ -125,7 +122,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    cli.quiet_libraries()
+    quiet_libraries()
     console = Console(stderr=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     data = with_steps(arguments.data, arguments.out / "data.jsonl")
@@ -138,8 +135,8 @@ def main() -> None:
             estimator = TwoPoint(method.directions, method.mu)
             permuted = Permuted(settings.run.seed, method.local_steps, estimator)
             assembly.build_method = lambda _, permuted=permuted: permuted  # type: ignore[assignment]
-        session = Session(settings, arguments.out / name, False, Plain(name, console))
-        summaries[name] = session.run()
+        run = Run(settings, arguments.out / name, False, printed(name, console))
+        summaries[name] = run.fit().to_json()
         assembly.build_method = build
     if arguments.json:
         print(json.dumps(summaries, indent=2))

@@ -1,4 +1,4 @@
-"""The listing of a letter has every byte of it, and says what is in it."""
+"""The listing of a message has every byte of it, and says what is in it."""
 
 import json
 from pathlib import Path
@@ -19,9 +19,9 @@ from fedforward.messages.codec import (
     Snapshot,
     Task,
 )
-from fedforward.messages.envelope import Kind, Letter
-from tests.deployment.test_coordinator import party
-from tests.messages.test_envelope import ENROLMENT, RUN
+from fedforward.messages.envelope import Envelope, MessageKind
+from tests.messages.test_envelope import ENROLLMENT, RUN
+from tests.support.sites import party
 
 ENTRIES = (
     Entry(0, (Contribution(1, np.array([0.5, -2.0], np.float32), b"\x05"),)),
@@ -40,15 +40,15 @@ TASK = Task(
     Snapshot(1, b"d" * 32, b"tensors").encode(),
 )
 REPORT = Report(2, 4, 30, 1.25, 1, np.array([3.0, 0.0], np.float32), b"p" * 16)
-BODIES: dict[Kind, bytes] = {
-    Kind.GREETING: b'{"terms":{}}',
-    Kind.TASK: TASK.encode(),
-    Kind.FAREWELL: TASK.encode(),
-    Kind.ENROLMENT: ENROLMENT.encode(),
-    Kind.REPORT: REPORT.encode(),
-    Kind.SNAPSHOT: Snapshot(1, b"", b"").encode(),
-    Kind.REFUSAL: "zu groß".encode(),
-    Kind.STRANGER: b"",
+BODIES: dict[MessageKind, bytes] = {
+    MessageKind.HELLO: b'{"terms":{}}',
+    MessageKind.TASK: TASK.encode(),
+    MessageKind.FINALIZE: TASK.encode(),
+    MessageKind.ENROLLMENT: ENROLLMENT.encode(),
+    MessageKind.REPORT: REPORT.encode(),
+    MessageKind.SNAPSHOT: Snapshot(1, b"", b"").encode(),
+    MessageKind.REFUSAL: "zu groß".encode(),
+    MessageKind.UNKNOWN_RUN: b"",
 }
 
 
@@ -57,50 +57,50 @@ def values(fields: list[Field]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", list(BODIES))
-def test_every_byte_is_listed_once(kind: Kind) -> None:
-    sealed = Letter(kind, RUN, BODIES[kind]).seal()
-    fields = listing(sealed)
-    assert b"".join(field.data for field in fields) == sealed
+def test_every_byte_is_listed_once(kind: MessageKind) -> None:
+    encoded = Envelope(kind, RUN, BODIES[kind]).encode()
+    fields = listing(encoded)
+    assert b"".join(field.data for field in fields) == encoded
     place = 0
     for field in fields:
         assert field.place == place and field.data
         place += len(field.data)
-    assert values(fields)["letter: letter kind"] == f"{int(kind)}, {kind.name}"
+    assert values(fields)["envelope: kind"] == f"{int(kind)}, {kind.name}"
 
 
 def test_values_are_what_was_written() -> None:
-    found = values(listing(Letter(Kind.REPORT, RUN, REPORT.encode()).seal()))
+    found = values(listing(Envelope(MessageKind.REPORT, RUN, REPORT.encode()).encode()))
     assert found["report: client"] == "4" and found["report: training examples"] == "30"
     assert found["report: mean training loss"] == "1.25"
     assert found["projected gradients, 2 × float32"] == "3, 0"
-    found = values(listing(Letter(Kind.TASK, RUN, TASK.encode()).seal()))
+    found = values(listing(Envelope(MessageKind.TASK, RUN, TASK.encode()).encode()))
     assert found["task: learning rate"] == "0.001" and found["entry: decay"] == "0.5"
     assert found["coefficients of seeded directions, 2 × float32"] == "0.5, -2"
     assert found["blocks that it moves, a bit each"] == "10100000"
-    sealed = Letter(Kind.REFUSAL, RUN, BODIES[Kind.REFUSAL]).seal()
-    assert values(listing(sealed))["sentence"] == "zu groß"
+    encoded = Envelope(MessageKind.REFUSAL, RUN, BODIES[MessageKind.REFUSAL]).encode()
+    assert values(listing(encoded))["sentence"] == "zu groß"
     with pytest.raises(MessageError):
-        listing(sealed[:-1])
+        listing(encoded[:-1])
 
 
-def test_letters_on_the_command_line(tmp_path: Path) -> None:
+def test_messages_on_the_command_line(tmp_path: Path) -> None:
     path, runner = tmp_path / "000001-out-report", CliRunner()
-    path.write_bytes(Letter(Kind.REPORT, RUN, REPORT.encode()).seal())
-    shown = runner.invoke(cli.app, ["letter", str(path), "--json"])
+    path.write_bytes(Envelope(MessageKind.REPORT, RUN, REPORT.encode()).encode())
+    shown = runner.invoke(cli.app, ["inspect-message", str(path), "--json"])
     fields: list[dict[str, Any]] = json.loads(shown.stdout)[str(path)]
     assert bytes.fromhex("".join(field["bytes"] for field in fields)) == path.read_bytes()
-    assert "3, 0" in runner.invoke(cli.app, ["letter", str(path)]).stdout
+    assert "3, 0" in runner.invoke(cli.app, ["inspect-message", str(path)]).stdout
     path.write_bytes(b"nonsense of some length")
     for wrong, words in ((path, "not fedforward's"), (tmp_path / "none", "cannot be read")):
-        result = runner.invoke(cli.app, ["letter", str(wrong)])
+        result = runner.invoke(cli.app, ["inspect-message", str(wrong)])
         assert result.exit_code == 2 and words in result.stderr.replace("\n", " ")
 
 
 def test_a_site_keeps_what_came_and_what_went(tmp_path: Path) -> None:
     site = party(tmp_path, "a", site__keep_letters=True)
-    answers = [site.answer(b"nonsense"), site.answer(Letter(Kind.TASK, RUN, b"").seal())]
-    folder = tmp_path / "a" / "letters"
-    names = ["000001-in", "000001-out-refusal", "000002-in", "000002-out-stranger"]
+    answers = [site.answer(b"nonsense"), site.answer(Envelope(MessageKind.TASK, RUN, b"").encode())]
+    folder = tmp_path / "a" / "messages"
+    names = ["000001-in", "000001-out-refusal", "000002-in", "000002-out-unknown_run"]
     assert sorted(path.name for path in folder.iterdir()) == names
     assert [(folder / name).read_bytes() for name in names[1::2]] == answers
     assert (folder / "000001-in").read_bytes() == b"nonsense"

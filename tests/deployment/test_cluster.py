@@ -133,7 +133,7 @@ def test_three_sites_have_the_bits_of_one_machine(
 @pytest.mark.parametrize(
     ("role", "where"),
     [
-        ("worker", "a"),
+        ("model server", "a"),
         ("supernode", "a"),
         ("command", "a"),
         ("coordinator", "server"),
@@ -206,7 +206,7 @@ def test_a_straggler_is_not_waited_for_beyond_the_deadline(
     with Cluster(tmp_path, "ab", **changes) as cluster:
         begin(cluster)
         cluster.wait_for_round(1)
-        hanging = cluster.pid("worker", "b")
+        hanging = cluster.pid("model server", "b")
         os.kill(hanging, signal.SIGSTOP)
         done = cluster.committed
         cluster.wait_for_round(done + 3)

@@ -5,6 +5,7 @@ transformers are imported only by the commands that need them.
 """
 
 import json
+import logging
 import os
 import shlex
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from rich.text import Text
 
 from fedforward.cli.tables import figure
 from fedforward.core.errors import FedForwardError
+from fedforward.core.logs import PHASES, quiet_libraries, shown
 
 # PyTorch's threads spin for long before they sleep; on a busy machine that takes the cores from
 # those that work. It must be said before PyTorch is loaded (docs/architecture.md, "Threads").
@@ -79,22 +81,35 @@ def _say(where: Console, text: str) -> None:
     where.print(Text(text), soft_wrap=True)
 
 
-class Display:
-    """The `Listener` of the command line: a live line on a terminal, plain lines elsewhere."""
+class Lines(logging.Handler):
+    """What a command logs, as plain lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the line."""
+        _say(console, record.getMessage())
+
+
+class Display(logging.Handler):
+    """What a run logs and its rounds: a live line on a terminal, plain lines elsewhere."""
 
     def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.INFO)
         self.rich = progress
         self.task = progress.add_task("starting", total=None)
         self.heldout = ""
 
-    def phase(self, text: str) -> None:
-        """A preparation step begins."""
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show what the run does just now, or say what has happened."""
+        text = record.getMessage()
+        if record.name != PHASES.name:
+            _say(console, text)
+            return
         self.rich.update(self.task, description=text)
         if not console.is_terminal:
             console.print(text, highlight=False)
 
     def progress(self, done: int, total: int, line: dict[str, Any]) -> None:
-        """A round is done; `line` is its metrics line."""
+        """A `ProgressCallback`: a round is done."""
         if "heldout_loss" in line:
             self.heldout = f"  held-out {line['heldout_loss']:.3f}"
             for name, value in line.get("metrics", {}).items():
@@ -119,35 +134,20 @@ def _display() -> Iterator[Display]:
     )
     live = console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=not live) as progress:
-        yield Display(progress)
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' own bars and advice out of our output."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import logging
-    import warnings
-
-    import huggingface_hub
-    import transformers
-
-    huggingface_hub.logging.set_verbosity(logging.ERROR)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    # Not ours to mend: PEFT asks transformers for an attribute that was renamed.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        display = Display(progress)
+        with shown(display):
+            yield display
 
 
 def _carry_out(config: Any, out: Path, resume: bool, as_json: bool) -> None:
     """Run a configuration and show its result."""
     with _display() as display:
-        display.phase("loading libraries")
+        PHASES.info("loading libraries")
         quiet_libraries()
-        from fedforward.training.loop import Session
+        from fedforward.training.run import Run
         from fedforward.training.run_directory import strict
 
-        summary = Session(config, out, resume, display).run()
+        summary = Run(config, out, resume, display.progress).fit().to_json()
     if as_json:
         print(json.dumps(strict(summary), indent=2))
         return
@@ -213,12 +213,12 @@ def plan(
         settings = configuration.load(config, overrides or [])
         if picture is not None and not picture.absolute().parent.is_dir():
             raise FedForwardError(f"--png {picture}: there is no folder {picture.parent}.")
-        with _display() as display:
-            display.phase("loading libraries")
+        with _display():
+            PHASES.info("loading libraries")
             quiet_libraries()
             from fedforward.training.preview import preview
 
-            result = preview(settings, display)
+            result = preview(settings)
         from fedforward.cli import plan_tables as show
 
         if as_json:
@@ -272,19 +272,12 @@ def server(
     with _friendly(f"Continue with: {shlex.join(again)}"):
         settings = load_terms(config, overrides or [])
         _check_flower()
-        from fedforward.deployment.flower.server import Door, serve
+        from fedforward.deployment.flower.server import ListenAddress, serve
 
-        door = Door.parse(listen, tls, insecure)
+        address = ListenAddress.parse(listen, tls, insecure)
         supervision.end_on_sigterm()
         with _display() as display:
-            summary = serve(
-                settings,
-                out,
-                door,
-                resume=resume,
-                listener=display,
-                tell=lambda words: _say(console, words),
-            )
+            summary = serve(settings, out, address, resume=resume, progress=display.progress)
     from fedforward.training.plots import draw
     from fedforward.training.run_directory import RunDirectory
 
@@ -356,15 +349,8 @@ def client(
 
         site.check(tls, key, insecure)
         supervision.end_on_sigterm()
-        site.take_part(
-            config,
-            settings,
-            server,
-            tls=tls,
-            key=key,
-            once=once,
-            tell=lambda words: _say(console, words),
-        )
+        with shown(Lines()):
+            site.take_part(config, settings, server, tls=tls, key=key, once=once)
 
 
 @app.command()
@@ -423,13 +409,13 @@ def stop(run: Annotated[Path, typer.Argument(help="run directory", show_default=
     _say(out_console, f"asked {run} to stop")
 
 
-@app.command()
-def letter(
-    paths: Annotated[list[Path], typer.Argument(help="files of OUT/letters", show_default=False)],
+@app.command("inspect-message")
+def inspect_message(
+    paths: Annotated[list[Path], typer.Argument(help="files of OUT/messages", show_default=False)],
     as_json: JsonOption = False,
 ) -> None:
-    """Show letters that a site has kept (site.keep_letters), byte by byte."""
-    from fedforward.cli.message_dump import letter_table, listing
+    """Show messages that a site has kept, byte by byte."""
+    from fedforward.cli.message_dump import listing, message_table
 
     shown = []
     with _friendly():
@@ -454,7 +440,7 @@ def letter(
         return
     for path, fields in shown:
         out_console.print(
-            letter_table(f"{path.name}: {sum(len(f.data) for f in fields)} bytes", fields)
+            message_table(f"{path.name}: {sum(len(f.data) for f in fields)} bytes", fields)
         )
 
 

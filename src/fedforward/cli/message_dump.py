@@ -1,7 +1,7 @@
-"""A letter byte by byte, for whoever must know what leaves a site.
+"""A message byte by byte, for whoever must know what leaves a site.
 
-Reads what `federation.letters` and `messages` write, from their own structures; a test holds it to
-every byte. Imports no PyTorch.
+Reads what `messages.envelope` and `messages.codec` write, from their own structures; a test holds
+it to every byte. Imports no PyTorch.
 """
 
 import json
@@ -14,8 +14,8 @@ import numpy as np
 from rich.table import Table
 
 from fedforward.messages import codec as messages
-from fedforward.messages import envelope as letters
-from fedforward.messages.envelope import Kind, Letter
+from fedforward.messages import envelope as envelopes
+from fedforward.messages.envelope import Envelope, MessageKind
 
 #: Bytes that are shown of a field.
 SHOWN = 8
@@ -48,7 +48,7 @@ _SNAPSHOT = ("rounds", "bytes of the digest", "bytes of the tuned tensors")
 
 @dataclass(frozen=True)
 class Field:
-    """Some bytes of a letter.
+    """Some bytes of a envelope.
 
     Attributes:
         place: of the first, from 0.
@@ -64,24 +64,24 @@ class Field:
 
 
 def listing(data: bytes) -> list[Field]:
-    """Every byte of a sealed letter, in order.
+    """Every byte of an encoded envelope, in order.
 
     Raises:
-        MessageError: it is not a whole letter.
+        MessageError: it is not a whole envelope.
     """
-    letter = Letter.open(data)
+    envelope = Envelope.decode(data)
     cursor = _Cursor(data)
-    cursor.numbers("letter", letters.HEAD_FORM, ("magic", "letter version", "letter kind", "run"))
-    readers = {Kind.TASK: _task, Kind.EVALUATION: _task, Kind.FAREWELL: _task}
-    readers |= {Kind.REPORT: _report, Kind.SNAPSHOT: _snapshot}
-    if letter.kind in readers:
-        readers[letter.kind](cursor)
-    elif letter.kind in (Kind.REFUSAL, Kind.DISMISSAL):
-        cursor.take(len(letter.body), "sentence", lambda raw: letter.text())
-    elif letter.body:
-        cursor.take(len(letter.body), "JSON", lambda raw: json.dumps(letter.json()))
+    cursor.numbers("envelope", envelopes.ENVELOPE_FORM, ("magic", "version", "kind", "run"))
+    readers = {MessageKind.TASK: _task, MessageKind.EVALUATION: _task, MessageKind.FINALIZE: _task}
+    readers |= {MessageKind.REPORT: _report, MessageKind.SNAPSHOT: _snapshot}
+    if envelope.kind in readers:
+        readers[envelope.kind](cursor)
+    elif envelope.kind in (MessageKind.REFUSAL, MessageKind.REJECT):
+        cursor.take(len(envelope.body), "sentence", lambda raw: envelope.text())
+    elif envelope.body:
+        cursor.take(len(envelope.body), "JSON", lambda raw: json.dumps(envelope.json()))
     cursor.take(
-        letters.CHECKSUM_BYTES, "checksum", lambda raw: "first bytes of the SHA-256 before it"
+        envelopes.CHECKSUM_BYTES, "checksum", lambda raw: "first bytes of the SHA-256 before it"
     )
     return cursor.fields
 
@@ -113,8 +113,8 @@ class _Cursor:
 def _shown(name: str, value: Any) -> Callable[[bytes], str]:
     if name == "magic":
         text = value.decode()
-    elif name == "letter kind":
-        text = f"{value}, {Kind(value).name}"
+    elif name == "kind":
+        text = f"{value}, {MessageKind(value).name}"
     elif value == messages.NO_INCREMENTS:
         text = "all clients" if name == "client" else "none"
     elif isinstance(value, float):
@@ -187,8 +187,8 @@ def _snapshot(cursor: _Cursor) -> None:
     cursor.take(size, "tuned tensors", lambda raw: "")
 
 
-def letter_table(title: str, fields: list[Field]) -> Table:
-    """A letter for people."""
+def message_table(title: str, fields: list[Field]) -> Table:
+    """A message for people."""
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("byte", justify="right")
     table.add_column("size", justify="right")

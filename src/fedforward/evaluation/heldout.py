@@ -4,13 +4,14 @@ Answers are generated once for all the metrics that look at them.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from fedforward.config.schema import Config
+from fedforward.core.logs import PHASES
 from fedforward.core.steps import Probe, ProbePlan
 from fedforward.data.sampler import Collate, by_length, collate, collate_choices, collate_prompts
 from fedforward.data.templates import Example
@@ -19,8 +20,7 @@ from fedforward.models.base import CausalModel
 from fedforward.models.scored import Score, texts
 
 #: Seconds after which an evaluation says how far it is, and between its saying so.
-FIRST_NOTICE, NEXT_NOTICE = 2.0, 10.0
-Notice = Callable[[str], None]
+FIRST_LINE_S, NEXT_LINE_S = 2.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,17 @@ def prepare(
     return heldout
 
 
-def measure(model: CausalModel, heldout: HeldOut, notice: Notice) -> dict[str, Any]:
+def measure(model: CausalModel, heldout: HeldOut) -> dict[str, Any]:
     """The held-out figures at the model's current weights.
 
-    Args:
-        notice: told how far the evaluation is where it takes more than two seconds.
+    How far it is, is logged as a phase where it takes more than two seconds.
 
     Returns:
         `heldout_loss`, the mean loss per answer token (or text, of a classifier) in nats; and, if
         there are any, `metrics` by name: `perplexity` is exp(loss), the others are means over the
         examples.
     """
-    progress = _Progress(notice)
+    progress = _Progress()
     loss = _mean(model, progress.over(heldout.groups, "loss"), heldout.loss)
     values = {"loss": loss}
     if "perplexity" in heldout.metrics:
@@ -136,11 +135,10 @@ def _scores(
 
 
 class _Progress:
-    """Tells how far an evaluation is, once it has taken a while."""
+    """Logs how far an evaluation is, once it has taken a while."""
 
-    def __init__(self, notice: Notice) -> None:
-        self.notice = notice
-        self.due = time.monotonic() + FIRST_NOTICE
+    def __init__(self) -> None:
+        self.due = time.monotonic() + FIRST_LINE_S
 
     def over(self, groups: Sequence[Sequence[Example]], what: str) -> Iterator[Sequence[Example]]:
         """The groups, one after another."""
@@ -148,7 +146,7 @@ class _Progress:
         for group in groups:
             now = time.monotonic()
             if now >= self.due:
-                self.notice(f"evaluating {what}: {done} of {total} examples")
-                self.due = now + NEXT_NOTICE
+                PHASES.info("evaluating %s: %d of %d examples", what, done, total)
+                self.due = now + NEXT_LINE_S
             yield group
             done += len(group)

@@ -15,6 +15,9 @@ _NUMBER = re.compile(r"(?:(?<![\w.])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 #: What GSM8K writes before the number that a solution ends in.
 FINAL = "####"
 
+#: Metrics between 0 and 1, of texts or classes.
+SHARES = frozenset({"accuracy", "exact-match", "f1", "rougeL"})
+
 
 def exact_match(prediction: str, reference: str) -> float:
     """1.0 or 0.0: equal normalised texts, or equal final numbers.

@@ -5,12 +5,14 @@ What a server across machines has, which holds no model: nothing here imports Py
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from fedforward.config.schema import Config
-from fedforward.directions import VERSION, Distribution, Layout
+from fedforward.core.errors import FedForwardError
+from fedforward.core.identity import ModelIdentity
+from fedforward.directions import VERSION, Distribution
 from fedforward.federation.learning_rates import RateSettings
+from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import Allocate, ServerSettings
 from fedforward.federation.server_optimizer import ServerOptimizer
 from fedforward.methods.base import FirstOrderMethod, Method
@@ -19,25 +21,6 @@ from fedforward.methods.estimators import FZOO, TwoPoint
 from fedforward.methods.fedkseed import FedKSeed
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.methods.zorba import ZorBA
-
-
-@dataclass(frozen=True)
-class ModelIdentity:
-    """What all parties must agree on before any of them can read another's numbers.
-
-    Attributes:
-        layout: of the tunable space.
-        base: SHA-256 of the base model's weights, hexadecimal.
-        classes: of a sequence classifier, in the order of its head; else empty.
-        state_bytes: of the tuned tensors, which a snapshot carries.
-        tokenizer: SHA-256 of what it makes of texts, hexadecimal; empty where one is shared.
-    """
-
-    layout: Layout
-    base: str
-    classes: tuple[str, ...]
-    state_bytes: int
-    tokenizer: str = ""
 
 
 def build_method(config: Config) -> Method | FirstOrderMethod:
@@ -75,6 +58,24 @@ def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
         "base": model.base,
         "lora": lora,
     }
+
+
+def check_header(ledger: Ledger, header: dict[str, Any]) -> None:
+    """Refuse a ledger that was made with another base model, layout or direction version."""
+    for key, value in header.items():
+        if ledger.header.get(key) != value:
+            what = {
+                "base": "the base model's weights have changed since the run started",
+                "data": "the data have changed since the run started",
+                "classes": "the data have other classes than when the run started",
+                "lora": "the adapters are set up in another way",
+                "layout": "the model's tuned tensors are not those of the run",
+                "direction_version": "it was made with another version of the directions",
+            }.get(key, f"its {key} differs")
+            raise FedForwardError(
+                f"{ledger.path}: {what} ({ledger.header.get(key)!r} there, {value!r} here). "
+                "Restore what the run was started with."
+            )
 
 
 def server_settings(

@@ -15,6 +15,7 @@ import numpy as np
 
 from fedforward.config.schema import Config, SimulationSection
 from fedforward.core.errors import FedForwardError
+from fedforward.core.identity import ModelIdentity
 from fedforward.core.seeds import derive, generator
 from fedforward.core.steps import Probe, ProbePlan
 from fedforward.data import labels, sources, templates
@@ -30,7 +31,6 @@ from fedforward.models.lora import LoraModel
 from fedforward.models.masks import random_mask, small_weights_mask
 from fedforward.models.scored import texts
 from fedforward.planning import probe_grouping as probes
-from fedforward.training.assembly import ModelIdentity
 from fedforward.training.faults import Faults
 
 

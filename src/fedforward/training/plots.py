@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedforward.cli.tables import SHARES
+from fedforward.evaluation.text_metrics import SHARES
 
 PALE, DARK = "#b8c4d6", "#1b4f9c"
 COLOURS = (DARK, "#c2571a", "#2d7d46", "#7a3e9d")

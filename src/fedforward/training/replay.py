@@ -21,8 +21,12 @@ from fedforward.methods.base import FirstOrderMethod
 from fedforward.models.base import CausalModel
 from fedforward.models.lora import LoraModel
 from fedforward.training import build as experiment
-from fedforward.training.assembly import build_method, ledger_header, server_settings
-from fedforward.training.loop import check_header
+from fedforward.training.assembly import (
+    build_method,
+    check_header,
+    ledger_header,
+    server_settings,
+)
 from fedforward.training.run_directory import RunDirectory
 
 

@@ -10,7 +10,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -230,6 +231,22 @@ def strict(content: Any) -> Any:
     if isinstance(content, float) and not math.isfinite(content):
         return None
     return content
+
+
+@contextmanager
+def errors_of_the_disk(path: Path) -> Iterator[None]:
+    """Turn a full or failing disk into a sentence; the ledger is whole either way."""
+    import sqlite3
+
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError, SafetensorError) as error:
+        raise FedForwardError(
+            f"{path} cannot be written: {error}. Every finished round is kept; make room and "
+            "continue with --resume."
+        ) from error
 
 
 def environment() -> dict[str, Any]:
