@@ -106,7 +106,7 @@ def measure(method: str, sites_: int, participation: float, late: int) -> dict[s
         def run_round(self) -> RoundOutcome:
             spent, began = transport.spent, time.monotonic()
             outcome = super().run_round()
-            count: ByteCount = self.participants.bytes
+            count: ByteCount = self.participants.byte_count
             seconds = time.monotonic() - began - (transport.spent - spent)
             rounds.append({"seconds": seconds, "up": count.up, "down": count.down})
             return outcome

@@ -212,7 +212,7 @@ class Coordinator:
             QuorumError: in no attempt enough sites reported.
             Stopped: the run was asked to stop.
         """
-        self.participants.bytes = ByteCount()
+        self.participants.byte_count = ByteCount()
         for attempt in range(MAX_ROUND_RETRIES):
             asked = self._ask_for_reports()
             try:
@@ -226,7 +226,7 @@ class Coordinator:
         return self._outcome(record, asked)
 
     def _outcome(self, record: Round, asked: int) -> RoundOutcome:
-        count, late, self._late = self.participants.bytes, self._late, 0
+        count, late, self._late = self.participants.byte_count, self._late, 0
         sent = max(1, count.sent)
         return RoundOutcome(
             record,

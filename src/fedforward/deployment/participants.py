@@ -128,7 +128,7 @@ class Participants:
         self.state = state
         self.hello = hello
         self.clock = clock
-        self.bytes = ByteCount()
+        self.byte_count = ByteCount()
         self._members: dict[str, Participant] = {}
 
     def __getitem__(self, name: str) -> Participant:
@@ -152,8 +152,8 @@ class Participants:
         """Ask a site something; it is not free until it has answered."""
         data = Envelope(kind, self.state.run, body).encode()
         participant.pending, participant.asked, participant.metrics = kind, self.clock(), None
-        self.bytes.down += len(data)
-        self.bytes.sent += 1
+        self.byte_count.down += len(data)
+        self.byte_count.sent += 1
         self.transport.send(participant.name, data)
 
     def reject(self, participant: Participant, words: str) -> None:
@@ -237,7 +237,7 @@ class Participants:
         try:
             if reply.error:
                 raise MessageError(reply.error)
-            self.bytes.up += len(reply.data)
+            self.byte_count.up += len(reply.data)
             envelope = Envelope.decode(reply.data)
             if envelope.kind is not MessageKind.REFUSAL and envelope.run != self.state.run:
                 raise MessageError("A message of another run was refused.")
