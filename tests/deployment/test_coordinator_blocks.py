@@ -82,6 +82,8 @@ def test_a_snapshot_does_not_vote(world: Any) -> None:
 
     found.transport.hook = hook
     summary = found.run()
+    first = {name: found.transport.tasks(name)[0] for name in "cd"}
+    assert all(task.snapshot for task in first.values()), "both began with the changed state"
     result = artefacts.verify(found.out, str(DEMO_MODEL))
     assert result.state_digest == summary["state_digest"]
     assert set(found.digests().values()) == {summary["state_digest"]}
