@@ -18,15 +18,7 @@ from rich.table import Table
 from fedforward.config.loading import validate
 from fedforward.models.libraries import quiet_libraries
 from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
-from fedforward.training.loop import Session
-
-
-class Silent:
-    def phase(self, text: str) -> None:
-        pass
-
-    def progress(self, done: int, total: int, line: dict[str, object]) -> None:
-        pass
+from fedforward.training.run import Run
 
 
 def measure(model: str, data: str, clients: int, probes_per_call: int, out: Path) -> dict[str, int]:
@@ -46,19 +38,19 @@ def measure(model: str, data: str, clients: int, probes_per_call: int, out: Path
             "run": {"probes_per_call": probes_per_call},
         }
     )
-    session = Session(settings, out, False, Silent())
+    run = Run(settings, out)
     everything = sorted(
-        (e for part in session.corpus.clients for e in part), key=lambda e: len(e.tokens)
+        (e for part in run.corpus.clients for e in part), key=lambda e: len(e.tokens)
     )
-    for client in session.runtime.clients:
+    for client in run.runtime.clients:
         client.batches.examples = everything[-64:]  # type: ignore[attr-defined]
         client.batches.client = 0  # type: ignore[attr-defined]
     # The first round compiles kernels and allocates what stays.
-    session.runtime.run_round()
-    session._catch_up()
+    run.runtime.run_round()
+    run.catch_up()
     alive = bytes_alive()
-    peak = peak_bytes(session.runtime.run_round)
-    session.ledger.close()
+    peak = peak_bytes(run.runtime.run_round)
+    run.ledger.close()
     return {"clients": clients, "alive": alive, "peak": peak}
 
 

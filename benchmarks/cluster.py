@@ -4,11 +4,11 @@
 
 A server and its sites run on this machine's loopback device, as `fedforward server` and
 `fedforward client` start them, with the demonstration's model and ten local steps. Seconds of
-overhead are those of a round without the slowest site's own steps. Letters are our messages as they
-are sealed; wire bytes are what passes a counting forwarder in front of each client, TLS and polling
-included, between the first round and the last but one. At the end a worker is stopped for a while,
-and the bytes of the other sites, who then have nothing to do, are those of idle polling. Memory is
-each process's peak (VmHWM), in which shared libraries count again and again.
+overhead are those of a round without the slowest site's own steps. Messages are counted
+with their envelopes; wire bytes are what passes a counting forwarder in front of each client, TLS
+and polling included, between the first round and the last but one. At the end a model server is
+stopped for a while, and the bytes of the other sites, who then have nothing to do, are those of
+idle polling. Memory is each process's peak (VmHWM), in which shared libraries count again.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def start_up(cluster: Cluster, peaks: Peaks, ports: dict[str, int]) -> list[Row]
 
 
 def of_rounds(lines: list[dict[str, Any]], logs: list[str], last: int) -> list[Row]:
-    """Seconds and letters of the rounds from the second to `last`."""
+    """Seconds and messages of the rounds from the second to `last`."""
     steps = [
         {int(n): float(s) for n, s in re.findall(r"^round (\d+): \d+ steps in (.*) s$", log, re.M)}
         for log in logs
@@ -113,8 +113,8 @@ def of_rounds(lines: list[dict[str, Any]], logs: list[str], last: int) -> list[R
         row("its slowest site's steps", statistics.median(slowest), "s"),
         row("overhead of a round, median", statistics.median(overhead), "s"),
         row("overhead of a round, most", max(overhead), "s"),
-        row("letters up, client and round", statistics.mean(up), "B"),
-        row("letters down, client and round", statistics.mean(down), "B"),
+        row("messages up, client and round", statistics.mean(up), "B"),
+        row("messages down, client and round", statistics.mean(down), "B"),
     ]
 
 
@@ -152,7 +152,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[Row]:
         ]
         common.note("idling")
         held, *idle = sites
-        stopped = cluster.pid("worker", held)
+        stopped = cluster.pid("model server", held)
         os.kill(stopped, signal.SIGSTOP)
         try:
             cluster.wait("idle sites", lambda: _idle(cluster, idle))
@@ -188,7 +188,7 @@ def _metrics(cluster: Cluster) -> list[dict[str, Any]]:
 
 def memory(peaks: Peaks, sites: list[str]) -> list[Row]:
     """Peaks of the server's processes, and the largest of the sites'."""
-    names = {"command": "command and gate"}
+    names = {"command": "command and reverse proxy"}
     rows = []
     server = {role: size for (owner, role), size in peaks.found.items() if owner == "server"}
     for role, size in sorted(server.items()):
@@ -198,8 +198,8 @@ def memory(peaks: Peaks, sites: list[str]) -> list[Row]:
     site = {role: max(peaks.found.get((name, role), 0) for name in sites) for role in roles}
     for role, size in site.items():
         rows.append(row(f"site: {role}", size / 1e6, "MB"))
-    beside = sum(size for role, size in site.items() if role != "worker")
-    return [*rows, row("site: all but the worker", beside / 1e6, "MB")]
+    beside = sum(size for role, size in site.items() if role != "model server")
+    return [*rows, row("site: all but the model server", beside / 1e6, "MB")]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -28,7 +28,8 @@ from fedforward.methods.estimators import TwoPoint
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.models.libraries import quiet_libraries
 from fedforward.training import assembly
-from fedforward.training.loop import Session
+from fedforward.training.metrics import ProgressCallback
+from fedforward.training.run import Run
 
 LORA = {"rank": 8, "alpha": 16, "factors": "B"}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -58,19 +59,15 @@ class Permuted(FedMeZO):
         return super().aggregate(round_number, mixed, state)
 
 
-class Plain:
-    """A listener that prints the rounds that were evaluated."""
+def printed(name: str, console: Console) -> ProgressCallback:
+    """Prints the rounds that were evaluated."""
 
-    def __init__(self, name: str, console: Console) -> None:
-        self.name, self.console = name, console
-
-    def phase(self, text: str) -> None:
-        self.console.print(f"{self.name}: {text}", highlight=False)
-
-    def progress(self, done: int, total: int, line: dict[str, Any]) -> None:
+    def progress(done: int, total: int, line: dict[str, Any]) -> None:
         if "heldout_loss" in line:
-            text = f"{self.name}: round {done}/{total} held-out {line['heldout_loss']:.4f}"
-            self.console.print(f"{text} after {line['seconds']:.0f} s", highlight=False)
+            text = f"{name}: round {done}/{total} held-out {line['heldout_loss']:.4f}"
+            console.print(f"{text} after {line['seconds']:.0f} s", highlight=False)
+
+    return progress
 
 
 def with_steps(source: Path, target: Path) -> Path:
@@ -136,8 +133,8 @@ def main() -> None:
             estimator = TwoPoint(method.directions, method.mu)
             permuted = Permuted(settings.run.seed, method.local_steps, estimator)
             assembly.build_method = lambda _, permuted=permuted: permuted  # type: ignore[assignment]
-        session = Session(settings, arguments.out / name, False, Plain(name, console))
-        summaries[name] = session.run()
+        run = Run(settings, arguments.out / name, False, printed(name, console))
+        summaries[name] = run.fit().to_json()
         assembly.build_method = build
     if arguments.json:
         print(json.dumps(summaries, indent=2))

@@ -204,7 +204,7 @@ def run_rounds(arguments: argparse.Namespace, distribution: str) -> tuple[float,
 
         def work() -> None:
             for _ in range(arguments.rounds):
-                traffic.append(runtime.run_round()[1])
+                traffic.append(runtime.run_round().traffic)
 
         taken = common.seconds(work, arguments.device)
         runtime.server.ledger.close()

@@ -2,8 +2,8 @@
 
     python benchmarks/many_sites.py [--sites 100 1000 10000] [--json]
 
-The coordinator, its letters, its ledger and its files are the real ones; sites are stand-ins in
-the same process that enrol, report random projected gradients and evaluate at once, so that what
+The coordinator, its messages, its ledger and its files are the real ones; sites are stand-ins in
+the same process that enroll, report random projected gradients and evaluate at once, so that what
 is timed is what the server itself costs. H = 10, three rounds, and an evaluation at the end, for
 which every site is sent what it lacks. `fedmezo` has directions of its own for each client, so that
 every client is sent every other's scalars; `decomfl` shares them, so that a round is H scalars
@@ -33,13 +33,14 @@ from fedforward.config import site as sites
 from fedforward.config.loading import validate
 from fedforward.core.identity import ModelIdentity
 from fedforward.deployment.coordinator import Coordinator
-from fedforward.deployment.participants import Traffic
-from fedforward.deployment.transport import Arrival
+from fedforward.deployment.participants import ByteCount
+from fedforward.deployment.transport import Reply
 from fedforward.directions import Layout
 from fedforward.messages.codec import HEADER
-from fedforward.messages.envelope import Enrolment, Kind, Letter, packed
+from fedforward.messages.envelope import Enrollment, Envelope, MessageKind, encode_json
 from fedforward.messages.report import DIGEST_BYTES, Report
 from fedforward.messages.task import Task
+from fedforward.training.metrics import RoundOutcome
 
 STEPS = 10
 #: Llama-3B's LoRA of rank 128 on q and v, as in FedMeZO's setting.
@@ -53,7 +54,7 @@ def state(rounds: int) -> bytes:
 
 
 class StandIns:
-    """A link to sites that have no model; counts what passes while a round is open."""
+    """A transport to sites that have no model; counts what passes while a round is open."""
 
     def __init__(self, sites: int) -> None:
         self.names = [f"site-{number:05}" for number in range(sites)]
@@ -67,27 +68,27 @@ class StandIns:
     def send(self, site: str, data: bytes) -> None:
         self.out.append((site, data))
 
-    def receive(self) -> Sequence[Arrival]:
+    def receive(self) -> Sequence[Reply]:
         began = time.monotonic()
         out, self.out = self.out, []
-        arrived = [Arrival(name, self._answer(Letter.open(data))) for name, data in out]
+        arrived = [Reply(name, self._answer(Envelope.decode(data))) for name, data in out]
         self.spent += time.monotonic() - began
         return arrived
 
-    def _answer(self, letter: Letter) -> bytes:
-        if letter.kind is Kind.GREETING:
-            body = Enrolment("", IDENTITY, examples=100, heldout=10, rounds=0).encode()
-            return Letter(Kind.ENROLMENT, letter.run, body).seal()
+    def _answer(self, message: Envelope) -> bytes:
+        if message.kind is MessageKind.HELLO:
+            body = Enrollment("", IDENTITY, examples=100, heldout=10, rounds=0).encode()
+            return Envelope(MessageKind.ENROLLMENT, message.run, body).encode()
         # Its head is enough; what follows would be read at ten thousand sites, not at one.
-        number, client, _, wanted, *_ = Task.plan()[0].unpack_from(letter.body, HEADER.size)
-        if letter.kind is Kind.TASK:
+        number, client, _, wanted, *_ = Task.plan()[0].unpack_from(message.body, HEADER.size)
+        if message.kind is MessageKind.TASK:
             digest = state(number)[:DIGEST_BYTES] if wanted else b""
             gradients = self.random.standard_normal(STEPS).astype(np.float32)
             report = Report(number, client, 100, 1.0, 0, gradients, digest)
-            return Letter(Kind.REPORT, letter.run, report.encode()).seal()
-        figures = {"rounds": number, "digest": state(number).hex(), "examples": 10}
-        figures |= {"tokens": 100, "heldout_loss": 1.0}
-        return Letter(Kind.FIGURES, letter.run, packed(figures)).seal()
+            return Envelope(MessageKind.REPORT, message.run, report.encode()).encode()
+        metrics = {"rounds": number, "digest": state(number).hex(), "examples": 10}
+        metrics |= {"tokens": 100, "heldout_loss": 1.0}
+        return Envelope(MessageKind.METRICS, message.run, encode_json(metrics)).encode()
 
 
 def measure(method: str, sites_: int, participation: float, late: int) -> dict[str, Any]:
@@ -100,25 +101,25 @@ def measure(method: str, sites_: int, participation: float, late: int) -> dict[s
         "run": {"evaluate_every": 3},
     }
     config = validate(content)
-    link = StandIns(sites_)
+    transport = StandIns(sites_)
     rounds: list[dict[str, float]] = []
 
     class Timed(Coordinator):
-        def _round(self) -> Any:
-            spent, began = link.spent, time.monotonic()
-            assert self.members.traffic == Traffic()
-            record = super()._round()
-            traffic = self.members.traffic
-            seconds = time.monotonic() - began - (link.spent - spent)
-            rounds.append({"seconds": seconds, "up": traffic.up, "down": traffic.down})
-            return record
+        def run_round(self) -> RoundOutcome:
+            spent, began = transport.spent, time.monotonic()
+            outcome = super().run_round()
+            count: ByteCount = self.participants.byte_count
+            seconds = time.monotonic() - began - (transport.spent - spent)
+            rounds.append({"seconds": seconds, "up": count.up, "down": count.down})
+            return outcome
 
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
-        coordinator = Timed(config, Path(folder) / "run", link, pause=lambda seconds: None)
+        coordinator = Timed(config, Path(folder) / "run", transport, sleep=lambda seconds: None)
         coordinator.run()
-        whole = time.monotonic() - began - link.spent
-        entry = coordinator._server.entry_bytes
+        whole = time.monotonic() - began - transport.spent
+        assert coordinator.server is not None
+        entry = coordinator.server.entry_bytes
     assert "torch" not in sys.modules
     last = rounds[-1]
     asked = max(1, round(participation * sites_))

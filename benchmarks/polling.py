@@ -1,11 +1,11 @@
-"""What idle sites cost a server: CPU seconds of the engine and of the gate, and bytes.
+"""What idle sites cost a server: CPU seconds of the engine and of the reverse proxy, and bytes.
 
     python benchmarks/polling.py [--sites 8] [--seconds 60] [--json]
 
-Flower's SuperLink, our gate with TLS, and SuperNodes with keys on the loopback device, without any
-run: every site asks every three seconds whether there is a message. CPU seconds are the processes'
-own (`/proc/PID/stat`), less those of the same time before there were sites; `sites a core` is how
-many would keep one core busy.
+Flower's SuperLink, our reverse proxy with TLS, and SuperNodes with keys on the loopback device,
+without any run: every site asks every three seconds whether there is a message. CPU seconds are
+the processes' own (`/proc/PID/stat`), less those of the same time before there were sites; `sites
+a core` is how many would keep one core busy.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 
 from fedforward.deployment.flower import certificates, engine
-from fedforward.deployment.flower.reverse_proxy import Gate
+from fedforward.deployment.flower.reverse_proxy import ReverseProxy
 from fedforward.deployment.supervisor import Child, Supervisor, free_port
 
 
@@ -38,10 +38,10 @@ def measure(folder: Path, sites: int, seconds: float) -> dict[str, float]:
     home.mkdir()
     secret = folder / "secret"
     secret.write_bytes(os.urandom(32))
-    port, door = free_port(), free_port()
+    port, outside = free_port(), free_port()
     trust = certificates.trust(inner)
     pair = (str(outer / "server.crt"), str(outer / "server.key"))
-    gate = Gate("127.0.0.1", door, f"https://127.0.0.1:{port}", trust, pair)
+    proxy = ReverseProxy("127.0.0.1", outside, f"https://127.0.0.1:{port}", trust, pair)
     environment = engine.environment(home)
     with Supervisor() as supervisor:
         command = engine.superlink(port, folder / "database", secret, inner)
@@ -55,11 +55,11 @@ def measure(folder: Path, sites: int, seconds: float) -> dict[str, float]:
                 time.sleep(0.2)
         flower = engine.CommandLine(home, f"127.0.0.1:{port}", inner / "ca.crt")
         flower.register({name: outer / "sites" / f"{name}.pub" for name in names})
-        gate.open()
-        gate.ready = True
+        proxy.open()
+        proxy.ready = True
 
         def look() -> tuple[float, float, int, int]:
-            return cpu_seconds(link.pid), cpu_seconds(os.getpid()), gate.received, gate.sent
+            return cpu_seconds(link.pid), cpu_seconds(os.getpid()), proxy.received, proxy.sent
 
         def over_time() -> list[float]:
             before, began = look(), time.monotonic()
@@ -70,7 +70,10 @@ def measure(folder: Path, sites: int, seconds: float) -> dict[str, float]:
         nobody = over_time()
         for name in names:
             command = engine.supernode(
-                f"localhost:{door}", free_port(), outer / "ca.crt", outer / "sites" / f"{name}.key"
+                f"localhost:{outside}",
+                free_port(),
+                outer / "ca.crt",
+                outer / "sites" / f"{name}.key",
             )
             supervisor.start(Child(name, command, folder / f"{name}.log", environment))
         last = time.monotonic() + 120
@@ -79,18 +82,18 @@ def measure(folder: Path, sites: int, seconds: float) -> dict[str, float]:
             time.sleep(0.5)
         time.sleep(10)
         somebody = over_time()
-    gate.close()
-    link_seconds, gate_seconds, up, down = (
+    proxy.close()
+    link_seconds, proxy_seconds, up, down = (
         (b - a) / sites for a, b in zip(nobody, somebody, strict=True)
     )
     return {
         "sites": sites,
         "engine, CPU s of a site and minute": 60 / seconds * link_seconds,
-        "gate, CPU s of a site and minute": 60 / seconds * gate_seconds,
+        "proxy, CPU s of a site and minute": 60 / seconds * proxy_seconds,
         "up, B of a site and minute": 60 / seconds * up,
         "down, B of a site and minute": 60 / seconds * down,
         "sites a core, engine": seconds / link_seconds,
-        "sites a core, gate": seconds / gate_seconds,
+        "sites a core, proxy": seconds / proxy_seconds,
     }
 
 

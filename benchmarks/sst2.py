@@ -22,7 +22,8 @@ from rich.table import Table
 from fedforward.config.loading import assign, parse_override, validate
 from fedforward.config.schema import Config
 from fedforward.models.libraries import quiet_libraries
-from fedforward.training.loop import Session
+from fedforward.training.metrics import ProgressCallback
+from fedforward.training.run import Run
 
 # One block, one kind of module: few parameters for the same steps, and what lies below the block is
 # computed once for the 32 probes of a step.
@@ -58,21 +59,17 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-class Plain:
-    """A listener that prints the rounds that were evaluated."""
+def printed(name: str, console: Console) -> ProgressCallback:
+    """Prints the rounds that were evaluated."""
 
-    def __init__(self, name: str, console: Console) -> None:
-        self.name, self.console = name, console
-
-    def phase(self, text: str) -> None:
-        self.console.print(f"{self.name}: {text}", highlight=False)
-
-    def progress(self, done: int, total: int, line: dict[str, Any]) -> None:
+    def progress(done: int, total: int, line: dict[str, Any]) -> None:
         if "heldout_loss" in line:
-            text = f"{self.name}: round {done}/{total} held-out {line['heldout_loss']:.4f}"
+            text = f"{name}: round {done}/{total} held-out {line['heldout_loss']:.4f}"
             accuracy = 100 * line["metrics"]["accuracy"]
             text += f" accuracy {accuracy:.1f} % after {line['seconds']:.0f} s"
-            self.console.print(text, highlight=False)
+            console.print(text, highlight=False)
+
+    return progress
 
 
 def configure(name: str, seed: int, model: str, data: Path, overrides: Sequence[str]) -> Config:
@@ -134,9 +131,9 @@ def main() -> None:
         summaries[name] = []
         for seed in range(arguments.seeds):
             settings = configure(name, seed, arguments.model, arguments.data, arguments.set)
-            run = f"{name}-{seed}"
-            session = Session(settings, arguments.out / run, False, Plain(run, console))
-            summaries[name].append(session.run())
+            label = f"{name}-{seed}"
+            run = Run(settings, arguments.out / label, False, printed(label, console))
+            summaries[name].append(run.fit().to_json())
     if arguments.json:
         print(json.dumps(summaries, indent=2))
         return

@@ -26,27 +26,22 @@ from fedforward.planning.budgets import allocator, survey
 from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
 from fedforward.planning.probe_grouping import step_probes
 from fedforward.training import build as experiment
-from fedforward.training.loop import Session
+from fedforward.training.metrics import ProgressCallback
+from fedforward.training.run import Run
 
 #: Blocks that each client's budget is for.
 ACTIVE = [2, 3, 4, 5, 6, 7, 8, 8]
 RATES = {"lora": [2.5e-3, 5e-3, 1e-2], "full": [1e-4, 2e-4, 4e-4]}
 
 
-class Quiet:
-    """A listener that keeps a line up to date."""
+def printed(name: str, console: Console) -> ProgressCallback:
+    """Prints the rounds that were evaluated."""
 
-    def __init__(self, name: str, console: Console) -> None:
-        self.name, self.console = name, console
-
-    def phase(self, text: str) -> None:
-        pass
-
-    def progress(self, done: int, total: int, line: dict[str, Any]) -> None:
+    def progress(done: int, total: int, line: dict[str, Any]) -> None:
         if "heldout_loss" in line:
-            self.console.print(
-                f"{self.name}: round {done}/{total}, held-out {line['heldout_loss']:.4f}"
-            )
+            console.print(f"{name}: round {done}/{total}, held-out {line['heldout_loss']:.4f}")
+
+    return progress
 
 
 def configure(arguments: argparse.Namespace, name: str, rate: float, seed: int) -> Config:
@@ -83,7 +78,7 @@ def fall(arguments: argparse.Namespace, name: str, rate: float, seed: int) -> fl
     if not (out / "summary.json").is_file():
         settings = configure(arguments, name, rate, seed)
         try:
-            Session(settings, out, True, Quiet(label, Console(stderr=True))).run()
+            Run(settings, out, True, printed(label, Console(stderr=True))).fit()
         except Exception as error:
             Console(stderr=True).print(f"{label}: {error}")
             return float("-inf")

@@ -3,7 +3,7 @@
     python examples/library_use.py [--model FOLDER]
 
 The loop is centralised MeZO in ten lines: probe at +mu and -mu, turn the difference into a step,
-commit. Nothing here needs a server; `fedforward.training.loop.Session` is the federated
+commit. Nothing here needs a server; `fedforward.training.run.Run` is the federated
 counterpart.
 """
 

@@ -128,22 +128,12 @@ def configure(rows: Path, libraries_are_no_garbage: None) -> Callable[..., Any]:
     return make
 
 
-class Silent:
-    """A listener that shows nothing."""
-
-    def phase(self, text: str) -> None:
-        pass
-
-    def progress(self, done: int, total: int, line: dict[str, Any]) -> None:
-        pass
-
-
 @pytest.fixture
 def carry_out() -> Callable[..., dict[str, Any]]:
     """A function that runs a configuration and returns its summary."""
-    from fedforward.training.loop import Session
+    from fedforward.training.run import Run
 
     def go(config: Any, out: Path, resume: bool = False) -> dict[str, Any]:
-        return Session(config, out, resume, Silent()).run()
+        return Run(config, out, resume).fit().to_json()
 
     return go

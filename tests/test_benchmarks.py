@@ -223,7 +223,7 @@ def test_cluster(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("start-up: the first round opened", "overhead of a round, median"):
         assert found[name] > 0
     for way in ("up", "down"):
-        assert found[f"wire {way}, client and round"] > found[f"letters {way}, client and round"]
+        assert found[f"wire {way}, client and round"] > found[f"messages {way}, client and round"]
         assert found[f"idle polling {way}, site and minute"] > 0
     assert found["server: all"] > found["server: coordinator"] > 0
-    assert found["site: all but the worker"] > 0
+    assert found["site: all but the model server"] > 0

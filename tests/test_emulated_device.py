@@ -23,7 +23,7 @@ from fedforward.directions import Distribution
 from fedforward.directions import ops as kernels
 from fedforward.evaluation.objectives import ClassError, ClassLoss
 from fedforward.federation.ledger import Ledger
-from fedforward.messages.envelope import Kind, Letter
+from fedforward.messages.envelope import Envelope, MessageKind
 from fedforward.methods.estimators import TwoPoint
 from fedforward.models import devices
 from fedforward.models.base import CausalModel
@@ -39,14 +39,13 @@ from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
 from fedforward.planning.probe_grouping import fit, step_probes
 from fedforward.training import build as experiment
 from fedforward.training import replay as artefacts
-from fedforward.training.loop import Session
-from tests.conftest import DEMO_MODEL, Silent
-from tests.deployment import test_coordinator
+from fedforward.training.run import Run
+from tests.conftest import DEMO_MODEL
 from tests.models import test_classification
 from tests.models.test_models import PERTURBATION, TRAJECTORY, lora, plan
 from tests.models.test_offload import KINDS, build, large, life, step
 from tests.models.test_probing import FAMILIES, OPPOSITE, make
-from tests.support import emulated_device
+from tests.support import emulated_device, sites
 
 DEVICE = "emulated"
 
@@ -449,9 +448,9 @@ def first_order(cache: Path, settings: Any, out: Path) -> float:
     """A run of the first-order baseline on the device; the last held-out loss."""
     emulated_device.load(cache)
     with emulated_device.shown():
-        run = Session(settings, out, False, Silent())
+        run = Run(settings, out)
         assert run.model.device.type == DEVICE
-        return float(run.run()["heldout_loss"]["end"])
+        return run.fit().heldout_loss.end
 
 
 @pytest.mark.slow
@@ -472,13 +471,11 @@ def test_the_first_order_baseline_runs_on_the_device(
 def test_sites_on_different_devices_agree(tmp_path: Path) -> None:
     """A round is only counted where all sites prove the same state."""
     parties = {
-        name: test_coordinator.party(tmp_path, name, run__device=place)
+        name: sites.party(tmp_path, name, run__device=place)
         for name, place in (("a", DEVICE), ("b", "cpu"), ("c", DEVICE))
     }
-    settings = test_coordinator.run_toml(tmp_path, "federation.rounds=2")
-    summary = test_coordinator.carry_out(
-        settings, tmp_path / "out", test_coordinator.Direct(parties)
-    )
+    settings = sites.run_toml(tmp_path, "federation.rounds=2")
+    summary = sites.carry_out(settings, tmp_path / "out", sites.Direct(parties))
     tunings = [site.tuning for site in parties.values()]
     models = [tuning.replica.model for tuning in tunings if tuning is not None]
     assert [model.device.type for model in models] == [DEVICE, "cpu", DEVICE]
@@ -488,11 +485,13 @@ def test_sites_on_different_devices_agree(tmp_path: Path) -> None:
 def test_a_site_whose_device_is_full_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    site = test_coordinator.party(tmp_path, "a", run__device=DEVICE)
+    site = sites.party(tmp_path, "a", run__device=DEVICE)
     monkeypatch.setattr(site, "_answer", lambda _: torch.zeros(1000, device=DEVICE))
     with emulated_device.memory(1000):
-        answer = Letter.open(site.answer(Letter(Kind.GREETING, b"\0" * 8, b"{}").seal()))
-    assert answer.kind is Kind.REFUSAL
+        answer = Envelope.decode(
+            site.answer(Envelope(MessageKind.HELLO, b"\0" * 8, b"{}").encode())
+        )
+    assert answer.kind is MessageKind.REFUSAL
     assert answer.text() == "there is not enough memory here for what was asked"
     assert "Traceback" not in capsys.readouterr().err
 

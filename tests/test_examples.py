@@ -46,7 +46,7 @@ def test_a_federation_on_one_machine(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "garden the run is over after 10 rounds" in done.stdout
-    assert list((tmp_path / "fed/garden/letters").glob("*-out-report"))
+    assert list((tmp_path / "fed/garden/messages").glob("*-out-report"))
     # The same command finds that there is nothing left to do.
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "the run was over already" in done.stdout

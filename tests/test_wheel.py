@@ -59,13 +59,10 @@ def test_what_the_wheel_holds_works_from_another_folder(wheel: Path, tmp_path: P
         "from pathlib import Path\n"
         "import fedforward\n"
         "from fedforward.demo import run as demonstration\n"
-        "from fedforward.training.loop import Session\n"
-        "class Silent:\n"
-        "    def phase(self, text): pass\n"
-        "    def progress(self, done, total, line): pass\n"
+        "from fedforward.training.run import Run\n"
         "config = demonstration.prepare(Path('data.jsonl'), rounds=1)\n"
         "assert config.model.path.startswith(sys.argv[1]), config.model.path\n"
-        "print(Session(config, Path('out'), False, Silent()).run()['rounds'])\n"
+        "print(Run(config, Path('out')).fit().rounds)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(installed)}
 

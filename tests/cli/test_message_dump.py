@@ -13,12 +13,12 @@ from fedforward.cli.message_dump import listing
 from fedforward.core.errors import MessageError
 from fedforward.messages.codec import Listed
 from fedforward.messages.entry import Contribution, Entry
-from fedforward.messages.envelope import Kind, Letter
+from fedforward.messages.envelope import Envelope, MessageKind
 from fedforward.messages.report import Report
 from fedforward.messages.snapshot import Snapshot
 from fedforward.messages.task import Task
 from tests.deployment.test_coordinator import party
-from tests.messages.test_envelope import ENROLMENT, RUN
+from tests.messages.test_envelope import ENROLLMENT, RUN
 
 ODD = np.array([True, False, True])
 ENTRIES = (
@@ -37,15 +37,15 @@ TASK = Task(
     Snapshot(1, b"d" * 32, b"tensors").encode(),
 )
 REPORT = Report(2, 4, 30, 1.25, 1, np.array([3.0, 0.0], np.float32), b"p" * 16)
-BODIES: dict[Kind, bytes] = {
-    Kind.GREETING: b'{"terms":{}}',
-    Kind.TASK: TASK.encode(),
-    Kind.FAREWELL: TASK.encode(),
-    Kind.ENROLMENT: ENROLMENT.encode(),
-    Kind.REPORT: REPORT.encode(),
-    Kind.SNAPSHOT: Snapshot(1, b"", b"").encode(),
-    Kind.REFUSAL: "zu groß".encode(),
-    Kind.STRANGER: b"",
+BODIES: dict[MessageKind, bytes] = {
+    MessageKind.HELLO: b'{"terms":{}}',
+    MessageKind.TASK: TASK.encode(),
+    MessageKind.FINALIZE: TASK.encode(),
+    MessageKind.ENROLLMENT: ENROLLMENT.encode(),
+    MessageKind.REPORT: REPORT.encode(),
+    MessageKind.SNAPSHOT: Snapshot(1, b"", b"").encode(),
+    MessageKind.REFUSAL: "zu groß".encode(),
+    MessageKind.UNKNOWN_RUN: b"",
 }
 
 
@@ -54,27 +54,27 @@ def values(fields: list[Listed]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", list(BODIES))
-def test_every_byte_is_listed_once(kind: Kind) -> None:
-    sealed = Letter(kind, RUN, BODIES[kind]).seal()
+def test_every_byte_is_listed_once(kind: MessageKind) -> None:
+    sealed = Envelope(kind, RUN, BODIES[kind]).encode()
     fields = listing(sealed)
     assert b"".join(field.data for field in fields) == sealed
     place = 0
     for field in fields:
         assert field.place == place and field.data
         place += len(field.data)
-    assert values(fields)[f"letter: kind ({kind.name})"] == str(int(kind))
+    assert values(fields)[f"envelope: kind ({kind.name})"] == str(int(kind))
 
 
 def test_values_are_what_was_written() -> None:
-    found = values(listing(Letter(Kind.REPORT, RUN, REPORT.encode()).seal()))
+    found = values(listing(Envelope(MessageKind.REPORT, RUN, REPORT.encode()).encode()))
     assert found["client"] == "4" and found["examples"] == "30"
     assert found["loss"] == "1.25"
     assert found["gradients, 2 × float32"] == "3, 0"
-    found = values(listing(Letter(Kind.TASK, RUN, TASK.encode()).seal()))
+    found = values(listing(Envelope(MessageKind.TASK, RUN, TASK.encode()).encode()))
     assert found["learning rate"] == "0.001" and found["entries: decay"] == "0.5"
     assert found["entries: contributions: coefficients, 2 × float32"] == "0.5, -2"
     assert found["entries: contributions: blocks, a bit each"] == "10100000"
-    sealed = Letter(Kind.REFUSAL, RUN, BODIES[Kind.REFUSAL]).seal()
+    sealed = Envelope(MessageKind.REFUSAL, RUN, BODIES[MessageKind.REFUSAL]).encode()
     assert values(listing(sealed))["sentence"] == "zu groß"
     with pytest.raises(MessageError):
         listing(sealed[:-1])
@@ -82,7 +82,7 @@ def test_values_are_what_was_written() -> None:
 
 def test_letters_on_the_command_line(tmp_path: Path) -> None:
     path, runner = tmp_path / "000001-out-report", CliRunner()
-    path.write_bytes(Letter(Kind.REPORT, RUN, REPORT.encode()).seal())
+    path.write_bytes(Envelope(MessageKind.REPORT, RUN, REPORT.encode()).encode())
     shown = runner.invoke(cli.app, ["inspect-message", str(path), "--json"])
     fields: list[dict[str, Any]] = json.loads(shown.stdout)[str(path)]
     assert bytes.fromhex("".join(field["bytes"] for field in fields)) == path.read_bytes()
@@ -95,9 +95,9 @@ def test_letters_on_the_command_line(tmp_path: Path) -> None:
 
 def test_a_site_keeps_what_came_and_what_went(tmp_path: Path) -> None:
     site = party(tmp_path, "a", site__keep_messages=True)
-    answers = [site.answer(b"nonsense"), site.answer(Letter(Kind.TASK, RUN, b"").seal())]
-    folder = tmp_path / "a" / "letters"
-    names = ["000001-in", "000001-out-refusal", "000002-in", "000002-out-stranger"]
+    answers = [site.answer(b"nonsense"), site.answer(Envelope(MessageKind.TASK, RUN, b"").encode())]
+    folder = tmp_path / "a" / "messages"
+    names = ["000001-in", "000001-out-refusal", "000002-in", "000002-out-unknown_run"]
     assert sorted(path.name for path in folder.iterdir()) == names
     assert [(folder / name).read_bytes() for name in names[1::2]] == answers
     assert (folder / "000001-in").read_bytes() == b"nonsense"

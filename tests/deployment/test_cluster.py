@@ -56,8 +56,7 @@ def simulated(cluster: Cluster, rounds: int) -> tuple[list[bytes], str, Any]:
     replica, method = parts[0].replica, assembly.build_method(settings)
     assert isinstance(method, Method)
     clients = [
-        Client(number, part.client(number).batches, replica, method)
-        for number, part in enumerate(parts)
+        Client(number, part.client(number).batches, replica) for number, part in enumerate(parts)
     ]
     ledger = Ledger.create(cluster.folder / "local.sqlite", {})
     examples = [len(client.batches) for client in clients]
@@ -133,7 +132,7 @@ def test_three_sites_have_the_bits_of_one_machine(
 @pytest.mark.parametrize(
     ("role", "where"),
     [
-        ("worker", "a"),
+        ("model server", "a"),
         ("supernode", "a"),
         ("command", "a"),
         ("coordinator", "server"),
@@ -206,7 +205,7 @@ def test_a_straggler_is_not_waited_for_beyond_the_deadline(
     with Cluster(tmp_path, "ab", **changes) as cluster:
         begin(cluster)
         cluster.wait_for_round(1)
-        hanging = cluster.pid("worker", "b")
+        hanging = cluster.pid("model server", "b")
         os.kill(hanging, signal.SIGSTOP)
         done = cluster.committed
         cluster.wait_for_round(done + 3)

@@ -1,9 +1,8 @@
-"""The federation across machines without an engine: letters handed over in one process."""
+"""The federation across machines without an engine: messages handed over in one process."""
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,130 +11,22 @@ from typer.testing import CliRunner
 
 from fedforward.cli import main as cli
 from fedforward.config import site as sites
-from fedforward.config.loading import validate_as
-from fedforward.config.schema import Config
-from fedforward.core.errors import FedForwardError
-from fedforward.demo.text import ANSWER, PROMPT, site_examples
-from fedforward.deployment.coordinator import Coordinator, Stopped
+from fedforward.core.errors import FedForwardError, MessageError
+from fedforward.demo.text import site_examples
+from fedforward.deployment.coordinator import Stopped
 from fedforward.deployment.site import Site
-from fedforward.deployment.transport import Arrival
 from fedforward.federation.client import Client
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import Server
-from fedforward.messages.codec import MessageError
-from fedforward.messages.envelope import Enrolment, Kind, Letter
+from fedforward.messages.envelope import Enrollment, Envelope, MessageKind
 from fedforward.methods.base import Method
 from fedforward.training import assembly
 from fedforward.training.simulation import LocalRuntime
 from tests.conftest import DEMO_MODEL
+from tests.support.sites import Direct, carry_out, party, rounds, run_toml, site_config
 
 pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
 NAMES = ("a", "b", "c")
-
-
-class Clock:
-    """Time that passes when someone waits."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def pause(self, seconds: float) -> None:
-        self.now += seconds
-
-
-class Direct:
-    """A link that hands letters over, each to be answered when it is asked for.
-
-    `tamper` may change an answer, or hold it back with None.
-    """
-
-    def __init__(self, parties: dict[str, Site]) -> None:
-        self.parties = dict(parties)
-        self.outbox: list[tuple[str, bytes]] = []
-        self.held: list[Arrival] = []
-        self.tamper: Callable[[str, Letter, bytes], bytes | None] = lambda name, letter, data: data
-        self.looks = 0
-        self.each_look: Callable[[int], None] = lambda number: None
-
-    def present(self) -> Sequence[str]:
-        self.looks += 1
-        self.each_look(self.looks)
-        return list(self.parties)
-
-    def send(self, site: str, data: bytes) -> None:
-        self.outbox.append((site, data))
-
-    def receive(self) -> Sequence[Arrival]:
-        arrived, self.outbox = self.outbox, []
-        answers = []
-        for name, data in arrived:
-            if name not in self.parties:
-                answers.append(Arrival(name, error="it is gone"))
-                continue
-            answer = self.tamper(name, Letter.open(data), self.parties[name].answer(data))
-            if answer is None:
-                self.outbox.append((name, data))
-            else:
-                answers.append(Arrival(name, answer))
-        return answers
-
-
-def site_config(folder: Path, name: str, **changes: Any) -> sites.SiteConfig:
-    rows = site_examples(seed=0, per_site=9)["abc".index(name) :: 3]
-    source = folder / f"{name}.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    content: dict[str, dict[str, Any]] = {
-        "site": {"name": name, "out": str(folder / name)},
-        "model": {"path": str(DEMO_MODEL)},
-        "data": {"source": str(source)},
-        "run": {"threads": 1, "probes_per_call": 2},
-    }
-    for key, value in changes.items():
-        section, _, rest = key.partition("__")
-        content.setdefault(section, {})[rest] = value
-    return validate_as(sites.SiteConfig, content, "site.toml")
-
-
-def party(folder: Path, name: str, **changes: Any) -> Site:
-    return Site(site_config(folder, name, **changes), lambda text: None)
-
-
-def run_toml(folder: Path, *overrides: str) -> Config:
-    path = folder / "run.toml"
-    path.write_text(
-        f"""
-        lora.rank = 2
-        data.prompt = {json.dumps(PROMPT)}
-        data.answer = {json.dumps(ANSWER)}
-        data.heldout = 3
-        data.sequence_length = 64
-        federation.clients = 3
-        federation.rounds = 4
-        federation.quorum = 2
-        method.learning_rate = 3e-3
-        method.mu = 1e-2
-        method.local_steps = 2
-        run.evaluate_every = 2
-        """,
-        encoding="utf-8",
-    )
-    return sites.load_terms(path, list(overrides))
-
-
-def carry_out(settings: Config, out: Path, link: Direct, **options: Any) -> dict[str, Any]:
-    clock = Clock()
-    coordinator = Coordinator(settings, out, link, clock=clock, pause=clock.pause, **options)
-    return coordinator.run()
-
-
-def rounds(out: Path) -> list[tuple[bytes, list[bytes]]]:
-    ledger = Ledger(out / "ledger.sqlite")
-    found = [(r.entry.encode(), [o.encode() for o in r.origins]) for r in ledger.rounds()]
-    ledger.close()
-    return found
 
 
 @pytest.fixture
@@ -168,7 +59,7 @@ def test_the_same_bits_as_on_one_machine(
     method = assembly.build_method(settings)
     assert isinstance(method, Method)
     clients = [
-        Client(number, part.client(number).batches, replica, method)
+        Client(number, part.client(number).batches, replica)
         for number, part in enumerate(parts)
         if part is not None
     ]
@@ -178,7 +69,7 @@ def test_the_same_bits_as_on_one_machine(
     runtime = LocalRuntime(server, clients, first.model, together=1)
     for _ in range(settings.federation.rounds):
         runtime.run_round()
-    here = [(r.entry.encode(), [o.encode() for o in r.origins]) for r in ledger.rounds()]
+    here = [(r.entry.encode(), [o.encode() for o in r.results]) for r in ledger.rounds()]
 
     def without_digests(found: list[tuple[bytes, list[bytes]]]) -> list[bytes]:
         return [entry for entry, _ in found]
@@ -197,16 +88,16 @@ class KillError(BaseException):
 def test_killed_and_resumed(tmp_path: Path, three: dict[str, Site], look: int, fresh: bool) -> None:
     settings = run_toml(tmp_path)
     whole = carry_out(settings, tmp_path / "whole", Direct(three))
-    link = Direct({name: party(tmp_path, name) for name in NAMES})
+    transport = Direct({name: party(tmp_path, name) for name in NAMES})
 
     def kill(number: int) -> None:
         if number == look:
             raise KillError
 
-    link.each_look = kill
+    transport.each_look = kill
     with pytest.raises(KillError):
-        carry_out(settings, tmp_path / "out", link)
-    left = {name: party(tmp_path, name) for name in NAMES} if fresh else link.parties
+        carry_out(settings, tmp_path / "out", transport)
+    left = {name: party(tmp_path, name) for name in NAMES} if fresh else transport.parties
     again = carry_out(settings, tmp_path / "out", Direct(left), resume=True)
     assert again["state_digest"] == whole["state_digest"]
     entries = [entry for entry, _ in rounds(tmp_path / "whole")]
@@ -220,27 +111,27 @@ def test_a_site_that_starts_again_in_a_round_catches_up(
 ) -> None:
     settings = run_toml(tmp_path)
     whole = carry_out(settings, tmp_path / "whole", Direct(three))
-    link = Direct({name: party(tmp_path, name) for name in NAMES})
+    transport = Direct({name: party(tmp_path, name) for name in NAMES})
     tasks = 0
 
-    def restart(name: str, letter: Letter, data: bytes) -> bytes:
+    def restart(name: str, message: Envelope, data: bytes) -> bytes:
         nonlocal tasks
-        if letter.kind is Kind.TASK and name == "b":
+        if message.kind is MessageKind.TASK and name == "b":
             tasks += 1
             if tasks == 3:
-                link.parties["b"] = party(tmp_path, "b")
-                return link.parties["b"].answer(letter.seal())
+                transport.parties["b"] = party(tmp_path, "b")
+                return transport.parties["b"].answer(message.encode())
         return data
 
-    link.tamper = restart
-    assert carry_out(settings, tmp_path / "out", link)["state_digest"] == whole["state_digest"]
+    transport.tamper = restart
+    assert carry_out(settings, tmp_path / "out", transport)["state_digest"] == whole["state_digest"]
     assert tasks > 4
 
 
 def test_one_joins_and_one_leaves(tmp_path: Path, three: dict[str, Site]) -> None:
     settings = run_toml(tmp_path, "federation.rounds=14", "federation.clients=2")
     late = three.pop("c")
-    link = Direct(three)
+    transport = Direct(three)
     path = tmp_path / "out" / "ledger.sqlite"
 
     def change(number: int) -> None:
@@ -250,12 +141,12 @@ def test_one_joins_and_one_leaves(tmp_path: Path, three: dict[str, Site]) -> Non
         length = ledger.length
         ledger.close()
         if length >= 10:
-            link.parties["c"] = late
+            transport.parties["c"] = late
         if length >= 12:
-            link.parties.pop("a", None)
+            transport.parties.pop("a", None)
 
-    link.each_look = change
-    summary = carry_out(settings, tmp_path / "out", link)
+    transport.each_look = change
+    summary = carry_out(settings, tmp_path / "out", transport)
     assert summary["rounds"] == 14 and set(summary["sites"]) == {"a", "b", "c"}
     digests = [
         json.loads((tmp_path / name / "state.json").read_text())["digest"] for name in ("b", "c")
@@ -264,62 +155,63 @@ def test_one_joins_and_one_leaves(tmp_path: Path, three: dict[str, Site]) -> Non
     assert not (tmp_path / "a" / "state.json").exists()
 
 
-def test_altered_letters_are_refused_and_the_round_unharmed(
+def test_altered_messages_are_refused_and_the_round_unharmed(
     tmp_path: Path, three: dict[str, Site]
 ) -> None:
     settings = run_toml(tmp_path)
     whole = carry_out(settings, tmp_path / "whole", Direct(three))
-    link = Direct({name: party(tmp_path, name) for name in NAMES})
+    transport = Direct({name: party(tmp_path, name) for name in NAMES})
     seen = 0
 
-    def flip(name: str, letter: Letter, data: bytes) -> bytes:
+    def flip(name: str, message: Envelope, data: bytes) -> bytes:
         nonlocal seen
-        seen += letter.kind is Kind.TASK
-        if letter.kind is Kind.TASK and seen % 3 == 0:
+        seen += message.kind is MessageKind.TASK
+        if message.kind is MessageKind.TASK and seen % 3 == 0:
             place = len(data) // 2
             return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
         return data
 
-    link.tamper = flip
-    assert carry_out(settings, tmp_path / "out", link)["state_digest"] == whole["state_digest"]
+    transport.tamper = flip
+    assert carry_out(settings, tmp_path / "out", transport)["state_digest"] == whole["state_digest"]
     assert seen > 12
 
 
 def test_a_deadline_closes_without_the_slow(tmp_path: Path, three: dict[str, Site]) -> None:
     settings = run_toml(tmp_path, "federation.deadline=5.0", "federation.rounds=3")
-    link = Direct(three)
+    transport = Direct(three)
     held = 0
 
-    def hold(name: str, letter: Letter, data: bytes) -> bytes | None:
+    def hold(name: str, message: Envelope, data: bytes) -> bytes | None:
         nonlocal held
-        if name == "c" and letter.kind is Kind.TASK and held < 26:
+        if name == "c" and message.kind is MessageKind.TASK and held < 26:
             held += 1
             return None
         return data
 
-    link.tamper = hold
-    summary = carry_out(settings, tmp_path / "out", link)
+    transport.tamper = hold
+    summary = carry_out(settings, tmp_path / "out", transport)
     assert summary["rounds"] == 3
     lines = [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert set(lines[1]["learning_rates"]) == {"0", "1"}
     assert sum(line.get("clients", {}).get("late", 0) for line in lines) == 1
 
 
-def test_another_model_is_dismissed_with_a_sentence(tmp_path: Path, three: dict[str, Site]) -> None:
-    answer = three["b"]._enrol
+def test_another_model_is_rejected_with_a_sentence(
+    tmp_path: Path, three: dict[str, Site], caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = three["b"].enroll
 
-    def other(letter: Letter) -> Enrolment:
+    def other(message: Envelope) -> Enrollment:
         from dataclasses import replace
 
-        enrolment = answer(letter)
-        return replace(enrolment, model=replace(enrolment.model, base="0" * 64))
+        enrollment = answer(message)
+        return replace(enrollment, model=replace(enrollment.model, base="0" * 64))
 
-    three["b"]._enrol = other  # type: ignore[method-assign]
-    told: list[str] = []
-    three["b"].notice = told.append
+    three["b"].enroll = other  # type: ignore[method-assign]
+    caplog.set_level("INFO", "fedforward")
     summary = carry_out(run_toml(tmp_path), tmp_path / "out", Direct(three))
     assert set(summary["sites"]) == {"a", "c"}
-    assert any("its base model has other weights" in text for text in told)
+    assert any("its base model has other weights" in text for text in caplog.messages)
     status = json.loads((tmp_path / "out" / "status.json").read_text())
     assert status["state"] == "finished"
     assert "other weights" in next(s["note"] for s in status["sites"] if s["name"] == "b")
@@ -329,15 +221,15 @@ def test_no_majority_is_a_sentence(tmp_path: Path, three: dict[str, Site]) -> No
     del three["c"]
     three["b"].settings = site_config(tmp_path, "b")
     settings = run_toml(tmp_path, "federation.clients=2")
-    answer = three["b"]._enrol
+    answer = three["b"].enroll
 
-    def other(letter: Letter) -> Enrolment:
+    def other(message: Envelope) -> Enrollment:
         from dataclasses import replace
 
-        enrolment = answer(letter)
-        return replace(enrolment, model=replace(enrolment.model, tokenizer="0" * 64))
+        enrollment = answer(message)
+        return replace(enrollment, model=replace(enrollment.model, tokenizer="0" * 64))
 
-    three["b"]._enrol = other  # type: ignore[method-assign]
+    three["b"].enroll = other  # type: ignore[method-assign]
     with pytest.raises(FedForwardError, match="none has most: a; b"):
         carry_out(settings, tmp_path / "out", Direct(three))
 
@@ -353,60 +245,66 @@ def test_a_site_refuses_terms_with_the_reason(tmp_path: Path, three: dict[str, S
 
 def test_stopped_and_resumed(tmp_path: Path, three: dict[str, Site]) -> None:
     settings = run_toml(tmp_path)
-    link = Direct(three)
+    transport = Direct(three)
 
     def stop(number: int) -> None:
         if number == 6:
             (tmp_path / "out" / "stop").touch()
 
-    link.each_look = stop
+    transport.each_look = stop
     with pytest.raises(Stopped):
-        carry_out(settings, tmp_path / "out", link)
+        carry_out(settings, tmp_path / "out", transport)
     assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "stopped"
-    link.each_look = lambda number: None
-    assert carry_out(settings, tmp_path / "out", link, resume=True)["rounds"] == 4
+    transport.each_look = lambda number: None
+    assert carry_out(settings, tmp_path / "out", transport, resume=True)["rounds"] == 4
     with pytest.raises(FedForwardError, match="holds a run already"):
-        carry_out(settings, tmp_path / "out", link)
+        carry_out(settings, tmp_path / "out", transport)
 
 
 def test_a_named_evaluator(tmp_path: Path, three: dict[str, Site]) -> None:
     settings = run_toml(tmp_path, 'evaluation.site="b"')
     asked = set()
-    link = Direct(three)
+    transport = Direct(three)
 
-    def watch(name: str, letter: Letter, data: bytes) -> bytes:
-        if letter.kind is Kind.EVALUATION:
+    def watch(name: str, message: Envelope, data: bytes) -> bytes:
+        if message.kind is MessageKind.EVALUATION:
             asked.add(name)
         return data
 
-    link.tamper = watch
-    carry_out(settings, tmp_path / "out", link)
+    transport.tamper = watch
+    carry_out(settings, tmp_path / "out", transport)
     assert asked == {"b"}
 
 
-def test_the_server_needs_no_torch() -> None:
-    code = (
-        "import sys, fedforward.deployment.coordinator, fedforward.config.site;"
-        "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
-    )
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("fedforward.training.loop", "torch transformers datasets matplotlib"),
+        ("fedforward.deployment.coordinator", "torch transformers datasets flwr fedforward.cli"),
+        ("fedforward.deployment.model_server", "torch scipy pydantic flwr fedforward.cli"),
+        ("fedforward.deployment.site", "flwr fedforward.cli"),
+    ],
+)
+def test_what_a_process_does_not_import(module: str, absent: str) -> None:
+    code = f"import sys, {module}; print([m for m in {absent.split()} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-# ---- letters and terms -----------------------------------------------------------------------
+# ---- messages and terms -----------------------------------------------------------------------
 
 
 def test_a_letter_with_any_bit_changed_is_refused() -> None:
-    data = Letter(Kind.TASK, b"12345678", b"body of a letter").seal()
-    assert Letter.open(data).body == b"body of a letter"
+    data = Envelope(MessageKind.TASK, b"12345678", b"body of a message").encode()
+    assert Envelope.decode(data).body == b"body of a message"
     for place in range(8 * len(data)):
         changed = bytearray(data)
         changed[place // 8] ^= 1 << place % 8
         with pytest.raises(MessageError):
-            Letter.open(bytes(changed))
+            Envelope.decode(bytes(changed))
     for size in range(len(data)):
         with pytest.raises(MessageError):
-            Letter.open(data[:size])
+            Envelope.decode(data[:size])
 
 
 @pytest.mark.parametrize("key", ["examples", "heldout", "rounds"])
@@ -415,31 +313,31 @@ def test_enrolments_with_nonsense_are_refused(
     three: dict[str, Site], tmp_path: Path, key: str, value: Any
 ) -> None:
     content = _an_enrolment()
-    assert Enrolment.decode(content).examples == 5
+    assert Enrollment.decode(content).examples == 5
     with pytest.raises(MessageError):
-        Enrolment.decode({**content, key: value})
+        Enrollment.decode({**content, key: value})
 
 
 def _an_enrolment() -> dict[str, Any]:
+    from fedforward.core.identity import ModelIdentity
     from fedforward.directions import Layout
-    from fedforward.training.assembly import ModelIdentity
 
     model = ModelIdentity(Layout.of({"w": (3, 2), "v": ()}), "base", (), 28, "tokenizer")
-    return dict(json.loads(Enrolment("a", model, 5, 2, 0).encode()))
+    return dict(json.loads(Enrollment("a", model, 5, 2, 0).encode()))
 
 
 def test_enrolments_of_other_versions_are_refused() -> None:
     content = _an_enrolment()
     for key in ("direction_version", "wire_version"):
         with pytest.raises(MessageError, match="Install the same release"):
-            Enrolment.decode({**content, key: "another"})
+            Enrollment.decode({**content, key: "another"})
     for layout in (
         [[], [], [], []],
         [["b", "a"], [[1], [1]], ["all"], [0, 0]],
         [["a"], [[0]], ["all"], [0]],
     ):
         with pytest.raises(MessageError):
-            Enrolment.decode({**content, "model": {**content["model"], "layout": layout}})
+            Enrollment.decode({**content, "model": {**content["model"], "layout": layout}})
 
 
 def test_nothing_of_a_site_travels(tmp_path: Path) -> None:
@@ -509,15 +407,15 @@ def test_fields_of_other_names(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     given = sites.terms(run_toml(tmp_path))
-    greeting = Letter(Kind.GREETING, b"12345678", json.dumps({"terms": given}).encode()).seal()
-    there = Letter.open(
-        party(tmp_path, "a", data__source=str(own), data__fields=names).answer(greeting)
+    hello = Envelope(MessageKind.HELLO, b"12345678", json.dumps({"terms": given}).encode()).encode()
+    there = Envelope.decode(
+        party(tmp_path, "a", data__source=str(own), data__fields=names).answer(hello)
     )
-    usual = Letter.open(party(tmp_path, "a").answer(greeting))
-    assert (there.kind, there.body) == (Kind.ENROLMENT, usual.body)
+    usual = Envelope.decode(party(tmp_path, "a").answer(hello))
+    assert (there.kind, there.body) == (MessageKind.ENROLLMENT, usual.body)
     wrong = {next(iter(names)): "nothing"}
-    answer = Letter.open(party(tmp_path, "a", data__fields=wrong).answer(greeting))
-    assert answer.kind is Kind.REFUSAL and "Their fields are" in answer.text()
+    answer = Envelope.decode(party(tmp_path, "a", data__fields=wrong).answer(hello))
+    assert answer.kind is MessageKind.REFUSAL and "Their fields are" in answer.text()
 
 
 def test_a_servers_run_is_verified_and_exported_with_the_sites_model(

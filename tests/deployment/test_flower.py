@@ -20,13 +20,13 @@ pytest.importorskip("flwr")
 from flwr.app import Message
 
 from fedforward.core.errors import FedForwardError
-from fedforward.deployment import model_server as worker
+from fedforward.deployment import model_server
 from fedforward.deployment.flower import certificates, engine
-from fedforward.deployment.flower.server import Door
+from fedforward.deployment.flower.server import ListenAddress
 from fedforward.deployment.flower.server_app import config_of, run_config
-from fedforward.deployment.flower.transport import GridLink, unwrapped, wrapped
+from fedforward.deployment.flower.transport import GridTransport, unwrap, wrap
 from fedforward.deployment.supervisor import Child, Supervisor, free_port
-from tests.deployment.test_coordinator import run_toml, site_config
+from tests.support.sites import run_toml, site_config
 
 
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
@@ -48,7 +48,7 @@ def test_a_configuration_in_flowers_words(tmp_path: Path) -> None:
 
 
 def test_the_client_app_imports_little() -> None:
-    """A process of it is started for every letter."""
+    """A process of it is started for every message."""
     code = (
         "import sys, fedforward.deployment.flower.client_app;"
         "print({'torch', 'scipy', 'pydantic', 'fedforward.config.schema'} & sys.modules.keys())"
@@ -58,10 +58,11 @@ def test_the_client_app_imports_little() -> None:
 
 
 class FakeGrid:
-    """Answers each message with its letter reversed; `node-2` never does, and may hold one up."""
+    """Answers each message with its envelope reversed; `node-2` never does, and may hold one up."""
 
     def __init__(self) -> None:
         self.pushed: dict[str, Any] = {}
+        self.pulled: list[list[str]] = []
         self.free = threading.Event()
 
     def get_nodes(self) -> list[Any]:
@@ -76,13 +77,14 @@ class FakeGrid:
         return numbers
 
     def pull_messages(self, numbers: list[str]) -> list[Any]:
+        self.pulled.append(numbers)
         replies = []
         for number in numbers:
             message = self.pushed[number]
             if message.metadata.dst_node_id == 2:
                 self.free.wait(30)
                 continue
-            content = wrapped(unwrapped(message.content)[::-1])
+            content = wrap(unwrap(message.content)[::-1])
             metadata = SimpleNamespace(reply_to_message_id=number)
             replies.append(
                 SimpleNamespace(metadata=metadata, content=content, has_error=lambda: False)
@@ -90,26 +92,26 @@ class FakeGrid:
         return replies
 
 
-def test_letters_over_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_over_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     from flwr.supercore.task_identity import TaskIdentity
 
     for key in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, key, 1)
     grid = FakeGrid()
-    link = GridLink(grid)
-    assert list(link.present()) == ["a", "node-2"]
+    transport = GridTransport(grid)
+    assert list(transport.present()) == ["a", "node-2"]
     for name in ("a", "node-2", "c"):
-        link.send(name, b"abc")
+        transport.send(name, b"abc")
     arrived = {}
     last = time.monotonic() + 10
     while len(arrived) < 2 and time.monotonic() < last:
-        arrived |= {arrival.site: arrival for arrival in link.receive()}
+        arrived |= {reply.site: reply for reply in transport.receive()}
     assert arrived["a"].data == b"cba" and arrived["c"].error and "node-2" not in arrived
-    assert link.receive() == []
+    assert transport.receive() == []
     # Who is held up is not asked for again meanwhile.
-    assert [list(pull.numbers) for pull in link._pulls] == [["m1"]]
+    assert sum("m1" in numbers for numbers in grid.pulled) == 1
     grid.free.set()
-    assert isinstance(Message(wrapped(b"x"), 1, "query.letter"), Message)
+    assert isinstance(Message(wrap(b"x"), 1, "query.envelope"), Message)
 
 
 def test_an_answer_that_cannot_be_read_costs_nobody_else_theirs(
@@ -121,8 +123,8 @@ def test_an_answer_that_cannot_be_read_costs_nobody_else_theirs(
 
     for key in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, key, 1)
-    monkeypatch.setattr(module, "PULL", 0.0)
-    monkeypatch.setattr(module, "GROUPS", 1)
+    monkeypatch.setattr(module, "POLL_INTERVAL_S", 0.0)
+    monkeypatch.setattr(module, "PULL_GROUPS", 1)
 
     class Broken(FakeGrid):
         def get_nodes(self) -> list[Any]:
@@ -135,20 +137,22 @@ def test_an_answer_that_cannot_be_read_costs_nobody_else_theirs(
                 raise ValueError("nothing that Flower knows")
             return super().pull_messages(numbers)
 
-    link = GridLink(Broken())
-    link.present()
+    transport = GridTransport(Broken())
+    transport.present()
     for name in ("a", "c"):
-        link.send(name, b"abc")
+        transport.send(name, b"abc")
     arrived: dict[str, Any] = {}
     last = time.monotonic() + 10
     while len(arrived) < 2 and time.monotonic() < last:
-        arrived |= {arrival.site: arrival for arrival in link.receive()}
+        arrived |= {reply.site: reply for reply in transport.receive()}
         time.sleep(0.01)
     assert arrived["a"].data == b"cba"
     assert "cannot be read: nothing that Flower knows" in arrived["c"].error
 
 
-def test_keys_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_come_and_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Also while the engine is being started again, or a file cannot be read."""
     from fedforward.deployment.flower import server as module
 
@@ -173,25 +177,29 @@ def test_keys_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     folder = tmp_path / "sites"
     folder.mkdir()
-    flower, told = Engine(), []
-    monkeypatch.setattr(module, "RETRY", 0.0)
-    keys = module._Keys(tmp_path, tmp_path / "r.json", flower, told.append)  # type: ignore[arg-type]
+    flower = Engine()
+    caplog.set_level("INFO", "fedforward")
+    monkeypatch.setattr(module, "RETRY_KEY_S", 0.0)
+    keys = module.SiteKeys(tmp_path, tmp_path / "r.json", flower)  # type: ignore[arg-type]
     (folder / "a.pub").write_text("A")
     (folder / "b.pub").symlink_to(tmp_path / "nowhere")
     keys.look()
-    assert flower.known == {1: "A"} and "cannot be read" in told[0]
+    assert flower.known == {1: "A"} and "cannot be read" in caplog.messages[0]
     flower.down = True
     (folder / "a.pub").unlink()
     (folder / "c.pub").write_text("C")
     for _ in range(3):
         keys.look()
-    assert flower.known == {1: "A"} and len(told) == 3
-    assert "cannot be taken away" in told[1] and "is not taken" in told[2]
+    assert flower.known == {1: "A"} and len(caplog.messages) == 3
+    assert "cannot be taken away" in caplog.messages[1] and "is not taken" in caplog.messages[2]
     flower.down = False
     keys.look()
-    assert list(flower.known.values()) == ["C"] and told[-1] == "site a: its key was taken away"
+    assert (
+        list(flower.known.values()) == ["C"]
+        and caplog.messages[-1] == "site a: its key was taken away"
+    )
     # A server that begins anew knows whom it let in.
-    again = module._Keys(tmp_path, tmp_path / "r.json", flower, told.append)  # type: ignore[arg-type]
+    again = module.SiteKeys(tmp_path, tmp_path / "r.json", flower)  # type: ignore[arg-type]
     (folder / "c.pub").write_text("D")
     again.look()
     assert list(flower.known.values()) == ["D"]
@@ -250,18 +258,20 @@ def test_flowers_commands_together(tmp_path: Path) -> None:
         ("0.0.0.0:9400", False, "--tls FOLDER is missing"),
     ],
 )
-def test_a_door_that_is_none(listen: str, insecure: bool, words: str) -> None:
+def test_an_address_that_is_none(listen: str, insecure: bool, words: str) -> None:
     with pytest.raises(FedForwardError, match=re.escape(words)):
-        Door.parse(listen, None, insecure)
+        ListenAddress.parse(listen, None, insecure)
 
 
-def test_the_gate_lets_only_sites_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedforward.deployment.flower.reverse_proxy.HOLD", 0.3)
+def test_the_reverse_proxy_lets_only_sites_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedforward.deployment.flower.reverse_proxy.START_TIMEOUT_S", 0.3)
     import http.server
 
     import httpx
 
-    from fedforward.deployment.flower.reverse_proxy import Gate
+    from fedforward.deployment.flower.reverse_proxy import ReverseProxy
 
     class Engine(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -277,35 +287,35 @@ def test_the_gate_lets_only_sites_through(tmp_path: Path, monkeypatch: pytest.Mo
         threading.Thread(target=inner.serve_forever, daemon=True).start()
         port = free_port()
         url = f"http://127.0.0.1:{inner.server_port}"
-        gate = Gate("127.0.0.1", port, url, None, None)
-        gate.open()
+        proxy = ReverseProxy("127.0.0.1", port, url, None, None)
+        proxy.open()
         outside = f"http://127.0.0.1:{port}"
         headers = {"x-key": "k"}
         pull = f"{outside}/v1/fleet/pull-messages"
         assert httpx.post(pull, content=b"b", headers=headers).status_code == 503
-        gate.ready = True
+        proxy.ready = True
         answer = httpx.post(pull, content=b"b", headers=headers)
         assert answer.content == b"/v1/fleet/pull-messages bk"
         for path in ("/v1/control/register-node", "/v1/runtime/acquire-task", "/docs"):
             assert httpx.post(f"{outside}{path}", content=b"b", headers=headers).status_code == 404
         sneaky = f"{outside}/v1/fleet/%2e%2e/control/start-run"
         assert httpx.post(sneaky, content=b"b", headers=headers).status_code == 404
-        assert gate.turned_away == 4
-        monkeypatch.setattr("fedforward.deployment.flower.reverse_proxy.MOST_HELD", 10)
+        assert proxy.refused == 4
+        monkeypatch.setattr("fedforward.deployment.flower.reverse_proxy.MAX_BYTES_TOGETHER", 10)
         assert httpx.post(pull, content=bytes(11), headers=headers).status_code == 413
-        assert gate._held == 0
+        assert proxy.bytes_open == 0
         with pytest.raises(FedForwardError, match="cannot be listened on"):
-            Gate("127.0.0.1", port, url, None, None).open()
-        gate.close()
+            ReverseProxy("127.0.0.1", port, url, None, None).open()
+        proxy.close()
         inner.shutdown()
 
 
 def test_what_is_wrong_with_a_connection_is_found_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedforward.deployment.flower.reverse_proxy.HOLD", 0.3)
+    monkeypatch.setattr("fedforward.deployment.flower.reverse_proxy.START_TIMEOUT_S", 0.3)
     from fedforward.deployment.flower.client import trouble
-    from fedforward.deployment.flower.reverse_proxy import Gate
+    from fedforward.deployment.flower.reverse_proxy import ReverseProxy
 
     for name in ("ours", "elsewhere"):
         certificates.make(tmp_path / name, ["localhost"], [])
@@ -313,12 +323,12 @@ def test_what_is_wrong_with_a_connection_is_found_out(
     ours, elsewhere = tmp_path / "ours" / "ca.crt", tmp_path / "elsewhere" / "ca.crt"
     ports = {"tls": free_port(), "plain": free_port()}
     nobody = "http://127.0.0.1:1"
-    gates = [
-        Gate("127.0.0.1", ports["tls"], nobody, None, pair),
-        Gate("127.0.0.1", ports["plain"], nobody, None, None),
+    proxies = [
+        ReverseProxy("127.0.0.1", ports["tls"], nobody, None, pair),
+        ReverseProxy("127.0.0.1", ports["plain"], nobody, None, None),
     ]
-    for gate in gates:
-        gate.open()
+    for proxy in proxies:
+        proxy.open()
     for port, authority, words in (
         ("tls", None, "one side speaks TLS and the other does not"),
         ("plain", ours, "one side speaks TLS and the other does not"),
@@ -326,13 +336,13 @@ def test_what_is_wrong_with_a_connection_is_found_out(
         ("tls", ours, "the server is being started"),
     ):
         assert words in trouble(f"localhost:{ports[port]}", authority)
-    for gate in gates:
-        gate.close()
+    for proxy in proxies:
+        proxy.close()
     assert "cannot be reached" in trouble(f"localhost:{ports['plain']}", None)
     assert "cannot be reached" in trouble("nobody.invalid:1", None)
 
 
-def test_a_worker_answers_over_its_socket_and_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_model_server_replies_over_its_socket_and_is_not_waited_for(tmp_path: Path) -> None:
     settings = site_config(tmp_path, "a")
     from fedforward.config.template import to_toml
 
@@ -340,8 +350,8 @@ def test_a_worker_answers_over_its_socket_and_is_not_waited_for(tmp_path: Path) 
     file.write_text(to_toml(settings), encoding="utf-8")  # type: ignore[arg-type]
     command = [sys.executable, "-m", "fedforward.deployment.model_server", str(file), str(place)]
     with Supervisor() as supervisor:
-        child = supervisor.start(Child("worker", command, tmp_path / "log", {}))
-        assert b"it is cut short" in worker.ask(str(place), b"nonsense")
+        child = supervisor.start(Child("model server", command, tmp_path / "log", {}))
+        assert b"it is cut short" in model_server.ask(str(place), b"nonsense")
         assert stat.S_IMODE(place.stat().st_mode) == 0o600
         pid = child.pid
         os.kill(pid, signal.SIGKILL)
@@ -349,10 +359,10 @@ def test_a_worker_answers_over_its_socket_and_is_not_waited_for(tmp_path: Path) 
         while child.starts < 2 and time.monotonic() < deadline:
             supervisor.keep()
             time.sleep(0.1)
-        assert b"it is cut short" in worker.ask(str(place), b"nonsense")
+        assert b"it is cut short" in model_server.ask(str(place), b"nonsense")
         assert child.pid not in (pid, -1)
         last = child.pid
     with pytest.raises(ProcessLookupError):
         os.kill(last, 0)
-    with pytest.raises(worker.WorkerGoneError, match="does not answer"):
-        worker.ask(str(place), b"nonsense", patience=0.3)
+    with pytest.raises(model_server.ModelServerGoneError, match="does not answer"):
+        model_server.ask(str(place), b"nonsense", timeout_s=0.3)

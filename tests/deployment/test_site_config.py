@@ -144,8 +144,7 @@ def test_no_key_is_forgotten() -> None:
         optional = {"model": {"tune", "head", "quantization"}, "server": {"normalise"}}
         optional |= {
             "federation": {"partition", "field", "alpha"},
-            "method": {"candidates", "mask", "density", "optimizer"}
-            | {"aggregator", "report_filters", "parameters"},
+            "method": {"mask", "density", "aggregator", "report_filters", "parameters"},
             "planning": {"weights"},
         }
         assert set(part.model_fields) == known | optional.get(section, set()), section

@@ -15,6 +15,7 @@ from fedforward.config.schema import Config
 from fedforward.config.template import to_toml
 from fedforward.core.batches import IGNORED, AnswerBatch, ChoiceBatch, PromptBatch
 from fedforward.core.errors import FedForwardError
+from fedforward.core.logs import PHASES
 from fedforward.core.steps import NO_STEPS, Probe, Steps, Update
 from fedforward.data import labels
 from fedforward.data.sampler import collate, collate_prompts
@@ -28,9 +29,9 @@ from fedforward.methods.fedmezo import FedMeZO
 from fedforward.models.base import CausalModel
 from fedforward.models.full import FullModel
 from fedforward.models.lora import LoraModel
-from fedforward.training import loop as session
 from fedforward.training import replay as artefacts
-from tests.conftest import DEMO_MODEL, Silent
+from fedforward.training.run import Run
+from tests.conftest import DEMO_MODEL
 from tests.models.test_models import PERTURBATION, TRAJECTORY, batch, displace, lora, plan
 from tests.support.command_line import command
 
@@ -473,17 +474,17 @@ def test_the_wanted_objective_decides_when_patience_ends(
 
 
 def test_a_long_evaluation_says_how_far_it_is(
-    tiny_network: Make, monkeypatch: pytest.MonkeyPatch
+    tiny_network: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(evaluation, "FIRST_NOTICE", 0.0)
-    monkeypatch.setattr(evaluation, "NEXT_NOTICE", 0.0)
+    caplog.set_level("INFO", PHASES.name)
+    monkeypatch.setattr(evaluation, "FIRST_LINE_S", 0.0)
+    monkeypatch.setattr(evaluation, "NEXT_LINE_S", 0.0)
     groups = [[Example(np.arange(3, 9), 2, "5 6")] * 2] * 3
-    said: list[str] = []
     scores = {"f1": score_of("f1")}
     heldout = evaluation.HeldOut(groups, ("f1",), {"loss": Loss()}, scores, Numbers(), 4)
-    figures = evaluation.measure(FullModel(tiny_network(), plan=plan(1)), heldout, said.append)
+    figures = evaluation.measure(FullModel(tiny_network(), plan=plan(1)), heldout)
     assert figures.keys() == {"heldout_loss", "metrics"}
-    assert said == [
+    assert caplog.messages == [
         f"evaluating {what}: {done} of 6 examples"
         for what in ("loss", "answers")
         for done in (0, 2, 4)
@@ -553,4 +554,4 @@ def test_bad_input_gets_a_sentence(
 def test_evaluation_data_need_the_fields(classify: Configure, rows: Path, tmp_path: Path) -> None:
     settings = classify(evaluation__source=str(rows))
     with pytest.raises(FedForwardError, match=r"data\.prompt \(with evaluation\.source = .*\{text"):
-        session.Session(settings, tmp_path / "run", False, Silent())
+        Run(settings, tmp_path / "run")

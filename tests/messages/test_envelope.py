@@ -1,4 +1,4 @@
-"""Letters: sealed, opened again bit for bit, and refused with a sentence if anything is wrong."""
+"""Envelopes: encoded, decoded again bit for bit, and refused if anything is wrong."""
 
 import json
 import math
@@ -12,117 +12,122 @@ from hypothesis import strategies as st
 
 from fedforward.core.errors import MessageError
 from fedforward.core.identity import ModelIdentity
-from fedforward.deployment.site_metrics import Figures, combined, weighted_mean
+from fedforward.deployment.site_metrics import SiteMetrics, combined, weighted_mean
 from fedforward.directions import VERSION, Layout
-from fedforward.messages import envelope as letters
+from fedforward.messages import envelope as envelopes
 from fedforward.messages.codec import WIRE_VERSION
 from fedforward.messages.envelope import (
     RUN_BYTES,
-    Enrolment,
-    Kind,
-    Letter,
+    Enrollment,
+    Envelope,
+    MessageKind,
     deviation,
     difference,
-    packed,
+    encode_json,
 )
 
 RUN = bytes(range(RUN_BYTES))
 LAYOUT = Layout.of({"a": (700,), "b": (50, 60)}, {"0": ["b"], "1": ["a"]})
 MODEL = ModelIdentity(LAYOUT, base="ab" * 32, classes=(), state_bytes=14800, tokenizer="cd" * 32)
-ENROLMENT = Enrolment("north", MODEL, examples=20, heldout=4, rounds=3, active_blocks=2)
+ENROLLMENT = Enrollment("north", MODEL, examples=20, heldout=4, rounds=3, active_blocks=2)
 
 
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", list(MessageKind))
 @given(run=st.binary(min_size=RUN_BYTES, max_size=RUN_BYTES), body=st.binary(max_size=300))
-def test_a_letter_is_opened_as_it_was_sealed(kind: Kind, run: bytes, body: bytes) -> None:
-    letter = Letter(kind, run, body)
-    assert Letter.open(letter.seal()) == letter
+def test_a_letter_is_opened_as_it_was_encoded(kind: MessageKind, run: bytes, body: bytes) -> None:
+    message = Envelope(kind, run, body)
+    assert Envelope.decode(message.encode()) == message
 
 
 def test_every_flipped_bit_is_refused() -> None:
-    whole = Letter(Kind.ENROLMENT, RUN, ENROLMENT.encode()).seal()
+    whole = Envelope(MessageKind.ENROLLMENT, RUN, ENROLLMENT.encode()).encode()
     for place in range(8 * len(whole)):
         flipped = bytearray(whole)
         flipped[place // 8] ^= 1 << place % 8
         with pytest.raises(MessageError):
-            Letter.open(bytes(flipped))
+            Envelope.decode(bytes(flipped))
 
 
 def test_every_truncation_and_every_addition_is_refused() -> None:
-    whole = Letter(Kind.TASK, RUN, b"what is to be done").seal()
+    whole = Envelope(MessageKind.TASK, RUN, b"what is to be done").encode()
     for size in range(len(whole)):
         with pytest.raises(MessageError):
-            Letter.open(whole[:size])
+            Envelope.decode(whole[:size])
     for end in range(256):
         with pytest.raises(MessageError):
-            Letter.open(whole + bytes([end]))
+            Envelope.decode(whole + bytes([end]))
     with pytest.raises(MessageError, match="cut short"):
-        Letter.open(b"")
+        Envelope.decode(b"")
 
 
 @given(data=st.binary(max_size=200))
 def test_noise_is_refused(data: bytes) -> None:
     with pytest.raises(MessageError):
-        Letter.open(data)
+        Envelope.decode(data)
     with pytest.raises(MessageError):
-        Letter.open(b"FL" + bytes([letters.LETTER_VERSION]) + data)
+        Envelope.decode(b"FL" + bytes([envelopes.ENVELOPE_VERSION]) + data)
 
 
-def sealed(head: bytes) -> bytes:
-    """A letter whose checksum is right, whatever its head is."""
+def encoded(head: bytes) -> bytes:
+    """A message whose checksum is right, whatever its head is."""
     content = head + RUN + b"{}"
-    return content + letters._checksum(content)
+    return content + envelopes.checksum(content)
 
 
 def test_another_version_kind_or_origin_is_told_apart() -> None:
-    version = letters.LETTER_VERSION
-    assert Letter.open(sealed(bytes([*b"FL", version, Kind.FIGURES]))).kind is Kind.FIGURES
+    version = envelopes.ENVELOPE_VERSION
+    assert (
+        Envelope.decode(encoded(bytes([*b"FL", version, MessageKind.METRICS]))).kind
+        is MessageKind.METRICS
+    )
     with pytest.raises(MessageError, match=rf"version {version + 1} .* speaks {version}"):
-        Letter.open(sealed(bytes([*b"FL", version + 1, Kind.FIGURES])))
+        Envelope.decode(encoded(bytes([*b"FL", version + 1, MessageKind.METRICS])))
     with pytest.raises(MessageError, match="kind 99 was refused"):
-        Letter.open(sealed(bytes([*b"FL", version, 99])))
+        Envelope.decode(encoded(bytes([*b"FL", version, 99])))
     with pytest.raises(MessageError, match="not fedforward's"):
-        Letter.open(sealed(bytes([*b"XY", version, Kind.FIGURES])))
+        Envelope.decode(encoded(bytes([*b"XY", version, MessageKind.METRICS])))
     with pytest.raises(MessageError, match="altered or damaged"):
-        Letter.open(sealed(bytes([*b"FL", version, Kind.FIGURES]))[:-1] + b"\0")
+        Envelope.decode(encoded(bytes([*b"FL", version, MessageKind.METRICS]))[:-1] + b"\0")
 
 
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[1, 2]", b"3", b'"text"', b"null", b"\xff\xfe", b"{'a': 1}", b"\x80{}"]
 )
 def test_what_is_no_json_object_is_refused(body: bytes) -> None:
-    with pytest.raises(MessageError, match="kind FIGURES was refused"):
-        Letter(Kind.FIGURES, RUN, body).json()
+    with pytest.raises(MessageError, match="kind METRICS was refused"):
+        Envelope(MessageKind.METRICS, RUN, body).json()
 
 
 def test_json_nested_too_deeply_is_refused() -> None:
-    with pytest.raises(MessageError, match="kind FIGURES was refused"):
-        Letter(Kind.FIGURES, RUN, b"[" * 200_000).json()
+    with pytest.raises(MessageError, match="kind METRICS was refused"):
+        Envelope(MessageKind.METRICS, RUN, b"[" * 200_000).json()
 
 
 def test_json_and_text_come_back() -> None:
     content = {"a": [1, 2.5, None], "b": "größer"}
-    assert Letter(Kind.FIGURES, RUN, packed(content)).json() == content
-    assert b" " not in packed(content)
-    assert Letter(Kind.REFUSAL, RUN, "zu groß".encode()).text() == "zu groß"
-    assert "a\ufffd" in Letter(Kind.REFUSAL, RUN, b"a\xff").text()
+    assert Envelope(MessageKind.METRICS, RUN, encode_json(content)).json() == content
+    assert b" " not in encode_json(content)
+    assert Envelope(MessageKind.REFUSAL, RUN, "zu groß".encode()).text() == "zu groß"
+    assert "a\ufffd" in Envelope(MessageKind.REFUSAL, RUN, b"a\xff").text()
     # It is shown in another party's terminal.
-    assert Letter(Kind.REFUSAL, RUN, b"a\x1b[2J\nb").text() == "a [2J b"
-    assert len(Letter(Kind.REFUSAL, RUN, b"a" * 10**6).text()) == letters.LONGEST
+    assert Envelope(MessageKind.REFUSAL, RUN, b"a\x1b[2J\nb").text() == "a [2J b"
+    assert (
+        len(Envelope(MessageKind.REFUSAL, RUN, b"a" * 10**6).text()) == envelopes.MAX_SENTENCE_BYTES
+    )
 
 
 @pytest.mark.parametrize("active", [None, 1, 2])
 def test_an_enrolment_comes_back(active: int | None) -> None:
-    enrolment = replace(ENROLMENT, active_blocks=active)
-    found = Enrolment.decode(json.loads(enrolment.encode()))
-    assert found == enrolment
+    enrollment = replace(ENROLLMENT, active_blocks=active)
+    found = Enrollment.decode(json.loads(enrollment.encode()))
+    assert found == enrollment
     assert found.model.layout.fingerprint == LAYOUT.fingerprint
-    classes = replace(ENROLMENT, model=replace(MODEL, classes=("no", "yes")))
-    assert Enrolment.decode(json.loads(classes.encode())) == classes
+    classes = replace(ENROLLMENT, model=replace(MODEL, classes=("no", "yes")))
+    assert Enrollment.decode(json.loads(classes.encode())) == classes
 
 
 def content() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(ENROLMENT.encode())
+    found: dict[str, Any] = json.loads(ENROLLMENT.encode())
     return found
 
 
@@ -131,14 +136,14 @@ def test_an_enrolment_that_lacks_anything_is_refused() -> None:
         part = content()
         del part[key]
         with pytest.raises(MessageError, match="refused"):
-            Enrolment.decode(part)
+            Enrollment.decode(part)
     for key in content()["model"]:
         part = content()
         del part["model"][key]
-        with pytest.raises(MessageError, match=f"An enrolment was refused: .*{key}"):
-            Enrolment.decode(part)
+        with pytest.raises(MessageError, match=f"An enrollment was refused: .*{key}"):
+            Enrollment.decode(part)
     with pytest.raises(MessageError):
-        Enrolment.decode({})
+        Enrollment.decode({})
 
 
 BAD_COUNTS = [None, -1, 2**63, 10**30, 1.5, 3.0, True, "3", [], {}, math.nan]
@@ -148,8 +153,8 @@ BAD_COUNTS = [None, -1, 2**63, 10**30, 1.5, 3.0, True, "3", [], {}, math.nan]
 def test_an_enrolment_with_a_wrong_count_is_refused(key: str) -> None:
     # Without a number of active blocks a site has all of them.
     for value in BAD_COUNTS[key == "active_blocks" :]:
-        with pytest.raises(MessageError, match=r"An enrolment was refused: .*is not a count"):
-            Enrolment.decode({**content(), key: value})
+        with pytest.raises(MessageError, match=r"An enrollment was refused: .*is not a count"):
+            Enrollment.decode({**content(), key: value})
 
 
 @pytest.mark.parametrize("value", BAD_COUNTS, ids=repr)
@@ -157,7 +162,7 @@ def test_a_model_with_a_wrong_size_is_refused(value: Any) -> None:
     part = content()
     part["model"]["state_bytes"] = value
     with pytest.raises(MessageError, match="is not a count"):
-        Enrolment.decode(part)
+        Enrollment.decode(part)
 
 
 def layouts() -> dict[str, Callable[[list[Any]], Any]]:
@@ -195,14 +200,14 @@ def layouts() -> dict[str, Callable[[list[Any]], Any]]:
 def test_a_spoilt_layout_is_refused(spoil: str) -> None:
     part = content()
     part["model"]["layout"] = layouts()[spoil](part["model"]["layout"])
-    with pytest.raises(MessageError, match="An enrolment was refused"):
-        Enrolment.decode(part)
+    with pytest.raises(MessageError, match="An enrollment was refused"):
+        Enrollment.decode(part)
 
 
 @pytest.mark.parametrize("value", [None, 3, "text", [], [1]], ids=repr)
 def test_a_model_that_is_none_is_refused(value: Any) -> None:
-    with pytest.raises(MessageError, match="An enrolment was refused"):
-        Enrolment.decode({**content(), "model": value})
+    with pytest.raises(MessageError, match="An enrollment was refused"):
+        Enrollment.decode({**content(), "model": value})
 
 
 @pytest.mark.parametrize(
@@ -212,8 +217,8 @@ def test_a_model_that_is_none_is_refused(value: Any) -> None:
 def test_a_model_with_parts_of_another_type_is_refused(key: str, value: Any) -> None:
     part = content()
     part["model"][key] = value
-    with pytest.raises(MessageError, match="An enrolment was refused"):
-        Enrolment.decode(part)
+    with pytest.raises(MessageError, match="An enrollment was refused"):
+        Enrollment.decode(part)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +228,7 @@ def test_another_version_of_directions_or_messages_is_a_sentence(key: str, mine:
     for other in ("another", None, -1):
         words = f"A site of {key.replace('_', ' ')} {other} was refused; this server has {mine}"
         with pytest.raises(MessageError, match=words):
-            Enrolment.decode({**content(), key: other})
+            Enrollment.decode({**content(), key: other})
 
 
 @pytest.mark.parametrize(
@@ -242,7 +247,7 @@ def test_what_two_models_have_not_in_common_is_named(change: Any, words: str) ->
 
 
 def test_models_that_agree_have_no_difference() -> None:
-    assert difference(Enrolment.decode(content()).model, MODEL) == ""
+    assert difference(Enrollment.decode(content()).model, MODEL) == ""
 
 
 def test_the_weighted_mean() -> None:
@@ -251,7 +256,7 @@ def test_the_weighted_mean() -> None:
     assert math.isnan(weighted_mean([1.0, math.nan], [1, 1]))
 
 
-FIGURES = {"rounds": 2, "digest": "ab", "examples": 3, "tokens": 5, "heldout_loss": 1.5}
+METRICS = {"rounds": 2, "digest": "ab", "examples": 3, "tokens": 5, "heldout_loss": 1.5}
 
 
 @pytest.mark.parametrize(
@@ -272,20 +277,22 @@ FIGURES = {"rounds": 2, "digest": "ab", "examples": 3, "tokens": 5, "heldout_los
     ],
 )
 def test_figures_that_are_none_are_refused(change: dict[str, Any]) -> None:
-    assert Figures.decode(FIGURES).loss == 1.5
-    with pytest.raises(MessageError, match="Figures were refused"):
-        Figures.decode({**FIGURES, **change})
-    with pytest.raises(MessageError, match="Figures were refused"):
-        Figures.decode({k: v for k, v in FIGURES.items() if k not in {"tokens"} | change.keys()})
+    assert SiteMetrics.decode(METRICS).loss == 1.5
+    with pytest.raises(MessageError, match="Metrics were refused"):
+        SiteMetrics.decode({**METRICS, **change})
+    with pytest.raises(MessageError, match="Metrics were refused"):
+        SiteMetrics.decode(
+            {k: v for k, v in METRICS.items() if k not in {"tokens"} | change.keys()}
+        )
 
 
 def test_a_site_that_diverged_is_left_out_as_long_as_another_is_there() -> None:
     """null stands for what is not finite."""
-    sound, lost = Figures.decode(FIGURES), Figures.decode({**FIGURES, "heldout_loss": None})
+    sound, lost = SiteMetrics.decode(METRICS), SiteMetrics.decode({**METRICS, "heldout_loss": None})
     assert combined([lost, sound])["heldout_loss"] == 1.5
     assert math.isnan(combined([lost, lost])["heldout_loss"])
-    place = {key: FIGURES[key] for key in ("rounds", "digest", "examples", "tokens")}
-    assert combined([Figures.decode(place)]) == {} == combined([])
+    place = {key: METRICS[key] for key in ("rounds", "digest", "examples", "tokens")}
+    assert combined([SiteMetrics.decode(place)]) == {} == combined([])
 
 
 def test_what_a_site_has_other_than_a_ledger() -> None:

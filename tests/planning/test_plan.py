@@ -16,7 +16,6 @@ from fedforward.planning.allocator import Allocator
 from fedforward.planning.budgets import sensitivity, survey
 from fedforward.training import build as experiment
 from fedforward.training.preview import preview
-from tests.conftest import Silent
 
 ZORBA = {"method__name": "zorba", "federation__clients": 3}
 
@@ -66,7 +65,7 @@ def test_the_rounds_use_the_plan(configure: Any, carry_out: Any, tmp_path: Path)
 
 def test_a_preview_is_what_the_run_sends(configure: Any, carry_out: Any, tmp_path: Path) -> None:
     settings = configure(**ZORBA, planning__active=[1, 2, 3])
-    plan = preview(settings, Silent())
+    plan = preview(settings)
     content = json.loads(json.dumps(plan.as_json()))
     assert [len(client["active"]) for client in content["clients"]] == [1, 2, 3]
     assert content["activation"]["surrogate_gap"] < 1e-5
@@ -88,7 +87,7 @@ def test_methods_without_blocks_have_a_preview_too(
     configure: Any, carry_out: Any, tmp_path: Path, name: str
 ) -> None:
     settings = configure(method__name=name, method__candidates=30)
-    plan = preview(settings, Silent())
+    plan = preview(settings)
     assert plan.activation is None and not plan.front and plan.matrix.all()
     carry_out(settings, tmp_path / "run")
     lines = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -98,7 +97,7 @@ def test_methods_without_blocks_have_a_preview_too(
 
 def budgets_for(configure: Any, tune: str) -> tuple[int, list[int]]:
     """Bytes of no and of each further block."""
-    plan = preview(configure(**ZORBA, model__tune=tune, run__trajectory="cache"), Silent())
+    plan = preview(configure(**ZORBA, model__tune=tune, run__trajectory="cache"))
     return int(plan.resources.memory.fixed(*plan.resources.shapes[0])), plan.peaks(0)
 
 
@@ -110,7 +109,7 @@ def test_budgets_are_kept_and_impossible_ones_refused(
     base = {**ZORBA, "model__tune": tune, "run__trajectory": "cache"}
     roomy = f"{2 * peaks[-1]} B"
     middle = f"{(fixed + peaks[-1]) // 2} B"
-    plan = preview(configure(**base, planning__budgets=[middle, roomy, roomy]), Silent())
+    plan = preview(configure(**base, planning__budgets=[middle, roomy, roomy]))
     assert 0 < plan.matrix[0].sum() < len(plan.blocks) and plan.matrix[1:].all()
     assert all(plan.predicted(c) <= plan.resources.budgets[c] for c in range(3))
     assert len(plan.front) > 3
@@ -119,7 +118,7 @@ def test_budgets_are_kept_and_impossible_ones_refused(
     carry_out(configure(**base, planning__budgets=[middle, roomy, roomy]), tmp_path / "run")
     small = f"{fixed // 2} B"
     with pytest.raises(FedForwardError, match=r"Client '1' cannot take part: .* lacks .*iB"):
-        preview(configure(**base, planning__budgets=[roomy, small, roomy]), Silent())
+        preview(configure(**base, planning__budgets=[roomy, small, roomy]))
     with pytest.raises(FedForwardError, match=r"[Bb]lock '.*lack"):
         carry_out(configure(**base, planning__budgets=f"{fixed + 1} B"), tmp_path / "refused")
     assert not (tmp_path / "refused/ledger.sqlite").exists()
@@ -128,7 +127,7 @@ def test_budgets_are_kept_and_impossible_ones_refused(
 @pytest.mark.slow
 def test_measured_budgets_and_sensitive_blocks(configure: Any) -> None:
     settings = configure(**ZORBA, planning__budgets="measured", planning__weights="sensitivity")
-    plan = preview(settings, Silent())
+    plan = preview(settings)
     assert plan.matrix.all(), "this machine has room for all"
     weights = plan.resources.weights
     assert weights.sum() == pytest.approx(1.0) and (weights > 0).all()
@@ -187,7 +186,7 @@ def test_a_survey_predicts_what_is_measured(configure: Any) -> None:
 )
 def test_plans_that_cannot_be(configure: Any, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(FedForwardError, match=words):
-        preview(configure(**(ZORBA | changes)), Silent())
+        preview(configure(**(ZORBA | changes)))
 
 
 def test_the_command(configure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ MODEL = Path(str(files("fedforward.demo").joinpath("model")))
 #: What tells a process's role from its command line.
 _ROLES = {
     "fedforward.cli": "command",
-    "fedforward.deployment.model_server": "worker",
+    "fedforward.deployment.model_server": "model server",
     "flower-superlink": "superlink",
     "flower-superexec": "superexec",
     "flower-supernode": "supernode",
@@ -170,9 +170,11 @@ class Cluster:
 
     def serve(self, *options: str) -> subprocess.Popen[bytes]:
         """Start the server."""
-        door = ["--tls", "certs"] if self.secure else ["--insecure"]
+        security = ["--tls", "certs"] if self.secure else ["--insecure"]
         listen = ["--listen", f"127.0.0.1:{self.port}"]
-        return self.start("server", "server", "run.toml", *listen, *door, "--out", "out", *options)
+        return self.start(
+            "server", "server", "run.toml", *listen, *security, "--out", "out", *options
+        )
 
     def join(
         self,
@@ -237,8 +239,8 @@ class Cluster:
         return dict(json.loads(text))
 
     def log(self, name: str) -> str:
-        """A site's worker's log."""
-        path = self.folder / name / "worker.log"
+        """The log of a site's model server."""
+        path = self.folder / name / "model-server.log"
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
     def rounds(self) -> list[tuple[bytes, list[bytes]]]:
@@ -275,13 +277,13 @@ class Cluster:
         return self.wait(f"{sentence!r} of {name}", lambda: sentence in self.said(name))
 
     def wait_for_work(self, *names: str) -> None:
-        """Wait until the sites' workers are in the middle of a round's steps."""
+        """Wait until the sites' model servers are in the middle of a round's steps."""
 
         def working(name: str) -> bool:
             before = self.committed
             if self.site(name)["pending"] != "task":
                 return False
-            pid = self.pid("worker", name)
+            pid = self.pid("model server", name)
             used = cpu_seconds(pid)
             time.sleep(0.5)
             return before == self.committed and cpu_seconds(pid) > used + 0.1
@@ -310,7 +312,7 @@ class Cluster:
         """A process by what it does.
 
         Args:
-            role: "command", "superlink", "superexec", "coordinator", "worker" or "supernode".
+            role: "command", "superlink", "superexec", "coordinator", "model server" or "supernode".
             site: whose; "server" for the server's.
         """
         if role == "coordinator":

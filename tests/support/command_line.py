@@ -44,7 +44,7 @@ def limited(largest_file: int, *arguments: object) -> Outcome:
     """`fedforward …` in a process that cannot write beyond `largest_file` bytes of a file."""
     code = (
         "import resource, sys\n"
-        "import datasets, transformers, fedforward.training.loop, fedforward.models.lora\n"
+        "import datasets, transformers, fedforward.training.run, fedforward.models.lora\n"
         "size = int(sys.argv.pop(1))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))\n"
         "from fedforward.cli.main import main\n"

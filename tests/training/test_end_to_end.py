@@ -21,9 +21,11 @@ from fedforward.messages.report import Report
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.models.lora import LoraModel
 from fedforward.planning.memory.tracker import bytes_alive
-from fedforward.training import loop as session
 from fedforward.training import metrics as progress
 from fedforward.training import replay as artefacts
+from fedforward.training import run as run_module
+from fedforward.training.run import Run
+from fedforward.training.run_directory import RunDirectory
 
 Configure = Callable[..., Config]
 CarryOut = Callable[..., dict[str, Any]]
@@ -34,13 +36,19 @@ def digests(summary: dict[str, Any]) -> tuple[str, ...]:
     return tuple(summary[name] for name in DIGESTS)
 
 
+def interrupted(run: Run, *rest: Any) -> None:
+    """Stands for Ctrl-C."""
+    run.ledger.close()
+    raise KeyboardInterrupt
+
+
 def test_a_run_leaves_what_it_should(
     configure: Configure, carry_out: CarryOut, tmp_path: Path
 ) -> None:
     summary = carry_out(configure(), tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
-        "adapter", "config.toml", "environment.json", "ledger.sqlite", "loss.png",
+        "adapter", "config.toml", "environment.json", "ledger.sqlite", "lock", "loss.png",
         "metrics.jsonl", "plan.json", "summary.json",
     }  # fmt: skip
     assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
@@ -186,8 +194,9 @@ def test_an_extended_run_that_stopped_verifies(
 ) -> None:
     carry_out(configure(), tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session.Session, "_finish", lambda self, reason: self.ledger.close())
-        carry_out(configure(federation__rounds=5), tmp_path / "run", resume=True)
+        patch.setattr(Run, "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            carry_out(configure(federation__rounds=5), tmp_path / "run", resume=True)
     result = artefacts.verify(tmp_path / "run")
     assert result.differences == [] and result.rounds == 5 and not result.saved
 
@@ -197,7 +206,7 @@ def test_a_model_that_is_spread_otherwise_is_refused_on_resume(
 ) -> None:
     """The placement of `model.device_map` is in the plan, as losses depend on it."""
     spread = "embeddings on 0, layers.1 on cpu"
-    monkeypatch.setattr(session, "placement", lambda network: spread)
+    monkeypatch.setattr(run_module, "placement", lambda network: spread)
     carry_out(configure(federation__rounds=1), tmp_path / "run")
     plan = json.loads((tmp_path / "run/plan.json").read_text())
     assert plan["placement"] == spread
@@ -310,15 +319,15 @@ def test_stopped_between_rounds_and_resumed(
     }
     whole = carry_out(configure(**settings), tmp_path / "whole")
     out = tmp_path / "stopped"
-    write = session.Session._write_line
+    write = RunDirectory.append_metrics
 
-    def killed(self: session.Session, record: Any, *rest: Any) -> None:
-        if record.entry.round == 2:
+    def killed(self: RunDirectory, line: dict[str, Any]) -> None:
+        if line["round"] == 3:
             raise KeyboardInterrupt
-        write(self, record, *rest)
+        write(self, line)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session.Session, "_write_line", killed)
+        patch.setattr(RunDirectory, "append_metrics", killed)
         with pytest.raises(KeyboardInterrupt):
             carry_out(configure(**settings), out)
     with pytest.MonkeyPatch.context() as patch:
@@ -382,7 +391,7 @@ def test_patience_and_divergence_stop_a_run(
         tmp_path / "p",
     )
     assert patient["rounds"] < 50 and patient["stopped"].startswith("patience")
-    with pytest.raises(session.DivergenceError, match=r"Lower method\.learning_rate"):
+    with pytest.raises(progress.DivergenceError, match=r"Lower method\.learning_rate"):
         carry_out(configure(federation__rounds=50, method__learning_rate=1.0), tmp_path / "d")
     summary = json.loads((tmp_path / "d/summary.json").read_text())
     assert summary["rounds"] < 50 and summary["stopped"].startswith("diverged")
@@ -428,19 +437,14 @@ def test_full_tuning_exports_a_model(
 def test_memory_does_not_grow_with_clients(configure: Configure, tmp_path: Path) -> None:
     """Bytes of tensors alive at the peak of a round: 1 client against 16, by at most 5 %."""
     from fedforward.planning.memory.tracker import peak_bytes
-    from tests.conftest import Silent
 
     peaks = {}
     for clients in (1, 16):
-        run = session.Session(
-            configure(federation__clients=clients, data__limit=48),
-            tmp_path / str(clients),
-            False,
-            Silent(),
-        )
+        settings = configure(federation__clients=clients, data__limit=48)
+        run = Run(settings, tmp_path / str(clients))
         assert isinstance(run.model, LoraModel)
         run.runtime.run_round()
-        run._catch_up()
+        run.catch_up()
         peaks[clients] = peak_bytes(run.runtime.run_round)
         run.ledger.close()
         del run

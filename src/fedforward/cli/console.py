@@ -18,6 +18,7 @@ from rich.text import Text
 
 from fedforward.cli.tables import shown
 from fedforward.core.errors import FedForwardError, out_of_memory
+from fedforward.core.logs import PHASES
 
 #: Results, for people or as JSON.
 out_console = Console()
@@ -164,6 +165,33 @@ class Display:
         self._began = time.monotonic()
 
 
+class _PhaseHandler(logging.Handler):
+    """Hands what a run does just now to the display."""
+
+    def __init__(self, target: Display) -> None:
+        super().__init__(logging.INFO)
+        self.target = target
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a phase."""
+        self.target.phase(record.getMessage())
+
+
+@contextmanager
+def _phases_shown(target: Display) -> Iterator[None]:
+    """Phases are the display's while the block runs, and no log lines."""
+    handler, level = _PhaseHandler(target), PHASES.level
+    PHASES.addHandler(handler)
+    PHASES.setLevel(logging.INFO)
+    PHASES.propagate = False
+    try:
+        yield
+    finally:
+        PHASES.removeHandler(handler)
+        PHASES.setLevel(level)
+        PHASES.propagate = True
+
+
 @contextmanager
 def display(first: str = "") -> Iterator[Display]:
     """A `Display` that is gone from the terminal at the end.
@@ -184,5 +212,6 @@ def display(first: str = "") -> Iterator[Display]:
         result = Display(progress)
         if first:
             result.phase(first)
-        yield result
+        with _phases_shown(result):
+            yield result
         result.end_phase()

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedforward.cli.console import deployment_log, display, friendly, out_console, say
+from fedforward.cli.console import display, friendly, out_console, say
 from fedforward.cli.train import (
     ConfigArgument,
     JsonOption,
@@ -48,14 +48,12 @@ def server(
     with friendly(f"Continue with: {shlex.join(again)}"):
         settings = load_terms(config, overrides or [])
         _check_flower()
-        from fedforward.deployment.flower.server import Door, serve
+        from fedforward.deployment.flower.server import ListenAddress, serve
 
-        door = Door.parse(listen, tls, insecure)
+        address = ListenAddress.parse(listen, tls, insecure)
         supervision.end_on_sigterm()
         with display() as progress:
-            summary = serve(
-                settings, out, door, resume=resume, listener=progress, tell=deployment_log.info
-            )
+            summary = serve(settings, out, address, resume=resume, progress=progress.progress)
     from fedforward.training.plots import draw
     from fedforward.training.run_directory import RunDirectory
 
@@ -90,7 +88,7 @@ def client(
 
     site.check(tls, key, insecure)
     supervision.end_on_sigterm()
-    site.take_part(config, settings, server, tls=tls, key=key, once=once, tell=deployment_log.info)
+    site.take_part(config, settings, server, tls=tls, key=key, once=once)
 
 
 def certs(

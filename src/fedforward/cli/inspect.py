@@ -11,12 +11,12 @@ from fedforward.cli.train import JsonOption
 from fedforward.core.errors import FedForwardError
 
 MessagesArgument = Annotated[
-    list[Path], typer.Argument(help="files of OUT/letters", show_default=False)
+    list[Path], typer.Argument(help="files of OUT/messages", show_default=False)
 ]
 
 
 def inspect_message(paths: MessagesArgument, as_json: JsonOption = False) -> None:
-    """Show messages that a site has kept (site.keep_letters), byte by byte."""
+    """Show messages that a site has kept (site.keep_messages), byte by byte."""
     from fedforward.cli.message_dump import listing, message_table
 
     shown = []

@@ -8,49 +8,49 @@ import json
 
 from rich.table import Table
 
-from fedforward.messages import envelope as letters
+from fedforward.messages import envelope as envelopes
 from fedforward.messages.codec import Listed, Message, Reader, list_numbers
-from fedforward.messages.envelope import Kind, Letter
+from fedforward.messages.envelope import Envelope, MessageKind
 from fedforward.messages.report import Report
 from fedforward.messages.snapshot import Snapshot
 from fedforward.messages.task import Task
 
 #: Bytes that are shown of a field.
 SHOWN = 8
-_BODIES: dict[Kind, type[Message]] = {
-    Kind.TASK: Task,
-    Kind.EVALUATION: Task,
-    Kind.FAREWELL: Task,
-    Kind.REPORT: Report,
-    Kind.SNAPSHOT: Snapshot,
+_BODIES: dict[MessageKind, type[Message]] = {
+    MessageKind.TASK: Task,
+    MessageKind.EVALUATION: Task,
+    MessageKind.FINALIZE: Task,
+    MessageKind.REPORT: Report,
+    MessageKind.SNAPSHOT: Snapshot,
 }
 
 
 def listing(data: bytes) -> list[Listed]:
-    """Every byte of a sealed letter, in order.
+    """Every byte of a encoded envelope, in order.
 
     Raises:
-        MessageError: it is not a whole letter.
+        MessageError: it is not a whole envelope.
     """
-    letter = Letter.open(data)
+    envelope = Envelope.decode(data)
     trace: list[Listed] = []
     reader = Reader(data, trace)
     names = (
-        "letter: magic",
-        "letter: version",
-        f"letter: kind ({letter.kind.name})",
-        "letter: run",
+        "envelope: magic",
+        "envelope: version",
+        f"envelope: kind ({envelope.kind.name})",
+        "envelope: run",
     )
-    list_numbers(reader, letters.HEAD_FORM, names)
-    kind = _BODIES.get(letter.kind)
+    list_numbers(reader, envelopes.ENVELOPE_FORM, names)
+    kind = _BODIES.get(envelope.kind)
     if kind is not None:
         kind.open(reader)
-    elif letter.kind in (Kind.REFUSAL, Kind.DISMISSAL):
-        reader.take(len(letter.body), "sentence", lambda raw: letter.text())
+    elif envelope.kind in (MessageKind.REFUSAL, MessageKind.REJECT):
+        reader.take(len(envelope.body), "sentence", lambda raw: envelope.text())
     else:
-        reader.take(len(letter.body), "JSON", lambda raw: json.dumps(letter.json()))
+        reader.take(len(envelope.body), "JSON", lambda raw: json.dumps(envelope.json()))
     reader.take(
-        letters.CHECKSUM_BYTES, "checksum", lambda raw: "first bytes of the SHA-256 before it"
+        envelopes.CHECKSUM_BYTES, "checksum", lambda raw: "first bytes of the SHA-256 before it"
     )
     reader.finish()
     return trace

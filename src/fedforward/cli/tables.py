@@ -115,7 +115,7 @@ def _counts(examples: list[int]) -> str:
 def federation_table(summary: dict[str, Any]) -> Table:
     """The result of a run across machines, for people."""
     start, end = summary["heldout_loss"]["start"], summary["heldout_loss"]["end"]
-    up, down = summary["letter_bytes"]["up"], summary["letter_bytes"]["down"]
+    up, down = summary["message_bytes"]["up"], summary["message_bytes"]["down"]
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows = [
         ("held-out loss", f"{start:.3f} to {end:.3f} nats per answer token"),
@@ -127,7 +127,7 @@ def federation_table(summary: dict[str, Any]) -> Table:
         ("rounds", f"{summary['rounds']} of {summary['local_steps']} local steps"),
         ("sites", ", ".join(f"{n} ({e} examples)" for n, e in summary["sites"].items())),
         ("time", f"{summary['seconds']:.1f} s"),
-        ("letters", f"{quantity(up)} up, {quantity(down)} down for a site and round"),
+        ("messages", f"{quantity(up)} up, {quantity(down)} down for a site and round"),
         ("state digest", str(summary["state_digest"])),
     ]
     if summary["stopped"]:

@@ -63,10 +63,10 @@ def _carry_out(config: Any, out: Path, resume: bool, as_json: bool) -> None:
         from fedforward.models.libraries import quiet_libraries
 
         quiet_libraries()
-        from fedforward.training.loop import Session
+        from fedforward.training.run import Run
         from fedforward.training.run_directory import strict
 
-        summary = Session(config, out, resume, progress).run()
+        summary = Run(config, out, resume, progress.progress).fit().to_json()
     if as_json:
         print(json.dumps(strict(summary), indent=2))
         return
@@ -91,13 +91,13 @@ def plan(
     settings = load(config, overrides or [])
     if picture is not None and not picture.absolute().parent.is_dir():
         raise FedForwardError(f"--png {picture}: there is no folder {picture.parent}.")
-    with display("loading libraries") as progress:
+    with display("loading libraries"):
         from fedforward.models.libraries import quiet_libraries
 
         quiet_libraries()
         from fedforward.training.preview import preview
 
-        result = preview(settings, progress)
+        result = preview(settings)
     from fedforward.cli import plan_tables
 
     if as_json:

@@ -1,11 +1,12 @@
 """One resident process for each site, with the model in it, behind a socket that only its user has.
 
 An engine may start a process for every message; a language model must not live there. Such a
-process calls `ask`; the worker answers one letter after another. It is engine-neutral.
+process calls `ask`; the model server answers one message after another. It knows no engine.
 
     python -m fedforward.deployment.model_server SITE_TOML SOCKET
 """
 
+import logging
 import os
 import socket
 import struct
@@ -14,28 +15,31 @@ import threading
 import time
 from pathlib import Path
 
+LOGGER = logging.getLogger("fedforward.deployment.model_server")
 _SIZE = struct.Struct("<Q")
-#: A letter beyond this is not one: the largest hold a snapshot of an adapter.
-LARGEST = 1 << 34
-#: Seconds to wait for a worker that is just being started (again).
-PATIENCE = 120.0
-#: How often a letter is put to a worker that dies over it.
-TRIES = 2
+#: Bytes of the largest message: more than any snapshot of an adapter.
+MAX_BYTES = 1 << 34
+#: Seconds to wait for a model server that is just being started (again).
+TIMEOUT_S = 120.0
+#: How often a message is put to a model server that dies over it.
+MAX_RETRIES = 2
+#: Seconds between two attempts to connect.
+POLL_INTERVAL_S = 0.2
 
 
-class WorkerGoneError(ConnectionError):
-    """There is no worker behind the socket, or it died over a letter."""
+class ModelServerGoneError(ConnectionError):
+    """There is no model server behind the socket, or it died over a message."""
 
 
-def ask(path: str, data: bytes, patience: float = PATIENCE) -> bytes:
-    """A worker's answer to a letter.
+def ask(path: str, data: bytes, timeout_s: float = TIMEOUT_S) -> bytes:
+    """A model server's reply to an encoded envelope.
 
-    A worker that dies is started again by its supervisor, so the letter is put to it again.
+    One that dies is started again by its supervisor, so the message is put to it again.
 
     Raises:
-        WorkerGoneError: nobody answers within `patience` seconds, or each worker dies over it.
+        ModelServerGoneError: no reply within `timeout_s` seconds, or the server died each time.
     """
-    last = time.monotonic() + patience
+    last = time.monotonic() + timeout_s
     tries = 0
     while True:
         try:
@@ -45,11 +49,12 @@ def ask(path: str, data: bytes, patience: float = PATIENCE) -> bytes:
                 _send(connection, data)
                 return _receive(connection)
         except OSError as error:
-            if tries >= TRIES or time.monotonic() > last:
-                raise WorkerGoneError(
-                    f"the site's worker does not answer ({error or 'it died over the letter'})"
+            if tries >= MAX_RETRIES or time.monotonic() > last:
+                raise ModelServerGoneError(
+                    f"the site's model server does not answer "
+                    f"({error or 'it died over the message'})"
                 ) from error
-            time.sleep(0.2)
+            time.sleep(POLL_INTERVAL_S)
 
 
 def _send(connection: socket.socket, data: bytes) -> None:
@@ -59,8 +64,8 @@ def _send(connection: socket.socket, data: bytes) -> None:
 
 def _receive(connection: socket.socket) -> bytes:
     (size,) = _SIZE.unpack(_exactly(connection, _SIZE.size))
-    if size > LARGEST:
-        raise ConnectionError(f"a letter of {size} bytes")
+    if size > MAX_BYTES:
+        raise ConnectionError(f"a message of {size} bytes")
     return _exactly(connection, size)
 
 
@@ -75,29 +80,24 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
     return b"".join(parts)
 
 
-def say(text: str) -> None:
-    """A line for the supervisor, at once."""
-    print(text, flush=True)
-
-
 def serve(settings: Path, path: Path) -> None:
-    """Answer letters until the supervisor is gone or says so."""
+    """Answer messages until the supervisor is gone or says so."""
     from fedforward.config.site import load_site
     from fedforward.models.libraries import quiet_libraries
 
     site_config = load_site(settings)
-    say("loading libraries")
+    LOGGER.info("loading libraries")
     quiet_libraries()
     from fedforward.deployment.site import Site
 
-    site = Site(site_config, say)
+    site = Site(site_config)
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
         # The folder is its user's alone, so there is no moment at which others could connect.
         listening.bind(str(path))
         path.chmod(0o600)
         listening.listen(8)
-        say("waiting for the server")
+        LOGGER.info("waiting for the server")
         while True:
             connection, _ = listening.accept()
             with connection:
@@ -116,10 +116,13 @@ def _die_with(parent: int) -> None:
 
 
 def main() -> None:
-    """The process of a worker."""
+    """The process of a model server; its log goes to standard output, for the supervisor."""
+    from fedforward.core.logs import shown
+
     settings, path = sys.argv[1:3]
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
-    serve(Path(settings), Path(path))
+    with shown(logging.StreamHandler(sys.stdout)):
+        serve(Path(settings), Path(path))
 
 
 if __name__ == "__main__":

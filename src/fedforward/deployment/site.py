@@ -1,13 +1,11 @@
-"""A site across machines: it opens letters, does what they ask on its own data, and answers.
+"""A site across machines: it does what messages ask on its own data, and replies.
 
 One `Site` lives as long as its process, and holds one model however many rounds run. It keeps
 nothing on disk but what was tuned at the end: a site that starts again is sent what it lacks.
 """
 
-import sys
+import logging
 import time
-import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,17 @@ from fedforward.core.identity import ModelIdentity
 from fedforward.data.sampler import Batches, Collate
 from fedforward.evaluation import heldout as evaluation
 from fedforward.federation.client import Client, Replica
-from fedforward.messages.envelope import Enrolment, Kind, Letter, packed
+from fedforward.messages.envelope import Enrollment, Envelope, MessageKind, encode_json
 from fedforward.messages.task import Task
 from fedforward.methods.base import Method
-from fedforward.methods.report_filters import ReportFilter
+from fedforward.methods.report_filters import ReportFilter, build_filters
 from fedforward.models.base import CausalModel
 from fedforward.models.loading import longest_sequence
 from fedforward.training import build as experiment
 from fedforward.training.assembly import build_method
 from fedforward.training.run_directory import strict, write_json
+
+LOGGER = logging.getLogger("fedforward.deployment.site")
 
 
 @dataclass
@@ -103,96 +103,104 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
         replica=Replica(model, method),
         method=method,
         identity=experiment.identity(model, tokenizer),
+        filters=(
+            *build_filters(config.method.report_filters, "method.report_filters"),
+            *build_filters(settings.site.filters, "site.filters"),
+        ),
     )
 
 
 class Site:
-    """Answers letters; see the module.
+    """Replies to messages; see the module.
 
     Attributes:
         loads: how often a model was loaded.
-        tuning: what is built for the run in progress; None before the first greeting.
+        tuning: what is built for the run in progress; None before the first HELLO.
     """
 
-    def __init__(self, settings: SiteConfig, notice: Callable[[str], None]) -> None:
-        """`notice` is told, in words, what the site does."""
+    def __init__(self, settings: SiteConfig) -> None:
         self.settings = settings
-        self.notice = notice
         self.loads = 0
         self.tuning: Tuning | None = None
 
     def answer(self, data: bytes) -> bytes:
-        """The sealed answer to a sealed letter; whatever goes wrong is a REFUSAL, a sentence."""
+        """The encoded reply to an encoded envelope; what goes wrong is a REFUSAL, a sentence."""
         run = b"\0" * 8
         try:
-            letter = Letter.open(data)
-            run = letter.run
-            kind, body = self._answer(letter)
+            envelope = Envelope.decode(data)
+            run = envelope.run
+            kind, body = self._answer(envelope)
         except FedForwardError as error:
-            kind, body = Kind.REFUSAL, str(error).encode()
+            kind, body = MessageKind.REFUSAL, str(error).encode()
         except Exception as error:
-            kind, body = Kind.REFUSAL, b"there is not enough memory here for what was asked"
+            kind, body = MessageKind.REFUSAL, b"there is not enough memory here for what was asked"
             if not out_of_memory(error):
                 # The server must hear of it, and the site's log has where it came from.
-                traceback.print_exc(file=sys.stderr)
+                LOGGER.exception("an error that was not foreseen")
                 body = f"{type(error).__name__}: {error}".encode()
-        if kind is Kind.REFUSAL:
-            self.notice(f"refused: {body.decode()}")
-        answer = Letter(kind, run, body).seal()
+        if kind is MessageKind.REFUSAL:
+            LOGGER.info("refused: %s", body.decode())
+        answer = Envelope(kind, run, body).encode()
         if self.settings.site.keep_messages:
-            self._keep_letters(data, answer, kind)
+            self._keep_messages(data, answer, kind)
         return answer
 
-    def _keep_letters(self, data: bytes, answer: bytes, kind: Kind) -> None:
+    def _keep_messages(self, data: bytes, answer: bytes, kind: MessageKind) -> None:
         """Write down what came in and what goes out, before it goes."""
-        folder = Path(self.settings.site.out) / "letters"
+        folder = Path(self.settings.site.out) / "messages"
         folder.mkdir(parents=True, exist_ok=True)
         number = 1 + max((int(path.name[:6]) for path in folder.glob("??????-*")), default=0)
         (folder / f"{number:06}-in").write_bytes(data)
         (folder / f"{number:06}-out-{kind.name.lower()}").write_bytes(answer)
 
-    def _answer(self, letter: Letter) -> tuple[Kind, bytes]:
-        if letter.kind is Kind.GREETING:
-            return Kind.ENROLMENT, self._enrol(letter).encode()
-        if letter.kind is Kind.DISMISSAL:
-            self.notice(f"the server will not have this site: {letter.text()}")
-            return Kind.FIGURES, b"{}"
+    def _answer(self, envelope: Envelope) -> tuple[MessageKind, bytes]:
+        if envelope.kind is MessageKind.HELLO:
+            return MessageKind.ENROLLMENT, self.enroll(envelope).encode()
+        if envelope.kind is MessageKind.REJECT:
+            LOGGER.info("the server will not have this site: %s", envelope.text())
+            return MessageKind.METRICS, b"{}"
         tuning = self.tuning
-        if tuning is None or tuning.run != letter.run:
-            return Kind.STRANGER, b""
-        if letter.kind is Kind.SNAPSHOT_WANTED:
-            return Kind.SNAPSHOT, tuning.replica.snapshot().encode()
+        if tuning is None or tuning.run != envelope.run:
+            return MessageKind.UNKNOWN_RUN, b""
+        if envelope.kind is MessageKind.SNAPSHOT_REQUEST:
+            return MessageKind.SNAPSHOT, tuning.replica.snapshot().encode()
         answers = {
-            Kind.TASK: self._report,
-            Kind.EVALUATION: self._evaluate,
-            Kind.FAREWELL: self._keep,
+            MessageKind.TASK: self._report,
+            MessageKind.EVALUATION: self._evaluate,
+            MessageKind.FINALIZE: self._keep,
         }
-        if letter.kind not in answers:
-            raise MessageError(f"A letter of kind {letter.kind.name} was refused by a site.")
-        task = Task.decode(letter.body)
+        if envelope.kind not in answers:
+            raise MessageError(f"A message of kind {envelope.kind.name} was refused by a site.")
+        task = Task.decode(envelope.body)
         if _first_missing(task, tuning.replica.rounds) > tuning.replica.rounds:
-            return Kind.BEHIND, packed({"rounds": tuning.replica.rounds})
-        return answers[letter.kind](tuning, task, letter.body)
+            return MessageKind.OUT_OF_SYNC, encode_json({"rounds": tuning.replica.rounds})
+        return answers[envelope.kind](tuning, task, envelope.body)
 
-    def _enrol(self, letter: Letter) -> Enrolment:
-        terms = letter.json().get("terms")
+    def enroll(self, envelope: Envelope) -> Enrollment:
+        """Build what a HELLO asks for, and say what this site has in common with others.
+
+        Raises:
+            FedForwardError: the terms are beyond this site's limits, or cannot be built.
+        """
+        terms = envelope.json().get("terms")
         if not isinstance(terms, dict):
-            raise MessageError("A greeting without terms was refused.")
+            raise MessageError("A HELLO without terms was refused.")
         problems = refusals(terms, self.settings.limits)
         if problems:
             raise FedForwardError("; ".join(problems))
         tuning = self.tuning
-        if tuning is None or (tuning.run, tuning.terms) != (letter.run, terms):
-            self.notice("loading model and data")
+        if tuning is None or (tuning.run, tuning.terms) != (envelope.run, terms):
+            LOGGER.info("loading model and data")
             # The old model goes before the new one comes.
             self.tuning = tuning = None
             self.loads += 1
-            tuning = self.tuning = build(letter.run, terms, self.settings)
-            self.notice(
-                f"ready: {len(tuning.corpus.clients[0])} training examples, "
-                f"{tuning.model.layout.parameters} tuned parameters"
+            tuning = self.tuning = build(envelope.run, terms, self.settings)
+            LOGGER.info(
+                "ready: %d training examples, %d tuned parameters",
+                len(tuning.corpus.clients[0]),
+                tuning.model.layout.parameters,
             )
-        return Enrolment(
+        return Enrollment(
             name=self.settings.site.name,
             model=tuning.identity,
             examples=len(tuning.corpus.clients[0]),
@@ -201,7 +209,7 @@ class Site:
             active_blocks=self.settings.limits.active_blocks,
         )
 
-    def _report(self, tuning: Tuning, task: Task, body: bytes) -> tuple[Kind, bytes]:
+    def _report(self, tuning: Tuning, task: Task, body: bytes) -> tuple[MessageKind, bytes]:
         agreed = tuning.config.federation.rounds
         if task.round >= agreed:
             raise MessageError(f"Round {task.round + 1} was refused: the terms have {agreed}.")
@@ -214,26 +222,28 @@ class Site:
         except StopIteration as done:
             report: bytes = done.value
         seconds = time.monotonic() - began
-        self.notice(f"round {task.round + 1}: {tuning.method.local_steps} steps in {seconds:.1f} s")
-        return Kind.REPORT, report
+        LOGGER.info(
+            "round %d: %d steps in %.1f s", task.round + 1, tuning.method.local_steps, seconds
+        )
+        return MessageKind.REPORT, report
 
-    def _evaluate(self, tuning: Tuning, task: Task, body: bytes) -> tuple[Kind, bytes]:
+    def _evaluate(self, tuning: Tuning, task: Task, body: bytes) -> tuple[MessageKind, bytes]:
         tuning.client(task.client).sync(task)
-        figures = evaluation.measure(tuning.model, tuning.heldout, self.notice)
-        self.notice(f"after round {task.round}: held-out loss {figures['heldout_loss']:.4f}")
-        return Kind.FIGURES, packed(strict({**self._place(tuning), **figures}))
+        measured = evaluation.measure(tuning.model, tuning.heldout)
+        LOGGER.info("after round %d: held-out loss %.4f", task.round, measured["heldout_loss"])
+        return MessageKind.METRICS, encode_json(strict({**self._progress(tuning), **measured}))
 
-    def _keep(self, tuning: Tuning, task: Task, body: bytes) -> tuple[Kind, bytes]:
+    def _keep(self, tuning: Tuning, task: Task, body: bytes) -> tuple[MessageKind, bytes]:
         tuning.client(task.client).sync(task)
         folder = Path(self.settings.site.out)
         kept = folder / ("adapter" if tuning.config.model.tune == "lora" else "model")
         tuning.model.save(kept)
-        place = self._place(tuning)
-        write_json(folder / "state.json", {"run": tuning.run.hex(), **place})
-        self.notice(f"the run is over after {task.round} rounds: wrote {kept}")
-        return Kind.FIGURES, packed(place)
+        progress = self._progress(tuning)
+        write_json(folder / "state.json", {"run": tuning.run.hex(), **progress})
+        LOGGER.info("the run is over after %d rounds: wrote %s", task.round, kept)
+        return MessageKind.METRICS, encode_json(progress)
 
-    def _place(self, tuning: Tuning) -> dict[str, Any]:
+    def _progress(self, tuning: Tuning) -> dict[str, Any]:
         return {
             "rounds": tuning.replica.rounds,
             "digest": tuning.model.digest().hex(),

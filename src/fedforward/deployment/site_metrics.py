@@ -1,4 +1,4 @@
-"""What a site says that it measured, checked, and several sites' figures made one."""
+"""What a site says that it measured, checked, and several sites' metrics combined."""
 
 import math
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from fedforward.core.errors import MessageError
 
 
 @dataclass(frozen=True)
-class Figures:
-    """The body of a FIGURES letter.
+class SiteMetrics:
+    """The body of a METRICS message.
 
     Attributes:
         rounds: ledger rounds that the site holds.
@@ -32,8 +32,8 @@ class Figures:
     metrics: dict[str, float]
 
     @classmethod
-    def decode(cls, content: dict[str, Any]) -> "Figures":
-        """From a letter's JSON, in which null stands for what is not finite.
+    def decode(cls, content: dict[str, Any]) -> "SiteMetrics":
+        """From a message's JSON, in which null stands for what is not finite.
 
         Raises:
             MessageError: something is missing, of another type or out of range.
@@ -51,7 +51,7 @@ class Figures:
                 metrics={str(name): _real(value) for name, value in metrics.items()},
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise MessageError(f"Figures were refused: {error!r} in them.") from error
+            raise MessageError(f"Metrics were refused: {error!r} in them.") from error
 
     def complete(self, names: Sequence[str]) -> bool:
         """Whether the loss and these metrics are there, and no others."""
@@ -72,7 +72,7 @@ def _real(value: Any) -> float:
     return float(value)
 
 
-def combined(answers: Sequence[Figures]) -> dict[str, Any]:
+def combined(answers: Sequence[SiteMetrics]) -> dict[str, Any]:
     """`heldout_loss` and `metrics` of several sites together; empty where nothing was measured.
 
     Losses are weighted by answer tokens and other metrics by examples; perplexity is that of the

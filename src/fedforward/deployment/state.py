@@ -14,14 +14,15 @@ from typing import Any
 
 from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
-from fedforward.messages.envelope import RUN_BYTES, Enrolment
+from fedforward.messages.envelope import RUN_BYTES, Enrollment
+from fedforward.planning.allocator import ClientBlocks
 from fedforward.training import run_directory
 from fedforward.training.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
-class Place:
-    """What is kept of a site that was ever taken in.
+class SiteRecord:
+    """What is kept of a site that was ever admitted.
 
     Attributes:
         number: its client number.
@@ -35,18 +36,18 @@ class Place:
 
 
 @dataclass
-class Papers:
-    """See the module.
+class CoordinatorState:
+    """The coordinator's own files; see the module.
 
     Attributes:
         run: the run's random name.
-        places: of the sites, by name.
+        sites: that were ever admitted, by name.
         reset: numbers of sites whose state was refused, and that have not started again yet.
     """
 
     directory: RunDirectory
     run: bytes = b""
-    places: dict[str, Place] = field(default_factory=dict)
+    sites: dict[str, SiteRecord] = field(default_factory=dict)
     reset: set[int] = field(default_factory=set)
 
     @property
@@ -77,9 +78,9 @@ class Papers:
         try:
             content = json.loads(self._federation.read_text(encoding="utf-8"))
             self.run = bytes.fromhex(content["run"])
-            self.places = {str(name): Place(**place) for name, place in content["sites"].items()}
+            self.sites = {str(name): SiteRecord(**site) for name, site in content["sites"].items()}
             self.reset = {int(number) for number in content["reset"]}
-            if sorted(place.number for place in self.places.values()) != [*range(len(self.places))]:
+            if sorted(site.number for site in self.sites.values()) != [*range(len(self.sites))]:
                 raise ValueError("the sites' numbers are not 0, 1, 2, …")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise FedForwardError(
@@ -87,26 +88,32 @@ class Papers:
                 "restore it from a copy."
             ) from error
 
-    def settle(self, enrolments: Mapping[str, Enrolment]) -> None:
-        """Give sites their places, or keep those that they have; on disk when this returns."""
-        before = dict(self.places)
-        for name, said in enrolments.items():
-            old = self.places.get(name)
-            number = len(self.places) if old is None else old.number
-            self.places[name] = Place(number, said.examples, said.active_blocks)
-        if self.places != before:
+    def admit(self, enrollments: Mapping[str, Enrollment]) -> None:
+        """Give sites their numbers, or keep those that they have; on disk when this returns."""
+        before = dict(self.sites)
+        for name, enrollment in enrollments.items():
+            old = self.sites.get(name)
+            number = len(self.sites) if old is None else old.number
+            self.sites[name] = SiteRecord(number, enrollment.examples, enrollment.active_blocks)
+        if self.sites != before:
             self._save()
 
-    def by_number(self) -> list[tuple[str, Place]]:
-        """Names and places of all sites, by number."""
-        return sorted(self.places.items(), key=lambda item: item[1].number)
+    def by_number(self) -> list[tuple[str, SiteRecord]]:
+        """Names and records of all sites, by number."""
+        return sorted(self.sites.items(), key=lambda item: item[1].number)
 
     def examples(self) -> list[int]:
         """Training examples of all sites, by number."""
-        return [place.examples for _, place in self.by_number()]
+        return [site.examples for _, site in self.by_number()]
+
+    def blocks(self) -> list[ClientBlocks]:
+        """What all sites say of the blocks that they can perturb, by number."""
+        return [
+            ClientBlocks(name, site.examples, site.active_blocks) for name, site in self.by_number()
+        ]
 
     def _save(self) -> None:
-        sites = {name: asdict(place) for name, place in self.places.items()}
+        sites = {name: asdict(site) for name, site in self.sites.items()}
         content = {"run": self.run.hex(), "reset": sorted(self.reset), "sites": sites}
         run_directory.write_json(self._federation, content)
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from types import TracebackType
 
 #: Seconds before a process that died is started again: doubled each time, up to the last.
-FIRST_PAUSE, LAST_PAUSE = 1.0, 10.0
-#: A process that ran for so many seconds counts as sound when it dies.
-SOUND = 60.0
+FIRST_RESTART_S, LAST_RESTART_S = 1.0, 10.0
+#: A process that ran for so many seconds counts as stable when it dies.
+STABLE_S = 60.0
 #: Seconds between asking a process to end and ending it.
-GENTLY = 8.0
+TERMINATE_TIMEOUT_S = 8.0
 _DEATH_SIGNAL = 1
 
 
@@ -60,7 +60,7 @@ class Child:
         self.starts = 0
         self.process: subprocess.Popen[bytes] | None = None
         self._began = 0.0
-        self._pause = FIRST_PAUSE
+        self._pause = FIRST_RESTART_S
         self._due = 0.0
         self._read = 0
 
@@ -98,9 +98,9 @@ class Child:
             return False
         now = time.monotonic()
         if not self._due:
-            self._pause = FIRST_PAUSE if now - self._began > SOUND else self._pause
+            self._pause = FIRST_RESTART_S if now - self._began > STABLE_S else self._pause
             self._due = now + self._pause
-            self._pause = min(2 * self._pause, LAST_PAUSE)
+            self._pause = min(2 * self._pause, LAST_RESTART_S)
             return True
         if now >= self._due:
             self._due = 0.0
@@ -133,7 +133,7 @@ class Child:
         try:
             if process.poll() is None:
                 process.terminate()
-                process.wait(GENTLY)
+                process.wait(TERMINATE_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             pass
         finally:

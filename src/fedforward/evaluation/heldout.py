@@ -4,13 +4,14 @@ Answers are generated once for all the metrics that look at them.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fedforward.config.schema import Config
+from fedforward.core.logs import PHASES
 from fedforward.core.steps import Probe, ProbePlan
 from fedforward.data.sampler import by_length, collate_prompts
 from fedforward.data.templates import Example
@@ -25,8 +26,7 @@ from fedforward.evaluation.objectives import (
 from fedforward.models.base import CausalModel
 
 #: Seconds after which an evaluation says how far it is, and between its saying so.
-FIRST_NOTICE, NEXT_NOTICE = 2.0, 10.0
-Notice = Callable[[str], None]
+FIRST_LINE_S, NEXT_LINE_S = 2.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -94,18 +94,17 @@ def prepare(
     return HeldOut(groups, metrics, objectives, scores, tokenizer, config.data.answer_tokens)
 
 
-def measure(model: CausalModel, heldout: HeldOut, notice: Notice) -> dict[str, Any]:
+def measure(model: CausalModel, heldout: HeldOut) -> dict[str, Any]:
     """The held-out figures at the model's current weights.
 
-    Args:
-        notice: told how far the evaluation is where it takes more than two seconds.
+    How far it is, is logged as a phase where it takes more than two seconds.
 
     Returns:
         `heldout_loss`, the mean loss per answer token (or text, of a classifier) in nats; and, if
         there are any, `metrics` by name: `perplexity` is exp(loss), the others are means over the
         examples.
     """
-    progress = _Progress(notice)
+    progress = _Progress()
     values = {
         name: objective.metric(_mean(model, progress.over(heldout.groups, name), objective))
         for name, objective in heldout.objectives.items()
@@ -150,11 +149,10 @@ def _scores(
 
 
 class _Progress:
-    """Tells how far an evaluation is, once it has taken a while."""
+    """Logs how far an evaluation is, once it has taken a while."""
 
-    def __init__(self, notice: Notice) -> None:
-        self.notice = notice
-        self.due = time.monotonic() + FIRST_NOTICE
+    def __init__(self) -> None:
+        self.due = time.monotonic() + FIRST_LINE_S
 
     def over(self, groups: Sequence[Sequence[Example]], what: str) -> Iterator[Sequence[Example]]:
         """The groups, one after another."""
@@ -162,7 +160,7 @@ class _Progress:
         for group in groups:
             now = time.monotonic()
             if now >= self.due:
-                self.notice(f"evaluating {what}: {done} of {total} examples")
-                self.due = now + NEXT_NOTICE
+                PHASES.info("evaluating %s: %d of %d examples", what, done, total)
+                self.due = now + NEXT_LINE_S
             yield group
             done += len(group)

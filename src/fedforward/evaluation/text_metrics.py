@@ -9,14 +9,14 @@ import string
 from collections import Counter
 from decimal import Decimal
 
-#: Metrics that are a share, between 0 and 1.
-SHARES = {"accuracy", "exact-match", "f1", "rougeL"}
-
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 #: "10-5" ends in 5: a sign stands at the beginning of a word.
 _NUMBER = re.compile(r"(?:(?<![\w.])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 #: What GSM8K writes before the number that a solution ends in.
 FINAL = "####"
+
+#: Metrics between 0 and 1, of texts or classes.
+SHARES = frozenset({"accuracy", "exact-match", "f1", "rougeL"})
 
 
 def exact_match(prediction: str, reference: str) -> float:

@@ -1,9 +1,9 @@
-"""What a server and its sites send each other across machines: messages in sealed envelopes.
+"""What a server and its sites send each other across machines: messages in envelopes.
 
-A letter names the run that it belongs to and what it is, and ends in a checksum, so that a damaged
-letter, or one of another run, is refused before anything in it is read. Who may send at all is the
-engine's affair (keys and TLS). Greetings and figures are JSON; everything that is sent in every
-round is binary (`fedforward.messages.codec`).
+An envelope names its run and the kind of its message, and ends in a checksum. One that is damaged,
+or of another run, is refused before its body is read. The checksum is no signature: who may send
+at all is decided by the engine (keys and TLS). Hellos and metrics are JSON; what is sent in every
+round is binary (`fedforward.messages.codec`). Imports no PyTorch.
 """
 
 import hashlib
@@ -18,93 +18,93 @@ from fedforward.core.identity import ModelIdentity
 from fedforward.directions import VERSION, Layout
 from fedforward.messages.codec import WIRE_VERSION
 
-LETTER_VERSION = 1
+ENVELOPE_VERSION = 1
 #: Bytes of a sentence that are shown.
-LONGEST = 2000
+MAX_SENTENCE_BYTES = 2000
 #: Training examples that a site can have, and axes of a tuned tensor.
-MOST_EXAMPLES, MOST_AXES = 2**31, 8
+MAX_EXAMPLES, MAX_AXES = 2**31, 8
 #: Characters of a site's name for itself.
-LONGEST_NAME = 64
+MAX_NAME_CHARACTERS = 64
 #: Bytes of a run's random name.
 RUN_BYTES = 8
-HEAD_FORM = struct.Struct(f"<2sBB{RUN_BYTES}s")
+ENVELOPE_FORM = struct.Struct(f"<2sBB{RUN_BYTES}s")
 _MAGIC = b"FL"
 CHECKSUM_BYTES = 8
 
 
-class Kind(IntEnum):
-    """What a letter is. Below 16: from the server; from 16 on: a site's answer."""
+class MessageKind(IntEnum):
+    """What a message is. Below 16: from the server; from 16 on: a site's reply."""
 
-    #: JSON: the terms of the run. Answered by ENROLMENT.
-    GREETING = 1
+    #: JSON: the terms of the run. Answered by ENROLLMENT.
+    HELLO = 1
     #: A `Task`. Answered by REPORT.
     TASK = 2
-    #: A `Task` without steps: come to this round and evaluate. Answered by FIGURES.
+    #: A `Task` without steps: come to this round and evaluate. Answered by METRICS.
     EVALUATION = 3
     #: Nothing. Answered by SNAPSHOT.
-    SNAPSHOT_WANTED = 4
-    #: A `Task` without steps: the run is over, keep what was tuned. Answered by FIGURES.
-    FAREWELL = 5
-    #: A sentence: why the server will not have this site. Answered by FIGURES.
-    DISMISSAL = 6
+    SNAPSHOT_REQUEST = 4
+    #: A `Task` without steps: the run is over, keep what was tuned. Answered by METRICS.
+    FINALIZE = 5
+    #: A sentence: why the server will not have this site. Answered by METRICS.
+    REJECT = 6
 
     #: JSON: who the site is, and what it has in common with the others.
-    ENROLMENT = 16
+    ENROLLMENT = 16
     #: A `Report`.
     REPORT = 17
-    #: JSON: measured figures, and the digest of the tuned state.
-    FIGURES = 18
+    #: JSON: what was measured, and the digest of the tuned state.
+    METRICS = 18
     #: A `Snapshot`.
     SNAPSHOT = 19
     #: A sentence: what the site will not do, and why.
     REFUSAL = 20
-    #: Nothing: the site does not know the run, and must be greeted first.
-    STRANGER = 21
+    #: Nothing: the site does not know the run, and must be sent a HELLO first.
+    UNKNOWN_RUN = 21
     #: JSON: how many rounds the site really holds. The task must be sent again with what it lacks.
-    BEHIND = 22
+    OUT_OF_SYNC = 22
 
 
 @dataclass(frozen=True)
-class Letter:
-    """An opened envelope.
+class Envelope:
+    """A message on its way.
 
     Attributes:
-        kind: what it is.
+        kind: what the message is.
         run: the run's random name, 8 bytes.
         body: a message, JSON or a sentence, as its kind says.
     """
 
-    kind: Kind
+    kind: MessageKind
     run: bytes
     body: bytes = b""
 
-    def seal(self) -> bytes:
+    def encode(self) -> bytes:
         """The wire form."""
-        content = HEAD_FORM.pack(_MAGIC, LETTER_VERSION, self.kind, self.run) + self.body
-        return content + _checksum(content)
+        content = ENVELOPE_FORM.pack(_MAGIC, ENVELOPE_VERSION, self.kind, self.run) + self.body
+        return content + checksum(content)
 
     @classmethod
-    def open(cls, data: bytes) -> "Letter":
-        """Raises `MessageError` for anything but a whole letter of this version."""
-        if len(data) < HEAD_FORM.size + CHECKSUM_BYTES:
-            raise MessageError(f"A letter of {len(data)} bytes was refused: it is cut short.")
-        magic, version, kind, run = HEAD_FORM.unpack_from(data)
+    def decode(cls, data: bytes) -> "Envelope":
+        """Raises `MessageError` for anything but a whole envelope of this version."""
+        if len(data) < ENVELOPE_FORM.size + CHECKSUM_BYTES:
+            raise MessageError(f"A message of {len(data)} bytes was refused: it is cut short.")
+        magic, version, kind, run = ENVELOPE_FORM.unpack_from(data)
         if magic != _MAGIC:
-            raise MessageError("A letter that is not fedforward's was refused.")
-        if version != LETTER_VERSION:
+            raise MessageError("A message that is not fedforward's was refused.")
+        if version != ENVELOPE_VERSION:
             raise MessageError(
-                f"A letter of version {version} was refused; this side speaks {LETTER_VERSION}. "
+                f"A message of version {version} was refused; this side speaks {ENVELOPE_VERSION}. "
                 "Install the same release of fedforward on both sides."
             )
-        if _checksum(data[:-CHECKSUM_BYTES]) != data[-CHECKSUM_BYTES:]:
-            raise MessageError("A letter was refused: it was altered or damaged on its way.")
+        if checksum(data[:-CHECKSUM_BYTES]) != data[-CHECKSUM_BYTES:]:
+            raise MessageError("A message was refused: it was altered or damaged on its way.")
         try:
-            return cls(Kind(kind), run, data[HEAD_FORM.size : -CHECKSUM_BYTES])
+            return cls(MessageKind(kind), run, data[ENVELOPE_FORM.size : -CHECKSUM_BYTES])
         except ValueError as error:
-            raise MessageError(f"A letter of kind {kind} was refused: there is none.") from error
+            raise MessageError(f"A message of kind {kind} was refused: there is none.") from error
 
     def json(self) -> dict[str, Any]:
-        """The body of a letter that is JSON.
+        """The body of a message that is JSON.
 
         Raises:
             MessageError: it is not an object of JSON.
@@ -113,18 +113,18 @@ class Letter:
             content = json.loads(self.body, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             raise MessageError(
-                f"A letter of kind {self.kind.name} was refused: {error}."
+                f"A message of kind {self.kind.name} was refused: {error}."
             ) from error
         if not isinstance(content, dict):
-            raise MessageError(f"A letter of kind {self.kind.name} was refused: no JSON object.")
+            raise MessageError(f"A message of kind {self.kind.name} was refused: no JSON object.")
         return content
 
     def text(self) -> str:
-        """The body of a letter that is a sentence, as it may be shown: it is another party's."""
-        return shown(self.body[:LONGEST].decode(errors="replace"))
+        """The body of a message that is a sentence, as it may be shown: it is another party's."""
+        return printable(self.body[:MAX_SENTENCE_BYTES].decode(errors="replace"))
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """Another party's text as it may be put on a terminal."""
     return "".join(character if character.isprintable() else " " for character in text)
 
@@ -133,18 +133,19 @@ def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no JSON")
 
 
-def _checksum(content: bytes) -> bytes:
+def checksum(content: bytes) -> bytes:
+    """The first 8 bytes of the SHA-256 of what is before it."""
     return hashlib.sha256(content).digest()[:CHECKSUM_BYTES]
 
 
-def packed(content: Any) -> bytes:
+def encode_json(content: Any) -> bytes:
     """JSON without white space."""
     return json.dumps(content, separators=(",", ":"), sort_keys=True).encode()
 
 
 @dataclass(frozen=True)
-class Enrolment:
-    """What a site says of itself when it is greeted.
+class Enrollment:
+    """What a site says of itself in reply to a HELLO.
 
     Attributes:
         name: what the site calls itself; empty for the name that its key was registered under.
@@ -163,9 +164,9 @@ class Enrolment:
     active_blocks: int | None = None
 
     def encode(self) -> bytes:
-        """The body of an ENROLMENT."""
+        """The body of an ENROLLMENT."""
         layout = self.model.layout
-        return packed(
+        return encode_json(
             {
                 "name": self.name,
                 "examples": self.examples,
@@ -185,8 +186,8 @@ class Enrolment:
         )
 
     @classmethod
-    def decode(cls, content: dict[str, Any]) -> "Enrolment":
-        """From a letter's JSON.
+    def decode(cls, content: dict[str, Any]) -> "Enrollment":
+        """From a message's JSON.
 
         Raises:
             MessageError: something is missing or of another type, or the site derives directions
@@ -199,7 +200,7 @@ class Enrolment:
             names, shapes, blocks, owners = model["layout"]
             layout = Layout(
                 tuple(map(str, names)),
-                tuple(tuple(map(_count, shape[:MOST_AXES])) for shape in shapes),
+                tuple(tuple(map(_count, shape[:MAX_AXES])) for shape in shapes),
                 tuple(map(str, blocks)),
                 tuple(map(_count, owners)),
             )
@@ -213,7 +214,7 @@ class Enrolment:
             )
             active = content["active_blocks"]
             return cls(
-                name=shown(_text(content["name"]))[:LONGEST_NAME],
+                name=printable(_text(content["name"]))[:MAX_NAME_CHARACTERS],
                 model=identity,
                 examples=_examples(content["examples"]),
                 heldout=_count(content["heldout"]),
@@ -221,7 +222,7 @@ class Enrolment:
                 active_blocks=None if active is None else max(1, _count(active)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise MessageError(f"An enrolment was refused: {error!r} in it.") from error
+            raise MessageError(f"An enrollment was refused: {error!r} in it.") from error
 
 
 def _count(value: Any) -> int:
@@ -233,7 +234,7 @@ def _count(value: Any) -> int:
 
 def _examples(value: Any) -> int:
     """Training examples: they weigh a site's part, so they are some, and a number of this world."""
-    if not 1 <= _count(value) <= MOST_EXAMPLES:
+    if not 1 <= _count(value) <= MAX_EXAMPLES:
         raise ValueError(f"{value!r} training examples")
     return int(value)
 

@@ -116,3 +116,82 @@ class Allocator:
             budgets=whole.budgets[rows],
             client_names=tuple(whole.client_names[row] for row in participants),
         )
+
+
+@dataclass(frozen=True)
+class ClientBlocks:
+    """What a client says of itself, as far as blocks are allotted by it.
+
+    Attributes:
+        name: for errors.
+        examples: training examples.
+        active: blocks that it can perturb; None is all.
+    """
+
+    name: str
+    examples: int
+    active: int | None = None
+
+
+class BlockAllotment:
+    """Allots blocks to clients of which each says how many it can perturb.
+
+    Clients may join, and may change what they say, between rounds.
+    """
+
+    def __init__(self, planning: "PlanningSection", layout: Layout, *, equal: bool) -> None:
+        """`equal`: whether all clients weigh the same in the average, whatever their examples."""
+        self.planning = planning
+        self.layout = layout
+        self.equal = equal
+        self._planned: tuple[Sequence[ClientBlocks], Allocator] | None = None
+
+    def active(self, clients: Sequence[ClientBlocks]) -> list[int]:
+        """Blocks that each client can perturb, at most all of the layout."""
+        blocks = len(self.layout.blocks)
+        return [min(client.active or blocks, blocks) for client in clients]
+
+    def uncovered(self, clients: Sequence[ClientBlocks]) -> int:
+        """Blocks that all clients together cannot perturb in one round."""
+        return max(0, len(self.layout.blocks) - sum(self.active(clients)))
+
+    def allot(
+        self, clients: Sequence[ClientBlocks], participants: Sequence[int], round_number: int
+    ) -> NDArray[np.bool_]:
+        """The blocks of each participant, bool [participants, B].
+
+        Args:
+            clients: all of them, by number.
+            participants: numbers of those that take part in the round.
+            round_number: from 0; where the clients together cannot cover all blocks, each round
+                begins with another one.
+        """
+        active = self.active(clients)
+        if self.uncovered(clients):
+            counts = [active[client] for client in participants]
+            return in_turn(round_number, counts, len(self.layout.blocks))
+        if self._planned is None or self._planned[0] != clients:
+            names = [client.name for client in clients]
+            planner = counted(
+                self.planning,
+                self.layout,
+                [1.0 if self.equal else float(client.examples) for client in clients],
+                active,
+                names,
+                f"limits.active_blocks of {', '.join(names)}",
+            )
+            self._planned = (clients, planner)
+        return self._planned[1](participants)
+
+
+def in_turn(round_number: int, active: Sequence[int], blocks: int) -> NDArray[np.bool_]:
+    """As many blocks for each as it can perturb, from where the last one's end, bool [n, blocks].
+
+    For clients that together cannot cover all: each round begins with another block.
+    """
+    matrix = np.zeros((len(active), blocks), np.bool_)
+    place = round_number * sum(active)
+    for row, count in zip(matrix, active, strict=True):
+        row[np.arange(place, place + count) % blocks] = True
+        place += count
+    return matrix

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedforward.config.schema import Config
+from fedforward.core.errors import FedForwardError
 from fedforward.core.identity import ModelIdentity
 from fedforward.core.registry import AGGREGATORS, ESTIMATORS, METHODS
 from fedforward.directions import VERSION, Distribution
 from fedforward.federation.learning_rates import RateSettings
+from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import Allocate, ServerSettings
 from fedforward.federation.server_optimizer import ServerOptimizer
 from fedforward.methods.base import Method
@@ -56,6 +58,24 @@ def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
         "base": model.base,
         "lora": lora,
     }
+
+
+def check_header(ledger: Ledger, header: dict[str, Any]) -> None:
+    """Refuse a ledger that was made with another base model, layout or direction version."""
+    for key, value in header.items():
+        if ledger.header.get(key) != value:
+            what = {
+                "base": "the base model's weights have changed since the run started",
+                "data": "the data have changed since the run started",
+                "classes": "the data have other classes than when the run started",
+                "lora": "the adapters are set up in another way",
+                "layout": "the model's tuned tensors are not those of the run",
+                "direction_version": "it was made with another version of the directions",
+            }.get(key, f"its {key} differs")
+            raise FedForwardError(
+                f"{ledger.path}: {what} ({ledger.header.get(key)!r} there, {value!r} here). "
+                "Restore what the run was started with."
+            )
 
 
 def server_settings(

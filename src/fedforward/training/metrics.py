@@ -1,12 +1,13 @@
-"""How far a run is: a line of figures a round, when to stop, and whoever is told of it.
+"""What is measured of a round: a line of figures, when to stop, and who is told of it.
 
 The simulation on one machine and the federation across machines write the same lines and stop for
 the same reasons. Imports no PyTorch.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
@@ -16,34 +17,93 @@ from fedforward.messages.report import Report
 #: A held-out loss above this multiple of the loss at the start counts as divergence.
 DIVERGED = 1.5
 
-
-class Listener(Protocol):
-    """Whoever shows the progress of a run."""
-
-    def phase(self, text: str) -> None:
-        """A preparation step begins."""
-        ...
-
-    def progress(self, done: int, total: int, line: dict[str, Any]) -> None:
-        """A round is done; `line` is its metrics line."""
-        ...
+#: Told of each round: rounds that are done, rounds of the run, and the round's metrics line.
+ProgressCallback = Callable[[int, int, dict[str, Any]], None]
 
 
 class DivergenceError(FedForwardError):
     """The run stopped because its loss rose too far or was not a number."""
 
 
-def round_line(record: Round) -> dict[str, Any]:
-    """A round's figures as far as its reports have them; `round` counts from 1."""
+@dataclass(frozen=True)
+class Traffic:
+    """Encoded bytes of one round, per client that was asked (the mean).
+
+    Attributes:
+        up: of reports.
+        down: of tasks.
+        snapshots: of snapshots that a client sent up, whole; None where they are not counted apart.
+    """
+
+    up: float
+    down: float
+    snapshots: int | None = None
+
+
+@dataclass(frozen=True)
+class Attendance:
+    """What became of the clients that were asked in a round; None where it is not known.
+
+    Attributes:
+        asked: clients that were sent a task.
+        reported: reports that the round was made from.
+        failed: clients that sent nothing.
+        late: reports that came after their round was closed.
+        refused: reports that were refused.
+    """
+
+    asked: int
+    reported: int
+    failed: int | None = None
+    late: int = 0
+    refused: int | None = None
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """A round that is in the ledger, and what else is known of it.
+
+    Attributes:
+        record: the ledger's.
+        traffic: None for a round that was read from the ledger.
+        attendance: likewise.
+        changed_share: share of the tuned weights whose bits the round has changed, if measured.
+    """
+
+    record: Round
+    traffic: Traffic | None = None
+    attendance: Attendance | None = None
+    changed_share: float | None = None
+
+
+def round_line(outcome: RoundOutcome, seconds: float) -> dict[str, Any]:
+    """A round's line, without held-out figures; `round` counts from 1.
+
+    Args:
+        seconds: since the beginning of the run.
+    """
+    record, attendance = outcome.record, outcome.attendance
     reports = [result.report for result in record.results]
     losses = [report.loss for report in reports if math.isfinite(report.loss)]
-    return {
+    line: dict[str, Any] = {
         "round": record.entry.round + 1,
         "training_loss": sum(losses) / len(losses) if losses else None,
         "skipped_steps": sum(report.skipped for report in reports),
         **_zero_gradients(reports),
         "learning_rates": {r.report.client: r.learning_rate for r in record.results},
+        "seconds": seconds,
     }
+    if outcome.traffic is not None:
+        line["bytes"] = _known(outcome.traffic)
+    if attendance is not None and (attendance.reported < attendance.asked or attendance.late):
+        line["clients"] = _known(attendance)
+    if outcome.changed_share is not None:
+        line["changed_share"] = outcome.changed_share
+    return line
+
+
+def _known(record: Traffic | Attendance) -> dict[str, Any]:
+    return {name: value for name, value in asdict(record).items() if value is not None}
 
 
 def _zero_gradients(reports: Sequence[Report]) -> dict[str, float]:

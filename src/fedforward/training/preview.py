@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
+from fedforward.core.logs import PHASES
 from fedforward.messages.report import ClientResult, Report
 from fedforward.messages.task import Task
 from fedforward.methods.base import Method
@@ -21,7 +22,6 @@ from fedforward.planning.allocator import Allocator
 from fedforward.planning.budgets import Resources, allocator, survey
 from fedforward.training import build as experiment
 from fedforward.training.assembly import build_method
-from fedforward.training.metrics import Listener
 
 #: How much of the surrogate may be given up, for the Pareto front.
 EPSILONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -130,7 +130,7 @@ def certificate(plan: Activation) -> dict[str, Any]:
     }
 
 
-def preview(config: Config, listener: Listener) -> Preview:
+def preview(config: Config) -> Preview:
     """Build the parts of a run and plan it.
 
     Raises:
@@ -147,17 +147,17 @@ def preview(config: Config, listener: Listener) -> Preview:
             "model.head = 'classification' has no predictions of memory, and `fedforward plan` is "
             "made of them. `fedforward run` measures what it takes."
         )
-    listener.phase("loading the model")
+    PHASES.info("loading the model")
     model, tokenizer = experiment.build_model(config, experiment.resolve_plan(config))
-    listener.phase("reading the data")
+    PHASES.info("reading the data")
     corpus = experiment.read_corpus(config, tokenizer, longest_sequence(model.network))
     examples = tuple(len(part) for part in corpus.clients)
-    listener.phase("measuring what the model needs")
+    PHASES.info("measuring what the model needs")
     resources = survey(config, model, experiment.widest_steps(config, corpus))
     planner: Allocator | None = None
     front: list[Activation] = []
     if method.capabilities.blocks:
-        listener.phase("planning blocks")
+        PHASES.info("planning blocks")
         counted = config.planning.active is not None
         planner = allocator(config, model, examples, None if counted else resources)
         if not counted:

@@ -23,8 +23,7 @@ from fedforward.messages.snapshot import Snapshot
 from fedforward.models.base import CausalModel
 from fedforward.models.lora import LoraModel
 from fedforward.training import build as experiment
-from fedforward.training.assembly import build_method, ledger_header
-from fedforward.training.loop import check_header
+from fedforward.training.assembly import build_method, check_header, ledger_header
 from fedforward.training.run_directory import RunDirectory
 
 #: Called with the rounds that are rebuilt and all there are.

@@ -282,6 +282,22 @@ def strict(content: Any) -> Any:
     return content
 
 
+@contextmanager
+def errors_of_the_disk(path: Path) -> Iterator[None]:
+    """Turn a full or failing disk into a sentence; the ledger is whole either way."""
+    import sqlite3
+
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError, SafetensorError) as error:
+        raise FedForwardError(
+            f"{path} cannot be written: {error}. Every finished round is kept; make room and "
+            "continue with --resume."
+        ) from error
+
+
 def environment() -> dict[str, Any]:
     """Versions and the machine, as far as they matter for repeating a run."""
     versions: dict[str, str | None] = {"fedforward": __version__}

@@ -7,43 +7,19 @@ a wire, and their bytes are counted.
 
 import math
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
 
 from fedforward.core.errors import MessageError
 from fedforward.core.steps import Evaluation, Probe
 from fedforward.federation.agreement import QuorumError
 from fedforward.federation.client import Client
-from fedforward.federation.ledger import Round
 from fedforward.federation.server import Server
 from fedforward.models.base import CausalModel
 from fedforward.training.faults import Faults
+from fedforward.training.metrics import Attendance, RoundOutcome, Traffic
 
 NO_FAULTS = Faults()
 #: Attempts at a round before its quorum counts as out of reach.
 ATTEMPTS = 5
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Encoded bytes of one round, per client that was asked (the mean).
-
-    `snapshots` are bytes of snapshots that a client sent up, whole.
-    """
-
-    up: float
-    down: float
-    snapshots: int = 0
-
-
-@dataclass(frozen=True)
-class Attendance:
-    """What became of the clients that were asked in a round."""
-
-    asked: int
-    reported: int
-    failed: int
-    late: int
-    refused: int
 
 
 class LocalRuntime:
@@ -64,7 +40,7 @@ class LocalRuntime:
         self.together = together
         self.faults = faults
 
-    def run_round(self) -> tuple[Round, Traffic, Attendance]:
+    def run_round(self) -> RoundOutcome:
         """One whole round, from tasks to the ledger.
 
         Raises:
@@ -106,7 +82,7 @@ class LocalRuntime:
             late=len(waiting),
             refused=server.refused - refused - len(waiting),
         )
-        return record, traffic, attendance
+        return RoundOutcome(record, traffic, attendance)
 
     def _snapshot(self, there: Sequence[int]) -> int:
         """Fetch a snapshot if one pays; returns its bytes."""

@@ -1,1 +1,1 @@
-"""The adapter to Flower: it carries letters, identities and TLS, and knows nothing of rounds."""
+"""The adapter to Flower: it carries messages, identities and TLS, and knows nothing of rounds."""

@@ -1,5 +1,6 @@
-"""`fedforward client`: a site's worker and its connection, both kept running."""
+"""`fedforward client`: a site's model server and its connection, both kept running."""
 
+import logging
 import math
 import re
 import shutil
@@ -17,10 +18,12 @@ from fedforward.config.site import SiteConfig
 from fedforward.core.errors import FedForwardError
 from fedforward.deployment.flower import certificates, engine
 from fedforward.deployment.flower.client_app import SOCKET
-from fedforward.deployment.flower.reverse_proxy import SITES
+from fedforward.deployment.flower.reverse_proxy import SITES_PATH
 from fedforward.deployment.supervisor import Child, Supervisor, free_port
 
-LOOK = 0.3
+LOGGER = logging.getLogger("fedforward.deployment.client")
+#: Seconds between two looks at the processes.
+POLL_INTERVAL_S = 0.3
 #: What the connection's log says when something is wrong, and what that means.
 _MEANINGS = (
     (
@@ -46,10 +49,8 @@ _MEANINGS = (
 )
 #: What the log says of a request that failed and is tried again; why, it does not say.
 _FAILED, _MENDED = "Connection attempt failed", "Connection successful after"
-#: Seconds between looks at why, and for one look.
-_LOOK_AT_SERVER, _ANSWER = 5.0, 8.0
-
-Tell = Callable[[str], None]
+#: Seconds between two looks at why, and for one look.
+_DIAGNOSE_INTERVAL_S, _DIAGNOSE_TIMEOUT_S = 5.0, 8.0
 
 
 def check(tls: Path | None, key: Path | None, insecure: bool) -> None:
@@ -79,15 +80,13 @@ def take_part(
     tls: Path | None,
     key: Path | None,
     once: bool,
-    tell: Tell,
 ) -> None:
     """Take part in whatever the server carries out, until interrupted.
 
     Args:
-        path: of the site's configuration, for the worker.
+        path: of the site's configuration, for the model server.
         server: HOST:PORT.
         once: whether to end with the first run.
-        tell: told, in words, what the site does.
 
     Raises:
         FedForwardError: the site's folder cannot be written, or an option is wrong.
@@ -107,7 +106,7 @@ def take_part(
     private = Path(tempfile.mkdtemp(prefix="fedforward-"))
     try:
         with Supervisor() as supervisor:
-            _watch(supervisor, path, out, home, private / "s", server, tls, key, once, tell)
+            _watch(supervisor, path, out, home, private / "s", server, tls, key, once)
     finally:
         shutil.rmtree(private, ignore_errors=True)
 
@@ -122,30 +121,29 @@ def _watch(
     tls: Path | None,
     key: Path | None,
     once: bool,
-    tell: Tell,
 ) -> None:
     over = False
 
-    def of_worker(line: str) -> None:
+    def on_line(line: str) -> None:
         nonlocal over
         if line.startswith(("Loading weights", "Traceback", " ")) or "Warning" in line:
             return
-        tell(line)
+        LOGGER.info(line)
         over = over or line.startswith("the run is over")
 
     authority = None if tls is None else tls / "ca.crt"
-    connection = _Connection(tell, partial(trouble, server, authority))
+    connection = _Connection(partial(trouble, server, authority))
     environment = engine.environment(home) | {SOCKET: str(socket)}
     supervisor.start(
         Child(
-            "worker",
+            "model server",
             [sys.executable, "-m", "fedforward.deployment.model_server", str(path), str(socket)],
-            out / "worker.log",
+            out / "model-server.log",
             environment,
-            of_worker,
+            on_line,
         )
     )
-    worker = supervisor.children[0]
+    model_server = supervisor.children[0]
     supervisor.start(
         Child(
             "connection",
@@ -156,20 +154,20 @@ def _watch(
         )
     )
     while True:
-        time.sleep(LOOK)
+        time.sleep(POLL_INTERVAL_S)
         for child in supervisor.keep():
-            if child is worker and worker.starts == 1 and not socket.exists():
+            if child is model_server and model_server.starts == 1 and not socket.exists():
                 # It never got as far as to answer: its configuration is at fault.
                 raise FedForwardError(
-                    f"the site's worker could not start; the end of {worker.log} is:\n"
-                    f"{worker.tail()}"
+                    f"the site's model server could not start; the end of {model_server.log} is:\n"
+                    f"{model_server.tail()}"
                 )
-            if child is worker:
-                tell("the worker ended unexpectedly and is started again")
+            if child is model_server:
+                LOGGER.info("the model server ended unexpectedly and is started again")
             else:
                 connection.ended()
         if once and over:
-            # The server's last letter is answered before the connection goes.
+            # The server's last message is answered before the connection goes.
             time.sleep(3.0)
             return
 
@@ -180,7 +178,10 @@ def trouble(server: str, authority: Path | None) -> str:
     trust = True if authority is None else ssl.create_default_context(cafile=str(authority))
     try:
         answer = httpx.post(
-            f"{scheme}://{server}{SITES}", verify=trust, timeout=_ANSWER, trust_env=False
+            f"{scheme}://{server}{SITES_PATH}",
+            verify=trust,
+            timeout=_DIAGNOSE_TIMEOUT_S,
+            trust_env=False,
         )
     except httpx.HTTPError as error:
         words = f"{type(error).__name__}: {error}"
@@ -198,9 +199,8 @@ def _meaning(line: str) -> str:
 class _Connection:
     """Reads the connection's log for people."""
 
-    def __init__(self, tell: Tell, look: Callable[[], str]) -> None:
+    def __init__(self, look: Callable[[], str]) -> None:
         """`look`: at the server, for why it cannot be spoken to."""
-        self.tell = tell
         self.look = look
         self.said = ""
         self.reason = ""
@@ -216,7 +216,7 @@ class _Connection:
             self._say("the server answers again")
         elif _FAILED in line:
             now = time.monotonic()
-            if now - self._looked > _LOOK_AT_SERVER:
+            if now - self._looked > _DIAGNOSE_INTERVAL_S:
                 self._looked = now
                 self._because(self.look())
         else:
@@ -234,4 +234,4 @@ class _Connection:
     def _say(self, words: str) -> None:
         if words != self.said:
             self.said = words
-            self.tell(words)
+            LOGGER.info(words)

@@ -1,4 +1,4 @@
-"""Flower's client app, which forwards to the site's worker.
+"""Flower's client app, which forwards to the site's model server.
 
 Flower starts a process for every message; it imports no more than it must.
 """
@@ -8,17 +8,17 @@ import os
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedforward.deployment.flower.transport import unwrapped, wrapped
+from fedforward.deployment.flower.transport import unwrap, wrap
 from fedforward.deployment.model_server import ask
 
-#: Where the client app finds its site's worker.
+#: Environment variable with the socket of the site's model server.
 SOCKET = "FEDFORWARD_SOCKET"
 
 client_app = ClientApp()
 
 
-@client_app.query("letter")  # type: ignore[untyped-decorator]
-def letter(message: Message, context: Context) -> Message:
-    """Hand a letter to the site's worker and bring back the answer."""
+@client_app.query("envelope")  # type: ignore[untyped-decorator]
+def forward(message: Message, context: Context) -> Message:
+    """Hand an envelope to the site's model server and bring back the reply."""
     path = os.environ.get(SOCKET) or str(context.node_config.get("socket", ""))
-    return Message(wrapped(ask(path, unwrapped(message.content))), reply_to=message)
+    return Message(wrap(ask(path, unwrap(message.content))), reply_to=message)

@@ -16,7 +16,7 @@ from fedforward.core.errors import FedForwardError
 #: The name under which Flower's command line knows our engine.
 CONNECTION = "fedforward"
 #: Seconds for a command of Flower's command line.
-PATIENCE = 60.0
+TIMEOUT_S = 60.0
 _APPS = ("server_app", "client_app")
 
 
@@ -84,7 +84,7 @@ class CommandLine:
             FedForwardError: they did not end in time.
         """
         program = [sys.executable, "-m", "fedforward.deployment.flower.commands"]
-        patience = PATIENCE + len(commands)
+        timeout_s = TIMEOUT_S + len(commands)
         try:
             done = subprocess.run(
                 program,
@@ -92,14 +92,14 @@ class CommandLine:
                 env={**os.environ, **environment(self.home)},
                 capture_output=True,
                 text=True,
-                timeout=patience,
+                timeout=timeout_s,
                 start_new_session=True,
                 check=False,
             )
             results = json.loads(done.stdout)
         except subprocess.TimeoutExpired as error:
             raise FedForwardError(
-                f"`flwr {' '.join(commands[0])}` did not end within {patience:.0f} s."
+                f"`flwr {' '.join(commands[0])}` did not end within {timeout_s:.0f} s."
             ) from error
         except ValueError:
             results = [{"out": "", "error": done.stderr, "code": 1} for _ in commands]

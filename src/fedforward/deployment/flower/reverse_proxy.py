@@ -1,8 +1,8 @@
-"""The only door from outside: what sites need of the engine passes, everything else does not.
+"""The reverse proxy before the engine: what sites need passes, everything else does not.
 
 Flower serves sites, operators and app processes on one port, and the operators' part has no
 password: whoever reaches the port could register a key or submit code to be run. So the engine
-listens on the loopback device alone, and this gate hands on the sites' part (`/v1/fleet/`). Who a
+listens on the loopback device alone, and this proxy hands on the sites' part (`/v1/fleet/`). Who a
 site is, is still proven to the engine by its key in every request.
 """
 
@@ -22,26 +22,27 @@ from starlette.routing import Route
 
 from fedforward.core.errors import FedForwardError
 
-#: What passes.
-SITES = "/v1/fleet/"
+#: Path below which requests pass: the sites' part.
+SITES_PATH = "/v1/fleet/"
 #: Bytes that a request may have: a snapshot of an adapter, with room.
-LARGEST = 1 << 30
+MAX_BYTES = 1 << 30
 #: Bytes of all unfinished requests together: whoever reaches the port can begin one.
-MOST_HELD = 2 << 30
+MAX_BYTES_TOGETHER = 2 << 30
 _OWN_HOP = {"host", "connection", "keep-alive", "transfer-encoding", "content-length", "upgrade"}
-#: Seconds for the gate to open, and for the engine to answer.
-PATIENCE = 60.0
+#: Seconds for the proxy to open, and for the engine to answer.
+TIMEOUT_S = 60.0
 #: Seconds that a request waits while the server is being started.
-HOLD = 4.0
+START_TIMEOUT_S = 4.0
 
 
-class Gate:
+class ReverseProxy:
     """A server in a thread.
 
     Attributes:
         received: bytes of requests' bodies that passed.
         sent: bytes of the answers' bodies.
-        turned_away: requests for what is not the sites' part.
+        refused: requests for what is not the sites' part.
+        bytes_open: of requests that are being read or handed on.
         ready: whether the engine knows the sites' keys. Before that sites wait, and are then asked
             to try again, since the engine would tell them that they are not let in.
     """
@@ -58,13 +59,13 @@ class Gate:
 
         Args:
             trust: what the engine's certificate is checked with; None if it has none.
-            certificate: files of the gate's certificate and key; None is plaintext.
+            certificate: files of the proxy's certificate and key; None is plaintext.
         """
-        self.received = self.sent = self.turned_away = 0
+        self.received = self.sent = self.refused = 0
         self.ready = False
-        self._held = 0
+        self.bytes_open = 0
         self._client = httpx.AsyncClient(
-            base_url=engine, verify=trust or False, timeout=PATIENCE, trust_env=False
+            base_url=engine, verify=trust or False, timeout=TIMEOUT_S, trust_env=False
         )
         app = Starlette(
             routes=[Route("/{path:path}", self._pass, methods=["GET", "POST"])],
@@ -86,7 +87,7 @@ class Gate:
             )
         )
         self._where = f"{host}:{port}"
-        self._thread = threading.Thread(target=self._serve, name="gate", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="reverse proxy", daemon=True)
 
     def open(self) -> None:
         """Begin to listen.
@@ -95,7 +96,7 @@ class Gate:
             FedForwardError: the address cannot be had.
         """
         self._thread.start()
-        last = time.monotonic() + PATIENCE
+        last = time.monotonic() + TIMEOUT_S
         while not self._server.started:
             if not self._thread.is_alive() or time.monotonic() > last:
                 raise FedForwardError(
@@ -116,10 +117,10 @@ class Gate:
 
     async def _pass(self, request: Request) -> Response:
         path = request.url.path
-        if request.method != "POST" or not path.startswith(SITES) or ".." in path:
-            self.turned_away += 1
+        if request.method != "POST" or not path.startswith(SITES_PATH) or ".." in path:
+            self.refused += 1
             return PlainTextResponse("fedforward: only sites are served here\n", 404)
-        last = time.monotonic() + HOLD
+        last = time.monotonic() + START_TIMEOUT_S
         while not self.ready and time.monotonic() < last:
             await asyncio.sleep(0.1)
         if not self.ready:
@@ -129,15 +130,15 @@ class Gate:
         try:
             async for part in request.stream():
                 size += len(part)
-                self._held += len(part)
-                if size > LARGEST or self._held > MOST_HELD:
+                self.bytes_open += len(part)
+                if size > MAX_BYTES or self.bytes_open > MAX_BYTES_TOGETHER:
                     return PlainTextResponse("fedforward: too much at once\n", 413)
                 parts.append(part)
             return await self._hand_on(request, b"".join(parts))
         except ClientDisconnect:
             return PlainTextResponse("fedforward: the request broke off\n", 400)
         finally:
-            self._held -= size
+            self.bytes_open -= size
 
     async def _hand_on(self, request: Request, body: bytes) -> Response:
         self.received += len(body)

@@ -1,5 +1,6 @@
-"""`fedforward server`: Flower's engine, our gate before it, and a run that is begun again until it
-is over.
+"""`fedforward server`: Flower's engine, a reverse proxy before it, and a run.
+
+The run is begun again until it is over.
 
 Nothing here knows of rounds. Processes that die are started again; the coordinator, which Flower
 starts as its server app, goes on from the ledger each time.
@@ -7,9 +8,9 @@ starts as its server app, goes on from the ledger each time.
 
 import hashlib
 import json
+import logging
 import os
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,31 +20,33 @@ import httpx
 
 from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
+from fedforward.core.logs import PHASES
 from fedforward.core.machine import process_runs, raise_open_file_limit
 from fedforward.deployment.flower import certificates, engine
-from fedforward.deployment.flower.reverse_proxy import Gate
-from fedforward.deployment.state import Papers
+from fedforward.deployment.flower.reverse_proxy import ReverseProxy
+from fedforward.deployment.state import CoordinatorState
 from fedforward.deployment.supervisor import Child, Supervisor, free_port
-from fedforward.training.metrics import Listener
+from fedforward.training.metrics import ProgressCallback
 from fedforward.training.run_directory import RunDirectory, write_json
 
-#: Seconds between looks at the run and at the keys of sites.
-LOOK, LOOK_AT_KEYS = 0.5, 5.0
+LOGGER = logging.getLogger("fedforward.deployment.server")
+#: Seconds between two looks at the run.
+POLL_INTERVAL_S = 0.5
+#: Seconds between two looks at the keys of sites.
+KEYS_INTERVAL_S = 5.0
 #: Seconds after which a key that was not taken is tried again.
-RETRY = 60.0
+RETRY_KEY_S = 60.0
 #: Seconds for the engine to start, and for the coordinator to begin or to be seen again.
-PATIENCE = 90.0
+TIMEOUT_S = 90.0
 #: How often a run is begun again without getting a round further.
-TRIES = 5
+MAX_RETRIES = 5
 #: Seconds without a sign of life of the coordinator before it is begun again.
-SILENCE = 180.0
-
-Tell = Callable[[str], None]
+SILENCE_TIMEOUT_S = 180.0
 
 
 @dataclass
-class Door:
-    """Where sites knock.
+class ListenAddress:
+    """Where sites connect.
 
     Attributes:
         host: to listen on.
@@ -57,7 +60,7 @@ class Door:
     tls: Path | None
 
     @classmethod
-    def parse(cls, listen: str, tls: Path | None, insecure: bool) -> "Door":
+    def parse(cls, listen: str, tls: Path | None, insecure: bool) -> "ListenAddress":
         """From the command line's options.
 
         Raises:
@@ -83,17 +86,15 @@ class Door:
 def serve(
     config: Config,
     out: Path,
-    door: Door,
+    address: ListenAddress,
     *,
     resume: bool,
-    listener: Listener,
-    tell: Tell,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Carry out a run with whatever sites come; returns its summary.
 
     Args:
-        listener: told of progress.
-        tell: told, in words, what sites and processes do.
+        progress: told of each round.
 
     Raises:
         FedForwardError: the run cannot be begun, was stopped or failed; what was done is kept.
@@ -102,12 +103,13 @@ def serve(
     directory = RunDirectory(out)
     over = _finished(directory, config) if resume else None
     if over is not None:
-        tell("the run was over already")
+        LOGGER.info("the run was over already")
         return over
+    # Every site has a connection or two.
     raise_open_file_limit()
     with directory.locked(), Supervisor() as supervisor:
-        Papers(directory).open(config, resume)
-        return _Service(config, directory, door, supervisor, listener, tell).run()
+        CoordinatorState(directory).open(config, resume)
+        return _Service(config, directory, address, supervisor, progress).run()
 
 
 def _finished(directory: RunDirectory, config: Config) -> dict[str, Any] | None:
@@ -130,17 +132,15 @@ class _Service:
         self,
         config: Config,
         directory: RunDirectory,
-        door: Door,
+        address: ListenAddress,
         supervisor: Supervisor,
-        listener: Listener,
-        tell: Tell,
+        progress: ProgressCallback | None,
     ) -> None:
         self.config = config
         self.directory = directory
-        self.door = door
+        self.address = address
         self.supervisor = supervisor
-        self.listener = listener
-        self.tell = tell
+        self.progress = progress
         self.home = directory.path / "flower"
         self.home.mkdir(mode=0o700, exist_ok=True)
         self.status = directory.path / "status.json"
@@ -151,10 +151,9 @@ class _Service:
 
     def run(self) -> dict[str, Any]:
         """Start everything, and watch it until the run is over."""
-        listener = self.listener
-        listener.phase("starting the engine")
+        PHASES.info("starting the engine")
         inner = self._inner_certificates()
-        gate = self._open_gate(inner)
+        proxy = self._open_proxy(inner)
         try:
             secret = self.home / "secret"
             secret.write_bytes(os.urandom(32))
@@ -166,33 +165,33 @@ class _Service:
             self._start("superexec", engine.superexec(self.port, secret, inner))
             authority = None if inner is None else inner / "ca.crt"
             flower = engine.CommandLine(self.home, f"127.0.0.1:{self.port}", authority)
-            keys = _Keys(self.door.tls, self.home / "registered.json", flower, self.tell)
+            keys = SiteKeys(self.address.tls, self.home / "registered.json", flower)
             keys.look()
-            gate.ready = True
+            proxy.ready = True
             app = engine.write_app(self.home / "app", self.config, self.directory.path)
-            scheme = "https" if self.door.tls else "http"
-            self.tell(f"sites are served at {scheme}://{self.door.host}:{self.door.port}")
+            scheme = "https" if self.address.tls else "http"
+            LOGGER.info(f"sites are served at {scheme}://{self.address.host}:{self.address.port}")
             return self._watch(flower, app, keys)
         finally:
-            gate.close()
+            proxy.close()
 
     def _inner_certificates(self) -> Path | None:
-        """Certificates between the gate and the engine, which asks for some where keys are used."""
-        if self.door.tls is None:
+        """Certificates between proxy and engine, which asks for some where keys are used."""
+        if self.address.tls is None:
             return None
         folder = self.home / "loopback"
         certificates.make(folder, ["127.0.0.1"], [])
         return folder
 
-    def _open_gate(self, inner: Path | None) -> Gate:
-        tls = self.door.tls
+    def _open_proxy(self, inner: Path | None) -> ReverseProxy:
+        tls = self.address.tls
         pair = None if tls is None else (str(tls / "server.crt"), str(tls / "server.key"))
         scheme = "http" if inner is None else "https"
         trust = None if inner is None else certificates.trust(inner)
         url = f"{scheme}://127.0.0.1:{self.port}"
-        gate = Gate(self.door.host, self.door.port, url, trust, pair)
-        gate.open()
-        return gate
+        proxy = ReverseProxy(self.address.host, self.address.port, url, trust, pair)
+        proxy.open()
+        return proxy
 
     def _start(self, name: str, command: Any) -> Child:
         log = self.home / f"{name}.log"
@@ -203,7 +202,7 @@ class _Service:
         (superlink,) = self.supervisor.children
         scheme = "http" if inner is None else "https"
         verify = True if inner is None else certificates.trust(inner)
-        last = time.monotonic() + PATIENCE
+        last = time.monotonic() + TIMEOUT_S
         while True:
             try:
                 httpx.get(
@@ -218,38 +217,38 @@ class _Service:
                     ) from None
                 time.sleep(0.1)
 
-    def _watch(self, flower: engine.CommandLine, app: Path, keys: "_Keys") -> dict[str, Any]:
+    def _watch(self, flower: engine.CommandLine, app: Path, keys: "SiteKeys") -> dict[str, Any]:
         """Begin the run, again if its coordinator dies, until it is over."""
         tries, round_before, looked = 0, -1, 0.0
         self._begin(flower, app)
         while True:
-            time.sleep(LOOK)
+            time.sleep(POLL_INTERVAL_S)
             for child in self.supervisor.keep():
-                self.tell(f"{child.name} ended unexpectedly and is started again")
+                LOGGER.info(f"{child.name} ended unexpectedly and is started again")
             now = time.monotonic()
-            if now - looked > LOOK_AT_KEYS:
+            if now - looked > KEYS_INTERVAL_S:
                 looked = now
                 keys.look()
             status = self._read_status()
             if status is None:
-                alive = now - self.began < PATIENCE
+                alive = now - self.began < TIMEOUT_S
             else:
                 self._show(status)
                 if status["state"] in ("finished", "failed", "stopped"):
                     return self._end(status)
-                alive = process_runs(int(status["pid"])) and _age(self.status) < SILENCE
+                alive = process_runs(int(status["pid"])) and _age(self.status) < SILENCE_TIMEOUT_S
                 if status["round"] > round_before:
                     tries, round_before = 0, status["round"]
             if alive:
                 continue
             tries += 1
-            if tries > TRIES:
+            if tries > MAX_RETRIES:
                 log = self.home / "superexec.log"
                 raise FedForwardError(
                     f"The run was begun {tries} times and ended each time without a round. See "
                     f"{log}; everything up to round {max(0, round_before)} is kept."
                 )
-            self.tell("the coordinator ended unexpectedly; the run goes on from the ledger")
+            LOGGER.info("the coordinator ended unexpectedly; the run goes on from the ledger")
             self._begin(flower, app)
 
     def _begin(self, flower: engine.CommandLine, app: Path) -> None:
@@ -259,7 +258,7 @@ class _Service:
             with suppress(FedForwardError):
                 flower.stop(self.run_number)
         self.status.unlink(missing_ok=True)
-        last = time.monotonic() + PATIENCE
+        last = time.monotonic() + TIMEOUT_S
         while True:
             try:
                 self.run_number = flower.submit(app)
@@ -269,7 +268,7 @@ class _Service:
                 self.supervisor.keep()
                 if time.monotonic() > last:
                     raise
-                time.sleep(LOOK)
+                time.sleep(POLL_INTERVAL_S)
         self.began = time.monotonic()
 
     def _read_status(self) -> dict[str, Any] | None:
@@ -279,21 +278,22 @@ class _Service:
             return None
 
     def _show(self, status: dict[str, Any]) -> None:
-        """Tell of what has changed."""
+        """Log what has changed."""
         for site in status["sites"]:
             words = _words(site)
             if self.notes.get(site["name"]) != words:
                 self.notes[site["name"]] = words
-                self.tell(f"site {site['label']}: {words}")
+                LOGGER.info(f"site {site['label']}: {words}")
         lines = self.directory.read_metrics(self.config.federation.rounds)
         if len(lines) > self.lines_seen:
             self.lines_seen = len(lines)
             if len(lines) > 1:
                 total = self.config.federation.rounds
-                self.listener.progress(lines[-1]["round"], total, lines[-1])
+                if self.progress is not None:
+                    self.progress(lines[-1]["round"], total, lines[-1])
         elif not lines and status["what"] != self.phase:
             self.phase = status["what"]
-            self.listener.phase(self.phase)
+            PHASES.info(self.phase)
 
     def _end(self, status: dict[str, Any]) -> dict[str, Any]:
         if status["state"] != "finished":
@@ -301,16 +301,13 @@ class _Service:
         return dict(json.loads(self.directory.summary.read_text(encoding="utf-8")))
 
 
-class _Keys:
+class SiteKeys:
     """The public keys of the sites that are let in: those in the folder, at any time."""
 
-    def __init__(
-        self, tls: Path | None, record: Path, flower: engine.CommandLine, tell: Tell
-    ) -> None:
+    def __init__(self, tls: Path | None, record: Path, flower: engine.CommandLine) -> None:
         self.folder = None if tls is None else tls / "sites"
         self.record = record
         self.flower = flower
-        self.tell = tell
         self.known: dict[str, dict[str, Any]] = {}
         if record.is_file():
             self.known = json.loads(record.read_text(encoding="utf-8"))
@@ -329,14 +326,15 @@ class _Keys:
                 # Until it has worked, the site is still let in; the next look tries again.
                 self._complain(name, "", f"its key cannot be taken away: {error}")
                 continue
-            self.tell(f"site {name}: its key was taken away")
+            LOGGER.info(f"site {name}: its key was taken away")
             del self.known[name]
             self._save()
         now = time.monotonic()
         new = {
             name: path
             for name, (path, key) in found.items()
-            if name not in self.known and now - self.tried.get((name, key), -RETRY) >= RETRY
+            if name not in self.known
+            and now - self.tried.get((name, key), -RETRY_KEY_S) >= RETRY_KEY_S
         }
         self.tried |= {(name, found[name][1]): now for name in new}
         try:
@@ -365,7 +363,7 @@ class _Keys:
         """Say what is wrong with a site's key, once."""
         if self.complaints.get((name, key)) != words:
             self.complaints[name, key] = words
-            self.tell(f"site {name}: {words}")
+            LOGGER.info(f"site {name}: {words}")
 
     def _save(self) -> None:
         write_json(self.record, self.known)

@@ -12,7 +12,7 @@ from fedforward.config.site import AT_SITES, check_terms
 from fedforward.config.template import toml_value
 from fedforward.core.errors import FedForwardError
 from fedforward.deployment.coordinator import Coordinator
-from fedforward.deployment.flower.transport import GridLink
+from fedforward.deployment.flower.transport import GridTransport
 
 #: In front of lists and tables, which Flower's configuration does not have.
 _TOML = "toml:"
@@ -62,7 +62,7 @@ def main(grid: Any, context: Context) -> None:
     """Carry out the run, or go on with it. What it has to say is in the run directory."""
     config, out = config_of(dict(context.run_config))
     try:
-        Coordinator(config, out, GridLink(grid), resume=True).run()
+        Coordinator(config, out, GridTransport(grid), resume=True).run()
     except FedForwardError as error:
         # It is in status.json; a traceback would tell nobody more.
         print(f"error: {error}", flush=True)

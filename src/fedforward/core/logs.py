@@ -1,0 +1,27 @@
+"""The package's loggers, and where their lines go.
+
+Whatever a run has to say is logged at INFO below the logger `fedforward`. Nothing is shown unless
+a handler is attached (`shown`): the command line and a model server do so.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PACKAGE = logging.getLogger("fedforward")
+PACKAGE.addHandler(logging.NullHandler())
+#: What a run is doing just now. A terminal shows it in one line, in place of the phase before.
+PHASES = logging.getLogger("fedforward.phase")
+
+
+@contextmanager
+def shown(handler: logging.Handler) -> Iterator[None]:
+    """Hand every line of the package to a handler, from INFO on, while the block runs."""
+    level = PACKAGE.level
+    PACKAGE.addHandler(handler)
+    PACKAGE.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        PACKAGE.removeHandler(handler)
+        PACKAGE.setLevel(level)
