@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedforward.directions import Distribution, Layout
-from fedforward.directions.kernels import commit
+from fedforward.directions.kernels import commit_all
 from fedforward.errors import FedForwardError
 from fedforward.messages import MessageError
 from fedforward.models.blocks import Prefix, class_heads, names_by_block
@@ -436,20 +436,20 @@ class CausalModel(ABC):
             self.keep_base()
             for name, base in self._base.items():
                 self.tensors[name].copy_(base)
-        changed = 0
+        by_block = [[update.block(b) for update in updates] for b in range(len(self.layout.blocks))]
         places = zip(self.layout.names, self.layout.first_tiles, self.layout.owners, strict=True)
-        for name, first_tile, owner in places:
+        parts = {
+            name: (self.tensors[name], first_tile, by_block[owner])
+            for name, first_tile, owner in places
+        }
+        changed = (
+            0 if self.masks else commit_all(list(parts.values()), distribution=self.distribution)
+        )
+        for name, mask in self.masks.items():
             tensor = self.tensors[name]
-            resting = tensor.clone() if self.masks else tensor
-            changed += commit(
-                tensor,
-                [update.block(owner) for update in updates],
-                first_tile=first_tile,
-                distribution=self.distribution,
-            )
-            if self.masks:
-                mask = self.masks[name].to(tensor.device)
-                tensor.copy_(torch.where(mask, tensor, resting))
+            resting = tensor.clone()
+            changed += commit_all([parts[name]], distribution=self.distribution)
+            tensor.copy_(torch.where(mask.to(tensor.device), tensor, resting))
         if updates and any(t.dtype is not torch.float32 for t in self.tensors.values()):
             self.changed_share = changed / self.layout.parameters
 

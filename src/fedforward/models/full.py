@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from fedforward.directions import Distribution
-from fedforward.directions.kernels import accumulate
+from fedforward.directions.kernels import commit_all
 from fedforward.errors import FedForwardError
 from fedforward.models.blocks import class_heads, names_in_blocks
 from fedforward.models.causal_lm import CausalModel, fingerprint
 from fedforward.models.displaced import DisplacedTensor, Displacement
 from fedforward.models.head import VocabularyTile, tile_rows
-from fedforward.steps import NO_STEPS, Evaluation, Probe, ProbePlan, Steps
+from fedforward.steps import NO_STEPS, Evaluation, Probe, ProbePlan, Steps, Update
 
 
 class FullModel(CausalModel):
@@ -173,16 +173,14 @@ class FullModel(CausalModel):
         missing = trajectory[len(self._copied) :]
         # Until it is whole again, the copy is nobody's: an interruption must not leave a mixture.
         copies, self._copy = self._copy, {}
-        for name, copy in copies.items() if len(missing) else ():
-            own = missing.block(weights[name].block)
-            accumulate(
-                copy,
-                own.seeds,
-                own.coefficients,
-                first_tile=weights[name].first_tile,
-                distribution=self.distribution,
-                out=copy,
-            )
+        if len(missing):
+            # Float32 is not rounded: a commit is the sum alone.
+            by_block = [Update(missing.block(b), 0) for b in range(len(self.layout.blocks))]
+            parts = [
+                (copy, self._weights[name].first_tile, [by_block[self._weights[name].block]])
+                for name, copy in copies.items()
+            ]
+            commit_all(parts, distribution=self.distribution)
         self._copy, self._copied = copies, trajectory
 
     def save(self, folder: Path) -> None:
