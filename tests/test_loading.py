@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("pydantic", reason="the configuration needs pydantic")
+
 from fedforward import artefacts, config, experiment
 from fedforward.directions import Distribution
 from fedforward.errors import FedForwardError

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from fedforward import artefacts, experiment
 from fedforward.errors import FedForwardError
 from fedforward.federation.ledger import Ledger
 from fedforward.models.blocks import transformer_blocks
@@ -301,6 +300,9 @@ def large(kind: str, device: str) -> CausalModel:
 def test_a_run_has_the_same_ledger(
     configure: Any, carry_out: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune: str
 ) -> None:
+    # Whole runs need the configuration, which needs pydantic; the other tests do not.
+    from fedforward import artefacts, experiment
+
     settings = configure(
         model__tune=tune,
         method__name="zorba",

@@ -79,17 +79,17 @@ class Displacement:
 
     def values(self, weight: "DisplacedTensor") -> torch.Tensor:
         """The whole tensor of every group, [groups, *shape]."""
-        out = torch.empty(
-            (self.groups, *weight.plain.shape), dtype=weight.dtype, device=weight.device
-        )
+        plain = weight.plain
+        out = torch.empty((self.groups, *plain.shape), dtype=plain.dtype, device=plain.device)
         self._make(weight, out.view(self.groups, -1), None)
         return out
 
     def rows_of(self, weight: "DisplacedTensor", numbers: torch.Tensor) -> torch.Tensor:
         """Rows of a matrix for every group, [groups, len(numbers), columns]."""
-        columns = weight.plain.shape[1]
+        plain = weight.plain
+        columns = plain.shape[1]
         out = torch.empty(
-            (self.groups, len(numbers), columns), dtype=weight.dtype, device=weight.device
+            (self.groups, len(numbers), columns), dtype=plain.dtype, device=plain.device
         )
         starts = numbers.cpu().numpy().astype(np.int64) * columns
         self._make(weight, out.view(self.groups, -1), starts)
@@ -102,7 +102,8 @@ class Displacement:
         """
         columns = weight.plain.shape[1]
         size = self.groups * rows * columns
-        key = (weight.dtype, weight.device)
+        # What is asked of `weight` itself would be dispatched like any function of it.
+        key = (weight.plain.dtype, weight.plain.device)
         if key not in self._scratch or len(self._scratch[key]) < size:
             self._scratch[key] = torch.empty(size, dtype=key[0], device=key[1])
         out = self._scratch[key][:size].view(self.groups, -1)
@@ -265,7 +266,7 @@ def _linear(
     """x Wᵀ + b by tiles of W's rows."""
     if type(weight) is not DisplacedTensor or not _carries(displacement, x):
         return None
-    count = len(weight.plain)
+    count = weight.plain.shape[0]
     flat = x.reshape(displacement.groups, -1, x.shape[-1])
     rows = tile_rows(weight.plain)
     if rows == count and x.is_cuda:
@@ -342,7 +343,7 @@ def _product(displacement: Displacement, *factors: Any, **options: Any) -> Any:
 def _carries(displacement: Displacement, x: torch.Tensor) -> bool:
     """Whether a plain tensor holds the rows of all groups."""
     plain = not isinstance(x, (DisplacedTensor, GroupedTensor))
-    return plain and x.dim() > 0 and len(x) in displacement.rows
+    return plain and x.dim() > 0 and x.shape[0] in displacement.rows
 
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {
