@@ -37,7 +37,7 @@ SHOWN = {
     "memory": ("tensor_bytes", "tensors_over_plain"),
     "replay": ("ours_seconds", "times_naive", "giga_coordinates_per_second"),
     "simulation": ("seconds", "times_one_by_one", "times_in_pairs"),
-    "llama3b": ("ours", "unit", "ratio"),
+    "llama3b": ("ours", "unit", "beside", "ratio", "what"),
 }
 
 
@@ -59,7 +59,7 @@ class Part:
 
 @dataclass
 class Result:
-    """What came of a part; `exit` is None where it was ended or never begun."""
+    """What came of a part; `exit` is None where it was ended, never begun, or gave no rows."""
 
     name: str
     command: str
@@ -103,12 +103,12 @@ def parts(device: str) -> list[Part]:
         Part("tests", (*pytest, "-n", workers, "--dist", "worksteal", *test_files()), 150),
         script("directions", 60, *cuda),
         *(
-            script("llama3b", 70, *cuda, "--parts", name, *more, part=name)
-            for name, more in (
-                ("step", ("--seconds", "8")),
-                ("replay", ()),
-                ("memory", ()),
-                ("rounds", ("--rounds", "1")),
+            script("llama3b", limit, *cuda, "--parts", name, *more, part=name)
+            for name, limit, more in (
+                ("step", 150, ("--seconds", "5")),
+                ("replay", 60, ()),
+                ("memory", 90, ()),
+                ("rounds", 70, ("--rounds", "1")),
             )
         ),
         script("step", 80, *cuda, *half, "--tokens", "512", "2048", "--seconds", "4"),
@@ -118,8 +118,8 @@ def parts(device: str) -> list[Part]:
         ),
         script("replay", 60, *cuda, "--naive-steps", "60", "--seconds", "4"),
         script(
-            "memory", 100, *cuda, *half, "--tokens", "2048", "--distributions", "rademacher",
-            "--probes-per-call", "2",
+            "memory", 60, *cuda, *half, "--tokens", "2048", "--distributions", "rademacher",
+            "--probes-per-call", "2", "--tune", "lora",
         ),
     ]  # fmt: skip
 
@@ -148,14 +148,17 @@ def run(part: Part, limit: float) -> Result:
     result.seconds = time.perf_counter() - begin
     if result.exit is None:
         result.said = f"ended after {limit:.0f} s: {_last(err or out)}"
-    elif part.benchmark and result.exit == 0:
-        result.content = json.loads(out)
-    elif result.exit == 0:
-        result.said = _last(out)
+    elif result.exit != 0:
+        # Of tests the output says what failed, of scripts the errors.
+        said = (err, out) if part.benchmark else (out, err)
+        result.said = next((text.strip() for text in said if text.strip()), "")[-4000:]
+    elif part.benchmark:
+        try:
+            result.content = json.loads(out)
+        except json.JSONDecodeError:
+            result.exit, result.said = None, f"it printed no JSON: {_last(out)}"
     else:
-        result.said = (err.strip() or out.strip())[-2000:]
-        if not part.benchmark:
-            result.said = out.strip()[-4000:] or result.said
+        result.said = _last(out)
     return result
 
 

@@ -298,7 +298,7 @@ class TestCommit:
             (some_weights(0, torch.float16), 11, both),
         ]
         parts = [(w.to(DEVICE, copy=True), first_tile, own) for w, first_tile, own in cases]
-        changed = cuda.commit_all(parts, distribution=distribution)
+        changed = cuda.commit_all(parts, distribution)
         wanted = 0
         for (weights, first_tile, updates), (found, *_) in zip(cases, parts, strict=True):
             wanted += reference.commit(
@@ -306,7 +306,7 @@ class TestCommit:
             )
             np.testing.assert_array_equal(bits(found), bits(weights))
         assert changed == wanted
-        assert cuda.commit_all([], distribution=distribution) == 0
+        assert cuda.commit_all([], distribution) == 0
 
 
 class TestDisplace:

@@ -440,11 +440,11 @@ def commit(
     Raises:
         ValueError, TypeError: as `accumulate`.
     """
-    return commit_all([(weights, first_tile, updates)], distribution=distribution)
+    return commit_all([(weights, first_tile, updates)], distribution)
 
 
 def commit_all(
-    parts: Sequence[tuple[torch.Tensor, int, Sequence[Update]]], *, distribution: Distribution
+    parts: Sequence[tuple[torch.Tensor, int, Sequence[Update]]], distribution: Distribution
 ) -> int:
     """`commit` for many tensors, each with its own updates, and a single wait for the device.
 

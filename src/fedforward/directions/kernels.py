@@ -124,7 +124,7 @@ def commit(
 
 
 def commit_all(
-    parts: Sequence[tuple[torch.Tensor, int, Sequence[Update]]], *, distribution: Distribution
+    parts: Sequence[tuple[torch.Tensor, int, Sequence[Update]]], distribution: Distribution
 ) -> int:
     """`commit` for many tensors; a CUDA device is waited for once and not after each.
 
@@ -149,7 +149,7 @@ def commit_all(
             commit(weights, updates, first_tile=first_tile, distribution=distribution)
             for weights, first_tile, updates in on_cuda
         )
-    return changed + int(implementation.commit_all(on_cuda, distribution=distribution))
+    return changed + int(implementation.commit_all(on_cuda, distribution))
 
 
 def displace(

@@ -436,22 +436,23 @@ class CausalModel(ABC):
             self.keep_base()
             for name, base in self._base.items():
                 self.tensors[name].copy_(base)
-        by_block = [[update.block(b) for update in updates] for b in range(len(self.layout.blocks))]
-        places = zip(self.layout.names, self.layout.first_tiles, self.layout.owners, strict=True)
-        parts = {
-            name: (self.tensors[name], first_tile, by_block[owner])
-            for name, first_tile, owner in places
-        }
-        changed = (
-            0 if self.masks else commit_all(list(parts.values()), distribution=self.distribution)
-        )
+        changed = 0 if self.masks else commit_all(self._moved_by(updates), self.distribution)
         for name, mask in self.masks.items():
+            place = self.layout.names.index(name)
+            own = [update.block(self.layout.owners[place]) for update in updates]
             tensor = self.tensors[name]
             resting = tensor.clone()
-            changed += commit_all([parts[name]], distribution=self.distribution)
+            part = (tensor, self.layout.first_tiles[place], own)
+            changed += commit_all([part], self.distribution)
             tensor.copy_(torch.where(mask.to(tensor.device), tensor, resting))
         if updates and any(t.dtype is not torch.float32 for t in self.tensors.values()):
             self.changed_share = changed / self.layout.parameters
+
+    def _moved_by(self, updates: Sequence[Update]) -> list[tuple[torch.Tensor, int, list[Update]]]:
+        """What updates do to each tuned tensor: the tensor, its first tile, its own updates."""
+        by_block = [[update.block(b) for update in updates] for b in range(len(self.layout.blocks))]
+        places = zip(self.layout.names, self.layout.first_tiles, self.layout.owners, strict=True)
+        return [(self.tensors[name], tile, by_block[owner]) for name, tile, owner in places]
 
     def reset(self) -> None:
         """Back to the base: the tuned tensors as they were when the model was built."""

@@ -180,7 +180,7 @@ class FullModel(CausalModel):
                 (copy, self._weights[name].first_tile, [by_block[self._weights[name].block]])
                 for name, copy in copies.items()
             ]
-            commit_all(parts, distribution=self.distribution)
+            commit_all(parts, self.distribution)
         self._copy, self._copied = copies, trajectory
 
     def save(self, folder: Path) -> None:

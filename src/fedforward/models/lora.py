@@ -33,11 +33,14 @@ from fedforward.models.loading import (
     weights,
 )
 from fedforward.seeds import derive
-from fedforward.steps import NO_STEPS, Evaluation, Probe, ProbePlan, Steps
+from fedforward.steps import NO_STEPS, Evaluation, Probe, ProbePlan, Steps, Update
 
 ADAPTER = "default"
 #: Activations that an adapter works on at once, by device: what fits a cache, or fills a GPU.
 ACTIVATIONS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}
+#: How many half precisions hold a float32, and how much larger than their share the later ones are:
+#: float16 has no exponents for them as they are.
+PARTS = {torch.float16: (2, 2.0**11), torch.bfloat16: (3, 1.0)}
 #: Multiplications from which products of half precisions are worth their launches.
 HALVES_PAY = 1 << 28
 #: Whether PyTorch multiplies half precisions into float32 (from 2.8).
@@ -284,6 +287,17 @@ class LoraModel(CausalModel):
         # The parts of a batch come one after another with the same probes.
         self._filled, self._last_bank = wanted, self._bank
 
+    def _moved_by(self, updates: Sequence[Update]) -> list[tuple[torch.Tensor, int, list[Update]]]:
+        """The stretches of the flat storage that are updated alike, in place of its many tensors.
+
+        One launch has more to do than a GPU has processors. What lies between tensors moves too,
+        and is read by none.
+        """
+        return [
+            (self.flat[TILE * begin : TILE * end], begin, [u.block(block) for u in updates])
+            for block, begin, end in self._segments([update.steps for update in updates])
+        ]
+
     def _mask_flat(self) -> torch.Tensor:
         """The masks in the flat storage's order, bool [tiles * 2048]; padding rests."""
         if self._flat_mask is None:
@@ -469,9 +483,8 @@ def _adapted(
 def _inner(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """A x, summed in float32.
 
-    A GPU multiplies half precisions an order of magnitude faster than float32. `x` is one already;
-    `a` is cut into two of float16, the second 2^11 times as large, or three of bfloat16, so that
-    22 or 24 bits of it count.
+    A GPU multiplies half precisions an order of magnitude faster than float32: `x` is one already,
+    and `a` is cut into several.
 
     Args:
         x: [groups, tokens, inputs].
@@ -480,22 +493,36 @@ def _inner(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 [groups, tokens, r].
     """
-    half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+    half = x.is_cuda and x.dtype in PARTS
     if not half or not _WIDE_PRODUCTS or x.numel() * a.shape[1] < HALVES_PAY:
         return torch.bmm(x.float(), a.transpose(1, 2))
-    count, scale = (2, 2.0**11) if x.dtype is torch.float16 else (3, 1.0)
-    rank = a.shape[1]
-    parts = x.new_empty((len(a), count * rank, a.shape[2]))
+    parts = in_halves(a, x.dtype)
+    wide = torch.bmm(x, parts.transpose(1, 2), out_dtype=torch.float32)
+    inner: torch.Tensor
+    inner, *others = wide.split(a.shape[1], dim=2)
+    for other in others:
+        inner = torch.add(inner, other, alpha=1.0 / PARTS[x.dtype][1])
+    return inner
+
+
+def in_halves(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A float32 tensor as a sum of half precisions, exact to 22 bits (float16) or 24 (bfloat16).
+
+    Args:
+        a: float32 [groups, r, inputs], finite in `dtype`.
+        dtype: one of `PARTS`.
+
+    Returns:
+        `dtype` [groups, parts * r, inputs]; those after the first are to be divided by the scale.
+    """
+    count, scale = PARTS[dtype]
+    groups, rank, inputs = a.shape
+    parts = torch.empty((groups, count * rank, inputs), dtype=dtype, device=a.device)
     for number, part in enumerate(parts.split(rank, dim=1)):
         part.copy_(a)
         if number < count - 1:
             a = torch.sub(a, part).mul_(scale)
-    wide = torch.bmm(x, parts.transpose(1, 2), out_dtype=torch.float32)
-    inner: torch.Tensor
-    inner, *others = wide.split(rank, dim=2)
-    for other in others:
-        inner = torch.add(inner, other, alpha=1.0 / scale)
-    return inner
+    return parts
 
 
 def _runs(probes: Sequence[Probe]) -> Iterator[slice]:
