@@ -78,7 +78,11 @@ class _Tracker(TorchDispatchMode):
 
 
 def peak_bytes(action: Callable[[], object]) -> int:
-    """Bytes of tensors alive at the worst moment of `action`, those from before included."""
+    """Bytes of tensors alive at the worst moment of `action`, those from before included.
+
+    On CUDA it is what the allocator has given out at most: the matrix library's workspace (8 to
+    34 MB) is in it, as the device has to have it, and as predictions have it too.
+    """
     before = bytes_alive()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         devices = range(torch.cuda.device_count())
