@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-cluster gpu lint clean
+.PHONY: demo docs test test-all test-cluster gpu lint wheel clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -14,6 +14,14 @@ BIN := .venv/bin
 demo: .venv/.installed
 	rm -rf runs/demo runs/demo-data
 	$(BIN)/fedforward demo --out runs/demo
+
+# What only the site needs is installed when it is first asked for.
+.venv/.docs: .venv/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -35,5 +43,9 @@ test-cluster: .venv/.installed
 gpu:
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --device cuda --out runs/gpu
 
+# What `pip install` takes, in dist/.
+wheel: .venv/.installed
+	$(BIN)/python -m build --wheel --no-isolation
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs build dist

@@ -15,9 +15,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fedforward import cli, config
-from fedforward.planning.memory import bytes_alive, peak_bytes
-from fedforward.session import Session
+from fedforward.config.loading import validate
+from fedforward.models.libraries import quiet_libraries
+from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
+from fedforward.training.loop import Session
 
 
 class Silent:
@@ -29,7 +30,7 @@ class Silent:
 
 
 def measure(model: str, data: str, clients: int, probes_per_call: int, out: Path) -> dict[str, int]:
-    settings = config.validate(
+    settings = validate(
         {
             "model": {"path": model},
             "data": {
@@ -70,7 +71,7 @@ def main() -> None:
     parser.add_argument("--probes-per-call", type=int, default=0, help="0 is the default plan")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    cli.quiet_libraries()
+    quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         rows = [
             measure(

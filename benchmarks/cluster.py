@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common
 from common import Column, Reach, Row
-from tests.cluster import Cluster, Forwarder, peak_bytes
+from tests.support.cluster import Cluster, Forwarder, peak_bytes
 
 COLUMNS = (
     Column("name", "what"),

@@ -26,15 +26,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedforward.core.batches import TokenBatch
+from fedforward.core.seeds import direction_seed, dither_seed
+from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 from fedforward.directions import Distribution
-from fedforward.estimators import TwoPoint
-from fedforward.models.causal_lm import CausalModel, TokenBatch
+from fedforward.methods.estimators import TwoPoint
+from fedforward.models.base import CausalModel
 from fedforward.models.full import FullModel
 from fedforward.models.lora import LoraModel
-from fedforward.planning.memory import bytes_alive, peak_bytes
-from fedforward.planning.probes import TOKENS_PER_CALL
-from fedforward.seeds import direction_seed, dither_seed
-from fedforward.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
+from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
+from fedforward.planning.probe_grouping import TOKENS_PER_CALL
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DISTRIBUTIONS = tuple(str(distribution) for distribution in Distribution)
@@ -244,7 +245,7 @@ def make_plan(
     return ProbePlan(
         probes_per_call=probes_per_call,
         threads=arguments.threads,
-        trajectory=trajectory or "copy",
+        trajectory=trajectory or "cache",
         evaluation_rows=8,
         device=arguments.device,
         tokens_per_call=TOKENS_PER_CALL[arguments.device],

@@ -22,7 +22,7 @@ import torch
 from common import Column, Reach, Row
 
 from fedforward.directions import Distribution
-from fedforward.directions.kernels import accumulate
+from fedforward.directions.ops import accumulate
 
 SEEDS = (1, 90)
 REACHES = {

@@ -25,18 +25,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedforward import cli
+from fedforward.core.registry import METHODS
 from fedforward.directions import Distribution, Layout
-from fedforward.estimators import TwoPoint
 from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import Server, ServerSettings
-from fedforward.messages import DIGEST_BYTES, Report, Task
-from fedforward.methods import Method
-from fedforward.methods.decomfl import DeComFL
-from fedforward.methods.fedkseed import FedKSeed
-from fedforward.methods.fedmezo import FedMeZO
-from fedforward.methods.zorba import ZorBA
+from fedforward.messages.report import DIGEST_BYTES, Report
+from fedforward.messages.snapshot import Snapshot
+from fedforward.messages.task import Task
+from fedforward.methods.base import Method
+from fedforward.methods.estimators import TwoPoint
+from fedforward.models.libraries import quiet_libraries
 
 SEED, H, CLIENTS, LATE = 1, 10, 8, 200
 ESTIMATOR = TwoPoint(1, 1e-3)
@@ -46,10 +45,9 @@ BLOCKS = 8
 
 def method(name: str, steps: int = H) -> Method:
     """A method by name, with the paper's number of candidates."""
-    if name.startswith("fedkseed"):
-        return FedKSeed(SEED, steps, ESTIMATOR, 4096, importance=name.endswith("pro"))
-    kinds: dict[str, Any] = {"fedmezo": FedMeZO, "decomfl": DeComFL, "zorba": ZorBA}
-    return kinds[name](SEED, steps, ESTIMATOR)
+    kind: Any = METHODS.get(name)
+    made: Method = kind(run_seed=SEED, local_steps=steps, estimator=ESTIMATOR)
+    return made
 
 
 def allocate(participants: Sequence[int]) -> Any:
@@ -70,7 +68,7 @@ def server(folder: Path, own: Method, clients: int, layout: Layout, state_bytes:
         rates=RateSettings(1e-3, 0.0, "fixed", "constant", 0, 1000, 1.0),
         layout=layout,
         distribution=Distribution.GAUSSIAN,
-        allocate=allocate if own.by_block else None,
+        allocate=allocate if own.capabilities.blocks else None,
         state_bytes=state_bytes,
     )
     path = Path(tempfile.mkdtemp(dir=folder)) / "ledger.sqlite"
@@ -103,8 +101,9 @@ def sizes(folder: Path, layout: Layout, tuned: int) -> list[dict[str, Any]]:
                 down += [len(data) for data in tasks.values()]
         rows.append({"method": name, "up": max(up), "down": sum(down) / len(down)})
     state = np.zeros(tuned, np.float32)
-    task = Task(1, 0, 1e-3, False, (), state)
-    report = Report(1, 0, 100, 2.0, 0, np.empty(0, np.float32), b"", state)
+    snapshot = Snapshot(1, b"", state.tobytes())
+    task = Task(1, 0, 1e-3, False, (), snapshot=snapshot.encode())
+    report = Report(1, 0, 100, 2.0, 0, np.empty(0, np.float32), payload=state.tobytes())
     rows.append({"method": "fedavg", "up": len(report.encode()), "down": len(task.encode())})
     return rows
 
@@ -115,8 +114,8 @@ def late(folder: Path, path: str, tune: str, name: str, how: str) -> dict[str, A
 
     own = method(name)
     there, comer = (model_of(path, tune) for _ in range(2))
-    replica, arriving = (Replica(model, SEED, 1, own.candidates) for model in (there, comer))
-    snapshots = how == "snapshot" and not own.candidates
+    replica, arriving = (Replica(model, own) for model in (there, comer))
+    snapshots = how == "snapshot" and not own.capabilities.from_base
     side = server(folder, own, 2, there.layout, there.state_bytes if snapshots else 0)
     for _ in range(LATE):
         task = Task.decode(side.open_round([0])[0])
@@ -131,15 +130,15 @@ def late(folder: Path, path: str, tune: str, name: str, how: str) -> dict[str, A
         missing = tuple(side.ledger.entries(snapshot.rounds))
         task = Task.decode(task_bytes)
         task_bytes = replace(task, snapshot=snapshot.encode(), entries=missing).encode()
-    client = Client(1, [None], arriving, own)
+    client = Client(1, [None], arriving)
     began = time.perf_counter()
-    client.come_to(Task.decode(task_bytes))
+    client.sync(Task.decode(task_bytes))
     seconds = time.perf_counter() - began
     replica.catch_up(list(side.ledger.entries(replica.rounds)))
     return {
         "method": name,
         "tune": tune,
-        "how": how if not own.candidates else "accumulators",
+        "how": how if not own.capabilities.from_base else "accumulators",
         "parameters": there.layout.parameters,
         "bytes": len(task_bytes),
         "seconds": seconds,
@@ -149,13 +148,13 @@ def late(folder: Path, path: str, tune: str, name: str, how: str) -> dict[str, A
 
 
 def model_of(path: str, tune: str) -> Any:
+    from fedforward.core.steps import ProbePlan
     from fedforward.models.full import FullModel
     from fedforward.models.loading import load
     from fedforward.models.lora import LoraModel
-    from fedforward.steps import ProbePlan
 
     network, _ = load(path, "float32", "cpu")
-    plan = ProbePlan(2, 2, "generate", 8)
+    plan = ProbePlan(2, 2, "recompute", 8)
     if tune == "full":
         return FullModel(network, plan=plan, blocks=range(BLOCKS))
     return LoraModel(network, rank=8, alpha=16, plan=plan)
@@ -195,7 +194,7 @@ def main() -> None:
     if arguments.parts == ["alone"]:
         print(json.dumps(join(10_000, 30)))
         return
-    cli.quiet_libraries()
+    quiet_libraries()
     results: dict[str, Any] = {}
     if "join" in arguments.parts:
         # A process of its own: a server needs no PyTorch.

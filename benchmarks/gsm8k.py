@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from fedforward import assembly, cli, config
-from fedforward.estimators import TwoPoint
-from fedforward.messages import Entry
-from fedforward.methods import Returned
+from fedforward.config.loading import assign, parse_override, validate
+from fedforward.config.schema import Config
+from fedforward.messages.entry import Entry
+from fedforward.messages.report import ClientResult
+from fedforward.methods.estimators import TwoPoint
 from fedforward.methods.fedmezo import FedMeZO
-from fedforward.session import Session
+from fedforward.models.libraries import quiet_libraries
+from fedforward.training import assembly
+from fedforward.training.loop import Session
 
 LORA = {"rank": 8, "alpha": 16, "factors": "B"}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -43,19 +45,17 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Permuted(FedMeZO):
     """FedMeZO whose server deals every client's projected gradients to the wrong steps."""
 
-    def aggregate(
-        self, round_number: int, returned: Sequence[Returned], odds: NDArray[np.uint16]
-    ) -> Entry:
+    def aggregate(self, round_number: int, results: Sequence[ClientResult], state: Any) -> Entry:
         mixed = []
-        for part in returned:
+        for part in results:
             random = np.random.default_rng((part.report.round, part.report.client))
             gradients = random.permutation(part.report.gradients)
             mixed.append(replace(part, report=replace(part.report, gradients=gradients)))
-        return super().aggregate(round_number, mixed, odds)
+        return super().aggregate(round_number, mixed, state)
 
 
 class Plain:
@@ -82,7 +82,7 @@ def with_steps(source: Path, target: Path) -> Path:
     return target
 
 
-def configure(name: str, model: str, data: Path, overrides: Sequence[str]) -> config.Config:
+def configure(name: str, model: str, data: Path, overrides: Sequence[str]) -> Config:
     content: dict[str, dict[str, Any]] = {
         "model": {"path": model},
         "lora": dict(LORA),
@@ -107,9 +107,9 @@ def configure(name: str, model: str, data: Path, overrides: Sequence[str]) -> co
     for section, values in VARIANTS[name].items():
         content[section].update(values)
     for override in overrides:
-        section, key, value = config.parse_override(override)
-        content[section][key] = value
-    return config.validate(content)
+        section, key, value = parse_override(override)
+        assign(content, section, key, value, override)
+    return validate(content)
 
 
 def main() -> None:
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    cli.quiet_libraries()
+    quiet_libraries()
     console = Console(stderr=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     data = with_steps(arguments.data, arguments.out / "data.jsonl")

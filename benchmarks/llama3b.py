@@ -32,7 +32,7 @@ import step
 import torch
 from common import Column, LoraSettings, Reach, Row, Trajectory
 
-from fedforward.messages import Report
+from fedforward.messages.report import Report
 
 PARTS = ("memory", "step", "rounds", "replay")
 CLIENTS = 3
@@ -215,7 +215,7 @@ def run_rounds(arguments: argparse.Namespace, distribution: str) -> tuple[float,
 def tensor_report(parameters: int) -> Report:
     """What a client of first-order federated averaging sends."""
     state = np.zeros(parameters, np.float32)
-    return Report(0, 0, 1, 0.0, 0, np.empty(0, np.float32), state=state)
+    return Report(0, 0, 1, 0.0, 0, np.empty(0, np.float32), payload=state.tobytes())
 
 
 # Replay -------------------------------------------------------------------------------------------

@@ -29,15 +29,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedforward import config as configuration
-from fedforward import sites
-from fedforward.assembly import ModelIdentity
+from fedforward.config import site as sites
+from fedforward.config.loading import validate
+from fedforward.core.identity import ModelIdentity
+from fedforward.deployment.coordinator import Coordinator
+from fedforward.deployment.participants import Traffic
+from fedforward.deployment.transport import Arrival
 from fedforward.directions import Layout
-from fedforward.federation.coordinator import Coordinator
-from fedforward.federation.letters import Enrolment, Kind, Letter, packed
-from fedforward.federation.link import Arrival
-from fedforward.federation.members import Traffic
-from fedforward.messages import DIGEST_BYTES, HEADER_FORM, TASK_FORM, Report
+from fedforward.messages.codec import HEADER
+from fedforward.messages.envelope import Enrolment, Kind, Letter, packed
+from fedforward.messages.report import DIGEST_BYTES, Report
+from fedforward.messages.task import Task
 
 STEPS = 10
 #: Llama-3B's LoRA of rank 128 on q and v, as in FedMeZO's setting.
@@ -77,9 +79,9 @@ class StandIns:
             body = Enrolment("", IDENTITY, examples=100, heldout=10, rounds=0).encode()
             return Letter(Kind.ENROLMENT, letter.run, body).seal()
         # Its head is enough; what follows would be read at ten thousand sites, not at one.
-        number, client, _, flags, *_ = TASK_FORM.unpack_from(letter.body, HEADER_FORM.size)
+        number, client, _, wanted, *_ = Task.plan()[0].unpack_from(letter.body, HEADER.size)
         if letter.kind is Kind.TASK:
-            digest = state(number)[:DIGEST_BYTES] if flags & 1 else b""
+            digest = state(number)[:DIGEST_BYTES] if wanted else b""
             gradients = self.random.standard_normal(STEPS).astype(np.float32)
             report = Report(number, client, 100, 1.0, 0, gradients, digest)
             return Letter(Kind.REPORT, letter.run, report.encode()).seal()
@@ -97,7 +99,7 @@ def measure(method: str, sites_: int, participation: float, late: int) -> dict[s
         "method": {"name": method, "local_steps": STEPS, "learning_rate": 1e-6, "mu": 1e-3},
         "run": {"evaluate_every": 3},
     }
-    config = configuration.validate(content)
+    config = validate(content)
     link = StandIns(sites_)
     rounds: list[dict[str, float]] = []
 

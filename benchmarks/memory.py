@@ -37,9 +37,9 @@ import torch
 from common import Column, Reach, Row, Trajectory
 from step import HORIZON, TOKENS
 
-from fedforward.models.causal_lm import TokenBatch
-from fedforward.planning.memory import peak_bytes
-from fedforward.planning.probes import TOKENS_PER_CALL
+from fedforward.core.batches import TokenBatch
+from fedforward.planning.memory.tracker import peak_bytes
+from fedforward.planning.probe_grouping import TOKENS_PER_CALL
 
 REACH = Reach("<=", 1.05)
 REACH_LARGE_VOCABULARY = Reach("<", 1.0)
@@ -92,7 +92,7 @@ def warm_up(arguments: argparse.Namespace) -> None:
     tokens = common.on_device(batch, arguments.device)
     for build in (common.lora_model, common.full_model):
         for distribution in common.DISTRIBUTIONS:
-            for trajectory in ("generate", "copy"):
+            for trajectory in ("recompute", "cache"):
                 base = common.network("quick", arguments.dtype, arguments.device)
                 common.plain_forward(base, tokens)
                 path = Trajectory(
@@ -117,7 +117,7 @@ def prepared(
     def walk() -> None:
         for _ in range(arguments.horizon - 1):
             # What is generated with every probe leaves nothing behind.
-            if arguments.trajectory == "generate":
+            if arguments.trajectory == "recompute":
                 path.skip()
             else:
                 path.step(tiny)
@@ -180,7 +180,7 @@ def settings(arguments: argparse.Namespace, tune: str) -> Iterator[dict[str, Any
     """What is measured for one shape, number of tokens and way of tuning."""
     kinds: list[tuple[int, str | None]] = [(HORIZON, None)]
     if tune == "full":
-        kinds = [(1, None), (HORIZON, "generate"), (HORIZON, "copy")]
+        kinds = [(1, None), (HORIZON, "recompute"), (HORIZON, "cache")]
     for horizon, trajectory in kinds:
         for distribution in arguments.distributions:
             for probes in arguments.probes_per_call:
@@ -199,7 +199,7 @@ def settings(arguments: argparse.Namespace, tune: str) -> Iterator[dict[str, Any
 
 def reach(shape: str, probes_per_call: int, trajectory: str | None) -> Reach | None:
     """The reach is that of the configuration of `step.py`; what stands beside it has none."""
-    if probes_per_call == 1 or trajectory == "copy":
+    if probes_per_call == 1 or trajectory == "cache":
         return None
     large = common.SHAPES[shape].vocabulary >= LARGE_VOCABULARY
     return REACH_LARGE_VOCABULARY if large else REACH

@@ -7,8 +7,8 @@ A network of each shape with random weights, in a process of its own, is calibra
 of `BATCHES`; then the peak of a step's probes is counted for these and for `OTHERS`, which the
 calibration has not seen, with late, early and all blocks active. The figures are bytes of tensors
 alive: `whole` begins where there was no network, `above` where its weights (and LoRA's adapters)
-were there. With `--device cuda` they are the allocator's. `--resting host` does the same with the
-blocks that are not active in host memory (`model.resting`), where `above` counts the blocks on the
+were there. With `--device cuda` they are the allocator's. `--offload host` does the same with the
+blocks that are not active in host memory (`model.offload`), where `above` counts the blocks on the
 device too; on the CPU what waits is tensors alive as well, and is taken off. The table shows, for
 each choice of blocks, the batch whose prediction is furthest off above the weights; `--json` has
 all of them.
@@ -32,17 +32,19 @@ import torch
 from common import Column, Reach, Row
 from numpy.typing import NDArray
 
+from fedforward.core.batches import TokenBatch
+from fedforward.methods.estimators import TwoPoint
+from fedforward.models.base import CausalModel
 from fedforward.models.blocks import transformer_blocks
-from fedforward.models.causal_lm import CausalModel, TokenBatch
-from fedforward.planning.memory import peak_bytes
-from fedforward.planning.memory_model import MemoryModel, calibrate
-from fedforward.planning.probes import step_probes
+from fedforward.planning.memory.model import MemoryModel, calibrate
+from fedforward.planning.memory.tracker import peak_bytes
+from fedforward.planning.probe_grouping import step_probes
 
 REACH = Reach("<=", 0.10)
 #: Rows and length: a pass of few tokens, several probes in a pass, more tokens than it takes.
 BATCHES = ((1, 16), (2, 128), (6, 128))
 OTHERS = ((3, 32), (1, 100))
-KINDS = {"lora": ("copy",), "full": ("copy", "generate")}
+KINDS = {"lora": ("cache",), "full": ("cache", "recompute")}
 #: Family, vocabulary, hidden, blocks, heads, intermediate, whether the head is tied, dtype.
 SHAPES: dict[str, tuple[str, int, int, int, int, int, bool, str]] = {
     "llama-tiny": ("llama", 97, 32, 2, 4, 48, True, "float32"),
@@ -128,8 +130,8 @@ def child(spec: dict[str, Any]) -> list[Row]:
     gc.collect()
     gc.freeze()
     kinds = [
-        (tune, trajectory, resting)
-        for resting in arguments.resting
+        (tune, trajectory, offload)
+        for offload in arguments.offload
         for tune in arguments.tune
         for trajectory in KINDS[tune]
     ]
@@ -138,7 +140,7 @@ def child(spec: dict[str, Any]) -> list[Row]:
     return found
 
 
-def compare(arguments: argparse.Namespace, tune: str, trajectory: str, resting: str) -> list[Row]:
+def compare(arguments: argparse.Namespace, tune: str, trajectory: str, offload: str) -> list[Row]:
     """Predicted and measured peaks of one way of tuning."""
     device = arguments.device
     before = common.bytes_now(device)
@@ -146,15 +148,15 @@ def compare(arguments: argparse.Namespace, tune: str, trajectory: str, resting: 
     make = common.lora_model if tune == "lora" else common.full_model
     model = make(network, "rademacher", common.make_plan(arguments, 2, trajectory))
     waiting = 0
-    if resting == "host":
+    if offload == "host":
         model.rest_on_host()
         assert model.residency is not None
         waiting = sum(model.residency.sizes) if device == "cpu" else 0
     memory = calibrate(model, BATCHES)
     weights = memory.outside + memory.adapters
-    weights += sum(memory.residents) if resting == "device" else 0
+    weights += sum(memory.residents) if offload == "none" else 0
     kind = tune if tune == "lora" else f"{tune} {trajectory}"
-    kind += ", rest on host" if resting == "host" else ""
+    kind += ", rest on host" if offload == "host" else ""
     vocabulary = network.get_input_embeddings().weight.shape[0]
     results: list[Row] = []
     for rows, length in (*BATCHES, *OTHERS):
@@ -184,7 +186,7 @@ def compare(arguments: argparse.Namespace, tune: str, trajectory: str, resting: 
 
 def measure(model: CausalModel, batch: TokenBatch, active: NDArray[np.bool_]) -> int:
     """Peak bytes of the two probes of a step in the middle of a round."""
-    probes = step_probes([batch], 2, 2, common.MU, active)
+    probes = step_probes([batch], 2, TwoPoint(1, common.MU), active)
     if model.residency is not None:
         # The blocks of the last choice leave, and those of this one come.
         model.evaluate(probes)
@@ -205,7 +207,7 @@ def bound(memory: MemoryModel, active: NDArray[np.bool_], rows: int, length: int
 def rows(arguments: argparse.Namespace) -> Iterator[Row]:
     for shape in arguments.shapes:
         common.note(shape)
-        names = ("model", "tune", "resting", "device", "threads")
+        names = ("model", "tune", "offload", "device", "threads")
         spec = {name: getattr(arguments, name) for name in names} | {"shape": shape}
         command = [sys.executable, __file__, "--child", json.dumps(spec)]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
@@ -250,9 +252,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES))
     parser.add_argument("--tune", nargs="+", choices=("lora", "full"), default=["lora", "full"])
-    parser.add_argument(
-        "--resting", nargs="+", choices=("device", "host"), default=["device", "host"]
-    )
+    parser.add_argument("--offload", nargs="+", choices=("none", "host"), default=["none", "host"])
     parser.add_argument("--model", help="a folder, in place of the shapes")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)

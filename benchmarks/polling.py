@@ -18,9 +18,9 @@ from pathlib import Path
 
 import httpx
 
-from fedforward.runtimes.flower import certificates, engine
-from fedforward.runtimes.flower.gate import Gate
-from fedforward.runtimes.supervision import Child, Supervisor, free_port
+from fedforward.deployment.flower import certificates, engine
+from fedforward.deployment.flower.reverse_proxy import Gate
+from fedforward.deployment.supervisor import Child, Supervisor, free_port
 
 
 def cpu_seconds(pid: int) -> float:

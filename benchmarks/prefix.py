@@ -16,8 +16,8 @@ import common
 import numpy as np
 from common import Column, Reach, Row, Shape
 
-from fedforward.estimators import TwoPoint
-from fedforward.steps import Steps
+from fedforward.core.steps import Steps
+from fedforward.methods.estimators import TwoPoint
 
 SHAPE = "16 blocks"
 common.SHAPES[SHAPE] = Shape(8192, 512, 16, 8, 1408)
@@ -35,7 +35,7 @@ def step(model: Any, batch: Any, active: Any, horizon: int) -> None:
 def measure(arguments: argparse.Namespace, tune: str, tokens: int) -> Row:
     shape = "quick" if arguments.quick else SHAPE
     base = common.network(shape, "float32", arguments.device)
-    plan = common.make_plan(arguments, 2, "copy" if tune == "lora" else "generate")
+    plan = common.make_plan(arguments, 2, "cache" if tune == "lora" else "recompute")
     batch = common.token_batch(shape, tokens)
     ids = common.on_device(batch, arguments.device)
     forward = {

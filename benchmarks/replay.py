@@ -23,9 +23,9 @@ import common
 import torch
 from common import Column, Reach, Row
 
+from fedforward.core.steps import Update
 from fedforward.directions import Distribution, reference
-from fedforward.models.causal_lm import CausalModel
-from fedforward.steps import Update
+from fedforward.models.base import CausalModel
 
 #: Of the coefficients; small enough that thousands of steps leave random weights what they are.
 COEFFICIENT = 1e-7

@@ -28,14 +28,14 @@ import common
 import numpy as np
 from common import Column, Reach, Row
 
-from fedforward.estimators import TwoPoint
+from fedforward.core.batches import TokenBatch
 from fedforward.federation.client import Client, Replica
 from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import Server, ServerSettings
+from fedforward.methods.estimators import TwoPoint
 from fedforward.methods.fedmezo import FedMeZO
-from fedforward.models.causal_lm import TokenBatch
-from fedforward.runtimes.local import LocalRuntime
+from fedforward.training.simulation import LocalRuntime
 
 LENGTHS = {"short": (16, 48), "long": (100, 250), "quick": (4, 8)}
 EXAMPLES = 64
@@ -74,7 +74,7 @@ def runtime(
     model: Any, clients: int, together: int, steps: int, batches: Sequence[Any], folder: Path
 ) -> LocalRuntime:
     """A federation on the model as it is, with a new ledger."""
-    method = FedMeZO(common.RUN_SEED, steps, TwoPoint(1, common.MU))
+    method = FedMeZO(run_seed=common.RUN_SEED, local_steps=steps, estimator=TwoPoint(1, common.MU))
     rates = RateSettings(common.RATE, 0.0, "fixed", "constant", 0, 1000, 1.0)
     settings = ServerSettings(
         run_seed=common.RUN_SEED,
@@ -87,8 +87,8 @@ def runtime(
     )
     path = Path(tempfile.mkdtemp(dir=folder)) / "ledger.sqlite"
     server = Server(settings, method, Ledger.create(path, {"format": 1}))
-    replica = Replica(model, common.RUN_SEED, 1)
-    made = [Client(number, batches[number], replica, method) for number in range(clients)]
+    replica = Replica(model, method)
+    made = [Client(number, batches[number], replica) for number in range(clients)]
     return LocalRuntime(server, made, model, together)
 
 

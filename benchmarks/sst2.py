@@ -19,8 +19,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedforward import cli, config
-from fedforward.session import Session
+from fedforward.config.loading import assign, parse_override, validate
+from fedforward.config.schema import Config
+from fedforward.models.libraries import quiet_libraries
+from fedforward.training.loop import Session
 
 # One block, one kind of module: few parameters for the same steps, and what lies below the block is
 # computed once for the 32 probes of a step.
@@ -73,9 +75,7 @@ class Plain:
             self.console.print(text, highlight=False)
 
 
-def configure(
-    name: str, seed: int, model: str, data: Path, overrides: Sequence[str]
-) -> config.Config:
+def configure(name: str, seed: int, model: str, data: Path, overrides: Sequence[str]) -> Config:
     content = {section: dict(values) for section, values in SETTINGS.items()}
     content["model"]["path"] = model
     content["data"]["source"] = str(data / "sst2_train.jsonl")
@@ -84,9 +84,9 @@ def configure(
     for section, values in VARIANTS[name].items():
         content[section].update(values)
     for override in overrides:
-        section, key, value = config.parse_override(override)
-        content.setdefault(section, {})[key] = value
-    return config.validate(content)
+        section, key, value = parse_override(override)
+        assign(content, section, key, value, override)
+    return validate(content)
 
 
 def row(name: str, summaries: Sequence[dict[str, Any]]) -> list[str]:
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    cli.quiet_libraries()
+    quiet_libraries()
     console = Console(stderr=True)
     summaries: dict[str, list[dict[str, Any]]] = {}
     for name in arguments.variants:

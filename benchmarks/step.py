@@ -28,7 +28,7 @@ from typing import Any
 import common
 from common import Column, Reach, Row, Trajectory
 
-from fedforward.models.causal_lm import CausalModel
+from fedforward.models.base import CausalModel
 
 HORIZON = 30
 TOKENS = (128, 256, 512, 2048)
@@ -43,7 +43,7 @@ REACHES: dict[tuple[str, int, str | None], dict[int, dict[str, Reach]]] = {
         512: {"over_two_forwards": Reach("<=", 1.15)},
         2048: {"over_two_forwards": Reach("<=", 1.05)},
     },
-    ("full", HORIZON, "copy"): {
+    ("full", HORIZON, "cache"): {
         512: {"over_two_forwards": Reach("<=", 1.15)},
         2048: {"over_two_forwards": Reach("<=", 1.05)},
     },
@@ -80,7 +80,7 @@ class Contender:
 
     def advance(self, tiny: Any) -> None:
         """One step that is not timed."""
-        if self.trajectory == "generate":
+        if self.trajectory == "recompute":
             self.path.skip()
         elif self.horizon > 1:
             self.path.step(tiny)
@@ -101,7 +101,7 @@ def contenders(arguments: argparse.Namespace, base: Any, tune: str) -> list[Cont
     for distribution in arguments.distributions:
         kinds: list[tuple[int, str | None]] = [(HORIZON, None)]
         if tune == "full":
-            kinds = [(1, None), (HORIZON, "generate"), (HORIZON, "copy")]
+            kinds = [(1, None), (HORIZON, "recompute"), (HORIZON, "cache")]
             kinds = [kind for kind in kinds if kind[0] in arguments.horizons]
         for horizon, trajectory in kinds:
             plan = common.make_plan(arguments, arguments.probes_per_call, trajectory)

@@ -18,11 +18,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedforward import cli, config, experiment
-from fedforward.planning.memory import bytes_alive, peak_bytes
-from fedforward.planning.probes import step_probes
-from fedforward.planning.resources import allocator, survey
-from fedforward.session import Session
+from fedforward.config.loading import validate
+from fedforward.config.schema import Config
+from fedforward.methods.estimators import TwoPoint
+from fedforward.models.libraries import quiet_libraries
+from fedforward.planning.budgets import allocator, survey
+from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
+from fedforward.planning.probe_grouping import step_probes
+from fedforward.training import build as experiment
+from fedforward.training.loop import Session
 
 #: Blocks that each client's budget is for.
 ACTIVE = [2, 3, 4, 5, 6, 7, 8, 8]
@@ -45,7 +49,7 @@ class Quiet:
             )
 
 
-def configure(arguments: argparse.Namespace, name: str, rate: float, seed: int) -> config.Config:
+def configure(arguments: argparse.Namespace, name: str, rate: float, seed: int) -> Config:
     content: dict[str, dict[str, Any]] = {
         "model": {"path": arguments.model, "tune": arguments.tune, "blocks": "0-7"},
         "lora": {"rank": 8, "alpha": 16.0, "factors": "B"},
@@ -69,7 +73,7 @@ def configure(arguments: argparse.Namespace, name: str, rate: float, seed: int) 
         "planning": {"active": ACTIVE} if name == "zorba" else {},
         "run": {"seed": seed, "evaluate_every": arguments.rounds, "threads": arguments.threads},
     }
-    return config.validate(content)
+    return validate(content)
 
 
 def fall(arguments: argparse.Namespace, name: str, rate: float, seed: int) -> float:
@@ -101,7 +105,7 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for client, batch in enumerate(steps):
         shape = batch.tokens.shape
         model.forget()
-        probes = step_probes([batch], 2, 2, 1e-3, matrix[client])
+        probes = step_probes([batch], 2, TwoPoint(1, 1e-3), matrix[client])
         measured = peak_bytes(lambda probes=probes: model.evaluate(probes)) - others  # type: ignore[misc]
         everything = resources.memory.peak(np.ones(blocks, np.bool_), *shape)
         rows.append(
@@ -143,7 +147,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true", help="exit 1 below 90 %% of all blocks")
     arguments = parser.parse_args()
-    cli.quiet_libraries()
+    quiet_libraries()
     rates = arguments.rates or RATES[arguments.tune]
     results: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(arguments).items()}}
     for name in ("all", "zorba"):

@@ -3,7 +3,8 @@
     python examples/library_use.py [--model FOLDER]
 
 The loop is centralised MeZO in ten lines: probe at +mu and -mu, turn the difference into a step,
-commit. Nothing here needs a server; `fedforward.session.Session` is the federated counterpart.
+commit. Nothing here needs a server; `fedforward.training.loop.Session` is the federated
+counterpart.
 """
 
 import argparse
@@ -11,15 +12,15 @@ import json
 from importlib.resources import files
 
 from fedforward import Probe, Steps, Update
-from fedforward.data.batches import Batches
+from fedforward.core.seeds import direction_seed, dither_seed
+from fedforward.core.steps import NO_STEPS
+from fedforward.data.sampler import Batches
 from fedforward.data.templates import tokenise
 from fedforward.demo.text import ANSWER, PROMPT, site_examples
-from fedforward.estimators import TwoPoint
-from fedforward.models.causal_lm import ProbePlan
+from fedforward.methods.estimators import TwoPoint
+from fedforward.models.base import ProbePlan
 from fedforward.models.loading import load
 from fedforward.models.lora import LoraModel
-from fedforward.seeds import direction_seed, dither_seed
-from fedforward.steps import NO_STEPS
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
     estimator, rate = TwoPoint(directions=1, mu=1e-2), 4e-3
 
     network, tokenizer = load(arguments.model, "float32", "cpu")
-    plan = ProbePlan(probes_per_call=2, threads=2, trajectory="generate", evaluation_rows=8)
+    plan = ProbePlan(probes_per_call=2, threads=2, trajectory="recompute", evaluation_rows=8)
     model = LoraModel(network, rank=8, alpha=16, plan=plan)
     rows = site_examples(seed=0, per_site=100)
     tokens = tokenise(rows, tokenizer, prompt=PROMPT, answer=ANSWER, sequence_length=128)

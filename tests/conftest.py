@@ -102,10 +102,11 @@ def rows(tmp_path: Path) -> Path:
 def configure(rows: Path, libraries_are_no_garbage: None) -> Callable[..., Any]:
     """A function that makes a configuration of a few short rounds on the demonstration model."""
     pytest.importorskip("pydantic", reason="the configuration needs pydantic")
-    from fedforward import config
+    from fedforward.config.loading import validate
+    from fedforward.config.schema import Config
     from fedforward.demo.text import ANSWER, PROMPT
 
-    def make(**changes: Any) -> config.Config:
+    def make(**changes: Any) -> Config:
         content: dict[str, dict[str, Any]] = {
             "model": {"path": str(DEMO_MODEL)},
             "lora": {"rank": 2},
@@ -123,7 +124,7 @@ def configure(rows: Path, libraries_are_no_garbage: None) -> Callable[..., Any]:
         for key, value in changes.items():
             section, _, name = key.partition("__")
             content.setdefault(section, {})[name] = value
-        return config.validate(content)
+        return validate(content)
 
     return make
 
@@ -141,7 +142,7 @@ class Silent:
 @pytest.fixture
 def carry_out() -> Callable[..., dict[str, Any]]:
     """A function that runs a configuration and returns its summary."""
-    from fedforward.session import Session
+    from fedforward.training.loop import Session
 
     def go(config: Any, out: Path, resume: bool = False) -> dict[str, Any]:
         return Session(config, out, resume, Silent()).run()

@@ -45,8 +45,8 @@ def test_step(capsys: pytest.CaptureFixture[str]) -> None:
     for distribution in ("gaussian", "rademacher"):
         assert ("lora", 30, None, distribution) in kinds
         assert ("full", 1, None, distribution) in kinds
-        assert ("full", 30, "generate", distribution) in kinds
-        assert ("full", 30, "copy", distribution) in kinds
+        assert ("full", 30, "recompute", distribution) in kinds
+        assert ("full", 30, "cache", distribution) in kinds
     for row in rows:
         assert row["over_two_forwards"] == row["ours_seconds"] / row["two_forwards_seconds"]
         assert row["over_twice_batch"] > 0
@@ -79,8 +79,8 @@ def test_memory_has_both_ways_of_carrying_a_trajectory() -> None:
     found = [tuple(s.values()) for s in memory.settings(wished, "full")]
     assert len(found) == len(set(found)) == 7
     assert memory.reach("~30M", 2, None).sense == "<="
-    assert memory.reach("~110M", 2, "generate").sense == "<"
-    assert memory.reach("~110M", 2, "copy") is None
+    assert memory.reach("~110M", 2, "recompute").sense == "<"
+    assert memory.reach("~110M", 2, "cache") is None
     assert memory.reach("~110M", 1, None) is None
 
 
@@ -171,7 +171,7 @@ def test_gpu_knows_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
     gpu = load("gpu")
     assert [p.name for p in gpu.parts("cuda")][:2] == ["tests", "directions"]
     assert len({p.name for p in gpu.parts("cuda")}) == len(gpu.parts("cuda"))
-    names = {"test_gpu.py", "test_cuda_kernels.py", "test_residency.py", "test_loading.py"}
+    names = {"test_gpu.py", "test_cuda_kernels.py", "test_offload.py", "test_loading.py"}
     assert names <= {Path(name).name for name in gpu.test_files()}
     with pytest.raises(SystemExit):
         gpu.main(["--parts", "nothing"])

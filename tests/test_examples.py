@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from fedforward import config
+from fedforward.config.loading import load, validate
+from fedforward.config.schema import SECTIONS
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_the_example_configuration_is_valid() -> None:
-    loaded = config.load(ROOT / "examples/own_data.toml", ["federation.rounds=20"])
+    loaded = load(ROOT / "examples/own_data.toml", ["federation.rounds=20"])
     assert loaded.federation.rounds == 20
 
 
@@ -29,8 +30,8 @@ def test_the_library_example_runs(
 def test_the_readme_names_keys_that_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for block in text.split("```toml")[1:]:
-        config.validate(tomllib.loads(block.split("```")[0]))
-    for section, kind in config.SECTIONS.items():
+        validate(tomllib.loads(block.split("```")[0]))
+    for section, kind in SECTIONS.items():
         for key in text.split(f"`{section}.")[1:]:
             name = key.split("`")[0].split(" ")[0].split("=")[0]
             # `run.toml` is a file, `run.…` are keys.

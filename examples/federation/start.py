@@ -96,7 +96,16 @@ def main() -> int:
     prepare(folder)
     names = [option for name in SITES for option in ("--site", name)]
     subprocess.run(
-        [sys.executable, "-m", "fedforward.cli", "certs", "certs", "--host", "localhost", *names],
+        [
+            sys.executable,
+            "-m",
+            "fedforward.cli.main",
+            "certs",
+            "certs",
+            "--host",
+            "localhost",
+            *names,
+        ],
         cwd=folder,
         check=True,
     )

@@ -4,7 +4,18 @@ The vocabulary (`Steps`, `Probe`, `Update`, `ForwardModel`) is here; everything 
 from its module. This face imports no PyTorch.
 """
 
-from fedforward.errors import FedForwardError
-from fedforward.steps import Evaluation, ForwardModel, Probe, Steps, Update
+from fedforward.core.errors import FedForwardError
+from fedforward.core.steps import Evaluation, ForwardModel, Probe, Steps, Update
 
-__all__ = ["Evaluation", "FedForwardError", "ForwardModel", "Probe", "Steps", "Update"]
+#: The one place of the version: the build, the command line and the run directory read it here.
+__version__ = "0.1.0"
+
+__all__ = [
+    "Evaluation",
+    "FedForwardError",
+    "ForwardModel",
+    "Probe",
+    "Steps",
+    "Update",
+    "__version__",
+]

@@ -1,1 +1,1 @@
-"""From files and hub data sets to token batches: sources, templates, partition, batches."""
+"""From files to token batches: sources, templates, labels, partition, batches."""

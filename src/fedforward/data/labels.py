@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from fedforward.core.errors import FedForwardError
 from fedforward.data.templates import Example, Tokenised, begin_tokens, fields, fill
-from fedforward.errors import FedForwardError
 
 
 def check_template(answer: str) -> None:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from fedforward.errors import FedForwardError
+from fedforward.core.errors import FedForwardError
 
 _ROW = "__row__"
 
@@ -23,7 +23,7 @@ def partition(
     Args:
         values: per example, the value of the field to divide by (anything for "iid").
         clients: N.
-        kind: "iid", "dirichlet" (`alpha` of the label distribution) or "by" (whole values).
+        kind: "iid", "dirichlet" (`alpha` of the label distribution) or "by-field" (whole values).
         field: its name, for errors.
         alpha: of the Dirichlet distribution.
         seed: of the shuffles.
@@ -86,7 +86,7 @@ def _group_size(distinct: int, clients: int, field: str | None) -> int:
     if clients > distinct or -(-distinct // size) != clients:
         fitting = sorted({-(-distinct // group) for group in range(1, distinct + 1)})
         raise FedForwardError(
-            f"federation.partition = 'by' with field {field!r}: its {distinct} values cannot "
+            f"federation.partition = 'by-field' with field {field!r}: its {distinct} values cannot "
             f"be dealt to {clients} clients in groups of equal size. Use federation.clients = "
             f"{', '.join(map(str, fitting))}, or another field."
         )

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedforward.errors import FedForwardError
+from fedforward.core.errors import FedForwardError
 
 if TYPE_CHECKING:
     from datasets import Dataset

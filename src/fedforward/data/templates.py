@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedforward.errors import FedForwardError
+from fedforward.core.errors import FedForwardError
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,8 +4,8 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
-from fedforward import config as configuration
-from fedforward.config import Config
+from fedforward.config.loading import validate
+from fedforward.config.schema import Config
 from fedforward.demo.text import ANSWER, EXAMPLE_QUESTION, PROMPT, site_examples
 
 ROUNDS = 100
@@ -19,7 +19,7 @@ def prepare(data: Path, rounds: int = ROUNDS) -> Config:
     rows = site_examples(seed=0, per_site=PER_SITE)
     data.parent.mkdir(parents=True, exist_ok=True)
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return configuration.validate(
+    return validate(
         {
             "model": {"path": str(files("fedforward.demo").joinpath("model"))},
             "lora": {"rank": 8, "alpha": 16},
@@ -31,7 +31,12 @@ def prepare(data: Path, rounds: int = ROUNDS) -> Config:
                 "sequence_length": 128,
                 "example": EXAMPLE_PROMPT,
             },
-            "federation": {"clients": 4, "rounds": rounds, "partition": "by", "field": "site"},
+            "federation": {
+                "clients": 4,
+                "rounds": rounds,
+                "partition": "by-field",
+                "field": "site",
+            },
             "method": {
                 "learning_rate": 4.5e-3,
                 "mu": 1e-2,

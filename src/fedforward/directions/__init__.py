@@ -6,7 +6,7 @@ every bit. Nothing here knows of models, rounds or clients, and this face import
 that a server without it can work with layouts and directions.
 """
 
-from fedforward.directions.layout import Layout
-from fedforward.directions.specification import TILE, VERSION, Distribution, Stream
+from fedforward.core.layout import Layout
+from fedforward.directions.spec import TILE, VERSION, Distribution, Stream
 
 __all__ = ["TILE", "VERSION", "Distribution", "Layout", "Stream"]

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedforward.directions.specification import (
+from fedforward.core.steps import Steps, Update
+from fedforward.directions.spec import (
     CALLS,
     DITHER_CALLS,
     PHILOX_MULTIPLIERS,
@@ -22,7 +23,6 @@ from fedforward.directions.specification import (
     Stream,
     half_normal_table,
 )
-from fedforward.steps import Steps, Update
 
 _LOW = 0xFFFFFFFF
 

@@ -1,1 +1,1 @@
-"""Server, client and ledger: the same objects in simulation and deployment."""
+"""The server's and the client's side of a round, and the ledger."""

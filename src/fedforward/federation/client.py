@@ -6,22 +6,17 @@ has its own; in a simulation all clients share one, and only the first to catch 
 
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from typing import Any
 
-import numpy as np
-
-from fedforward.messages import (
-    DIGEST_BYTES,
-    Entry,
-    MessageError,
-    Report,
-    Snapshot,
-    Task,
-    unpack_blocks,
-)
-from fedforward.methods import BatchStream, FirstOrderMethod, Method
-from fedforward.methods.fedkseed import Accumulators
-from fedforward.models.causal_lm import CausalModel
-from fedforward.steps import Evaluation, Probe, Update
+from fedforward.core.errors import MessageError
+from fedforward.core.steps import Evaluation, Probe, Update
+from fedforward.messages.entry import Entry
+from fedforward.messages.report import DIGEST_BYTES
+from fedforward.messages.snapshot import Snapshot
+from fedforward.messages.task import Task
+from fedforward.methods.base import BatchStream, Method
+from fedforward.methods.report_filters import ReportFilter
+from fedforward.models.base import CausalModel
 
 
 class Replica:
@@ -29,21 +24,19 @@ class Replica:
 
     Attributes:
         model: holds the weights.
+        method: knows what a ledger entry does to them.
         rounds: ledger rounds that the weights contain.
+        state: what the method remembers.
     """
 
-    def __init__(
-        self, model: CausalModel, run_seed: int, directions: int, candidates: int = 0
-    ) -> None:
-        """`candidates`: K, for a method whose directions come from K seeds of the whole run."""
+    def __init__(self, model: CausalModel, method: Method) -> None:
+        """`model` is at its base weights."""
         self.model = model
-        self.run_seed = run_seed
-        self.directions = directions
-        self.candidates = candidates
+        self.method = method
         self.rounds = 0
-        self._accumulators = Accumulators(run_seed, candidates)
+        self.state: Any = method.new_state()
         self._digest: tuple[int, bytes] = (-1, b"")
-        if candidates:
+        if method.capabilities.from_base:
             # Before anything moves: every state is a sum on top of the base.
             model.keep_base()
 
@@ -51,7 +44,7 @@ class Replica:
         """Commit the entries that are not yet in the weights.
 
         Raises:
-            MessageError: entries are missing in between.
+            MessageError: entries are missing in between, or are not of this run's method.
         """
         updates: list[Update] = []
         for entry in entries:
@@ -62,19 +55,9 @@ class Replica:
                     f"Ledger round {entry.round} was refused: this client has "
                     f"{self.rounds + len(updates)} rounds, so the ones in between are missing."
                 )
-            updates.append(self._update(entry))
+            updates.append(self.method.update(entry, self.state))
         self.model.commit(updates)
         self.rounds += len(updates)
-
-    def _update(self, entry: Entry) -> Update:
-        if not self.candidates:
-            return entry.update(self.run_seed, self.directions, len(self.model.layout.blocks))
-        if entry.increments is None:
-            raise MessageError(
-                f"Ledger round {entry.round} was refused: it has no increments of candidate seeds."
-            )
-        self._accumulators.add(entry.increments)
-        return self._accumulators.update(entry.round)
 
     def digest(self) -> bytes:
         """The first bytes of the tuned state's SHA-256, as reports carry them."""
@@ -86,7 +69,7 @@ class Replica:
         """Back to the base model, with no round committed."""
         self.model.reset()
         self.rounds = 0
-        self._accumulators = Accumulators(self.run_seed, self.candidates)
+        self.state = self.method.new_state()
         self._digest = (-1, b"")
 
     def snapshot(self) -> Snapshot:
@@ -101,16 +84,7 @@ class Replica:
         """
         if snapshot.rounds <= self.rounds:
             return
-        if self.candidates:
-            if len(snapshot.data) != 8 * self.candidates:
-                raise MessageError(
-                    f"A snapshot of {len(snapshot.data)} bytes was refused: the accumulators of "
-                    f"{self.candidates} candidate seeds are {8 * self.candidates}."
-                )
-            self._accumulators.values = np.frombuffer(snapshot.data, "<i8").astype(np.int64)
-            self.model.commit([self._accumulators.update(snapshot.rounds - 1)])
-        else:
-            self.model.assign_bytes(snapshot.data)
+        self.method.restore(self.model, snapshot, self.state)
         self.rounds = snapshot.rounds
         if snapshot.digest and self.model.digest() != snapshot.digest:
             self.reset()
@@ -121,19 +95,23 @@ class Replica:
 
 
 class Client:
-    """One party: its batches, its number, and the replica that it works on."""
+    """One party: its batches, its number, and the replica that it works on.
+
+    Attributes:
+        filters: what is done to a report before it leaves, in this order.
+    """
 
     def __init__(
         self,
         number: int,
         batches: BatchStream,
         replica: Replica,
-        method: Method | FirstOrderMethod,
+        filters: Sequence[ReportFilter] = (),
     ) -> None:
         self.number = number
         self.batches = batches
         self.replica = replica
-        self.method = method
+        self.filters = tuple(filters)
 
     def answer(self, data: bytes) -> Generator[Sequence[Probe], Sequence[Evaluation], bytes]:
         """Do an encoded task; yields probes, is sent evaluations, returns the encoded report."""
@@ -142,37 +120,31 @@ class Client:
             raise MessageError(
                 f"A task for client {task.client} was refused by client {self.number}."
             )
-        self.come_to(task)
-        report: Report
-        if isinstance(self.method, FirstOrderMethod):
-            model = self.replica.model
-            digest = model.digest()[:DIGEST_BYTES] if task.digest_wanted else b""
-            report = self.method.train(task, self.batches, model)
-        else:
-            digest = self.replica.digest() if task.digest_wanted else b""
-            blocks = len(self.replica.model.layout.blocks)
-            active = unpack_blocks(task.blocks, blocks) if task.blocks else None
-            report = yield from self.method.local_round(task, self.batches, active)
+        self.sync(task)
+        digest = self.replica.digest() if task.digest_wanted else b""
+        report = yield from self.replica.method.local_round(task, self.batches, self.replica.model)
+        for apply in self.filters:
+            report = apply(report)
         return replace(report, digest=digest).encode()
 
-    def come_to(self, task: Task) -> None:
+    def sync(self, task: Task) -> None:
         """Bring the replica to the state that a task starts from.
 
         Raises:
             MessageError: the task does not hold what this client lacks, or is damaged.
         """
-        model = self.replica.model
-        first_order = isinstance(self.method, FirstOrderMethod)
-        if len(task.state) not in ((0, model.layout.parameters) if first_order else (0,)):
-            raise MessageError(f"A task with a state of {len(task.state)} numbers was refused.")
-        if len(task.state):
-            model.assign_state(task.state)
+        blocks = len(self.replica.model.layout.blocks)
+        if task.blocks is not None and len(task.blocks) != blocks:
+            raise MessageError(
+                f"A task with a set of {len(task.blocks)} blocks was refused: this model has "
+                f"{blocks} blocks."
+            )
         if task.reset:
             self.replica.reset()
         if task.snapshot:
             self.replica.restore(Snapshot.decode(task.snapshot))
         self.replica.catch_up(task.entries)
-        if not first_order and task.round != self.replica.rounds:
+        if task.round != self.replica.rounds:
             raise MessageError(
                 f"A task for round {task.round} was refused: this client has "
                 f"{self.replica.rounds} rounds and was not sent what it lacks."

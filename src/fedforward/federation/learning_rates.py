@@ -10,11 +10,11 @@ from math import cos, isfinite, pi
 import numpy as np
 from numpy.typing import NDArray
 
+from fedforward.core.seeds import generator
+from fedforward.core.steps import Steps
 from fedforward.directions import TILE, Distribution, Layout
-from fedforward.directions.cpu import commit
+from fedforward.directions.numba_kernels import commit
 from fedforward.federation.ledger import Round
-from fedforward.seeds import generator
-from fedforward.steps import Steps
 
 #: Rounds that `loss-window` looks back.
 WINDOW = 5
@@ -78,17 +78,17 @@ def rates(
     elif settings.strategy == "fixed" or not history:
         draw = {}
     elif settings.strategy == "update-difference":
-        draw = phi(differences(), participants)
+        draw = normalized_scores(differences(), participants)
     else:
         window = history[-1:] if settings.strategy == "loss" else history[-WINDOW:]
-        draw = phi(mean_losses(window), participants)
+        draw = normalized_scores(mean_losses(window), participants)
     return {
         client: factor * (settings.base + settings.spread * draw.get(client, 0.0))
         for client in participants
     }
 
 
-def phi(scores: Mapping[int, float], participants: Sequence[int]) -> dict[int, float]:
+def normalized_scores(scores: Mapping[int, float], participants: Sequence[int]) -> dict[int, float]:
     """Φ_i = (s_i - s̄) / max_j |s_j - s̄| in [-1, 1], over the participants that have a score.
 
     Participants without a score (absent, or all steps skipped) get 0, which is η_0; so do all when
@@ -109,9 +109,9 @@ def mean_losses(history: Sequence[Round]) -> dict[int, float]:
     """Each client's mean training loss over the given rounds in which it reported one."""
     losses: dict[int, list[float]] = {}
     for record in history:
-        for origin in record.origins:
-            if isfinite(origin.report.loss):
-                losses.setdefault(origin.report.client, []).append(origin.report.loss)
+        for result in record.results:
+            if isfinite(result.report.loss):
+                losses.setdefault(result.report.client, []).append(result.report.loss)
     return {client: sum(values) / len(values) for client, values in losses.items()}
 
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from fedforward.errors import FedForwardError, UpdateNotFiniteError
-from fedforward.messages import Entry, Report
+from fedforward.core.errors import FedForwardError, UpdateNotFiniteError
+from fedforward.messages.entry import Entry
+from fedforward.messages.report import ClientResult, decode_results
 
 _SCHEMA = """
 CREATE TABLE header (only_row INTEGER PRIMARY KEY CHECK (only_row = 0), content TEXT NOT NULL);
@@ -32,38 +33,19 @@ CREATE TRIGGER rounds_new BEFORE INSERT ON rounds
 CREATE TRIGGER header_stays BEFORE DELETE ON header BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER rounds_stay BEFORE DELETE ON rounds BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 """
-_ORIGIN = struct.Struct("<ddBI")
-
-
-@dataclass(frozen=True, eq=False)
-class Origin:
-    """What one contribution was made from.
-
-    Attributes:
-        learning_rate: η_i that the server had given the client.
-        weight: p_i, the client's share of the average.
-        report: as the client sent it (tensors of first-order methods left out).
-        blocks: the blocks that it was given, packed by `pack_blocks`; empty is all.
-    """
-
-    learning_rate: float
-    weight: float
-    report: Report
-    blocks: bytes = b""
-
-    def encode(self) -> bytes:
-        """The ledger form."""
-        report = self.report.encode()
-        head = _ORIGIN.pack(self.learning_rate, self.weight, len(self.blocks), len(report))
-        return head + self.blocks + report
 
 
 @dataclass(frozen=True)
 class Round:
-    """One row of the ledger."""
+    """One row of the ledger.
+
+    Attributes:
+        entry: how the tuned state changed.
+        results: what it was made from, sorted by client.
+    """
 
     entry: Entry
-    origins: tuple[Origin, ...]
+    results: tuple[ClientResult, ...]
 
 
 class Ledger:
@@ -123,13 +105,12 @@ class Ledger:
         partial.replace(path)
         return cls(path)
 
-    def append(self, record: Round) -> None:
-        """Add the next round; it is on disk when this returns.
+    def check(self, record: Round) -> None:
+        """Whether a round can follow.
 
         Raises:
-            FedForwardError: the update is not finite.
-            sqlite3.OperationalError: the disk is full or the file cannot be written. Nothing is
-                lost: the ledger then ends with the round before.
+            ValueError: it is not the next one.
+            UpdateNotFiniteError: its update is not finite.
         """
         if record.entry.round != self.length:
             raise ValueError(f"round {record.entry.round} cannot follow {self.length - 1}")
@@ -139,8 +120,18 @@ class Ledger:
                 f"The update of round {self.length + 1} is not finite and was not written. Lower "
                 "method.learning_rate; the rounds before are kept."
             )
+
+    def append(self, record: Round) -> None:
+        """Add the next round; it is on disk when this returns.
+
+        Raises:
+            FedForwardError: the update is not finite.
+            sqlite3.OperationalError: the disk is full or the file cannot be written. Nothing is
+                lost: the ledger then ends with the round before.
+        """
+        self.check(record)
         entry = record.entry.encode()
-        origin = b"".join(part.encode() for part in record.origins)
+        origin = b"".join(part.encode() for part in record.results)
         chain = _link(self.chain, entry, origin)
         try:
             with self._database:
@@ -167,7 +158,7 @@ class Ledger:
         for entry, origin in self._database.execute(
             "SELECT entry, origin FROM rounds WHERE round >= ? ORDER BY round", (max(0, begin),)
         ):
-            yield Round(Entry.decode(entry), tuple(_decode_origins(origin)))
+            yield Round(Entry.decode(entry), tuple(decode_results(origin)))
 
     def close(self) -> None:
         """Fold the write-ahead log into the file and close it."""
@@ -202,13 +193,3 @@ def _link(before: bytes, entry: bytes, origin: bytes) -> bytes:
     """SHA-256 over the chain so far and the two parts, each with its length in front."""
     lengths = struct.pack("<QQ", len(entry), len(origin))
     return _hash(before + lengths + entry + origin)
-
-
-def _decode_origins(data: bytes) -> Iterator[Origin]:
-    place = 0
-    while place < len(data):
-        rate, weight, width, size = _ORIGIN.unpack_from(data, place)
-        place += _ORIGIN.size + width
-        report = Report.decode(data[place : place + size])
-        yield Origin(rate, weight, report, data[place - width : place])
-        place += size

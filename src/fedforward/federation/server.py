@@ -5,30 +5,28 @@ server that was killed goes on from the file. It imports no PyTorch.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedforward.directions import Distribution, Layout
+from fedforward.core.errors import MessageError
+from fedforward.core.layout import Layout
+from fedforward.core.seeds import generator
+from fedforward.directions import Distribution
+from fedforward.federation.agreement import QuorumError, majority
 from fedforward.federation.learning_rates import WINDOW, RateSettings, rates, update_differences
-from fedforward.federation.ledger import Ledger, Origin, Round
+from fedforward.federation.ledger import Ledger, Round
 from fedforward.federation.server_optimizer import PLAIN, ServerOptimizer
-from fedforward.messages import (
-    NO_ODDS,
-    Entry,
-    MessageError,
-    Report,
-    Snapshot,
-    Task,
-    pack_blocks,
-    unpack_blocks,
-)
-from fedforward.methods import FirstOrderMethod, Method, NoTracker, Returned, Tracker
-from fedforward.methods.fedkseed import Accumulators
-from fedforward.seeds import generator
+from fedforward.federation.snapshots import Snapshots
+from fedforward.federation.state_file import read_state, write_state
+from fedforward.messages.entry import Entry
+from fedforward.messages.report import ClientResult, Report
+from fedforward.messages.snapshot import Snapshot
+from fedforward.messages.task import Task
+from fedforward.methods.base import Method
 
 #: Clients prove their tuned state in every round whose number this divides.
 DIGEST_EVERY = 10
@@ -70,10 +68,6 @@ class ServerSettings:
     state_bytes: int = 0
 
 
-class QuorumError(MessageError):
-    """Too few clients reported for a round to be closed."""
-
-
 class Server:
     """Opens rounds with tasks, checks reports, and closes rounds into the ledger.
 
@@ -82,11 +76,16 @@ class Server:
         held: for each client, how many ledger rounds it has shown to hold.
         refused: reports that were refused since the server was built, late ones included.
         reset: clients whose state was refused, and that start again from the base next time.
+        snapshots: of clients.
+        state: what the method remembers.
     """
 
-    def __init__(
-        self, settings: ServerSettings, method: Method | FirstOrderMethod, ledger: Ledger
-    ) -> None:
+    def __init__(self, settings: ServerSettings, method: Method, ledger: Ledger) -> None:
+        """Bring a server to the end of a ledger.
+
+        Raises:
+            FedForwardError: the ledger's state lies beside it, and is missing or differs.
+        """
         self.settings = settings
         self.method = method
         self.ledger = ledger
@@ -94,42 +93,38 @@ class Server:
         self.held = dict.fromkeys(range(len(settings.examples)), 0)
         self.refused = 0
         self.reset: set[int] = set()
-        self._accumulators: Accumulators | None = None
-        self._tracker: Tracker = NoTracker()
-        if isinstance(method, Method):
-            self._tracker = method.tracker()
-            if method.candidates:
-                self._accumulators = Accumulators(settings.run_seed, method.candidates)
+        self.snapshots = Snapshots(settings.state_bytes)
+        self.state: Any = method.new_state()
         self._window = max(WINDOW, settings.optimizer.window)
         self._first: Round | None = None
         self._history: list[Round] = []
-        self._odds_before = NO_ODDS
+        self._payload_before = b""
         self._rates: dict[int, float] = {}
-        self._active: dict[int, NDArray[np.bool_]] = {}
+        self._blocks: dict[int, NDArray[np.bool_]] = {}
         self._reports: dict[int, Report] = {}
         self._digest_wanted = self._unproven = False
-        self._snapshot: Snapshot | None = None
-        self._snapshot_giver = -1
-        self._snapshot_takers: set[int] = set()
-        self._doubtful: set[int] = set()
+        self._own: tuple[int, bytes] = (-1, b"")
         self._read: tuple[int, dict[int, tuple[Entry, ...]]] = (0, {})
         for record in ledger.rounds():
+            self._observe(record)
             self._remember(record)
+        if not method.capabilities.replayable:
+            read_state(ledger, self.state)
 
     @property
     def round(self) -> int:
         """The number of the round that is open or comes next."""
         return self.ledger.length
 
+    def _observe(self, record: Round) -> None:
+        """Take a round into what the method remembers."""
+        self._payload_before = self.method.task_payload(self.state)
+        self.method.observe(record.entry, record.results, self.state)
+
     def _remember(self, record: Round) -> None:
         """Take in a round that is in the ledger."""
-        reports = [origin.report for origin in record.origins]
-        for report in reports:
-            self.held[report.client] = record.entry.round
-        self._odds_before = self._tracker.odds()
-        self._tracker.observe(record.entry.round, reports)
-        if self._accumulators is not None and record.entry.increments is not None:
-            self._accumulators.add(record.entry.increments)
+        for result in record.results:
+            self.held[result.report.client] = record.entry.round
         self._first = self._first or record
         self._history = [*self._history, record][-self._window :]
 
@@ -154,11 +149,11 @@ class Server:
         """
         participants = self.participants(available)
         allocate = self.settings.allocate
-        self._active = {}
+        self._blocks = {}
         if allocate is not None:
             matrix = allocate(participants)
-            self._active = dict(zip(participants, matrix, strict=True))
-            participants = [client for client in participants if self._active[client].any()]
+            self._blocks = dict(zip(participants, matrix, strict=True))
+            participants = [client for client in participants if self._blocks[client].any()]
         self._reports = {}
         self._rates = self._learning_rates(participants)
         lacking = {client: self._lacking(client) for client in participants}
@@ -176,10 +171,9 @@ class Server:
             learning_rate=self._rates.get(client, 0.0),
             digest_wanted=self._digest_wanted,
             entries=entries,
-            state=self._state(),
-            blocks=pack_blocks(self._active[client]) if self._active else b"",
-            odds=self._tracker.odds(),
             reset=client in self.reset,
+            blocks=self._blocks.get(client),
+            payload=self.method.task_payload(self.state),
             snapshot=snapshot,
         ).encode()
 
@@ -193,13 +187,11 @@ class Server:
         self._unproven = self._unproven or len(entries) > 1 or bool(snapshot)
         return self._task(client, snapshot, entries)
 
-    def visit(self, client: int) -> bytes:
+    def sync_task(self, client: int) -> bytes:
         """An encoded task that only brings a client to the coming round, for it to evaluate."""
         snapshot, entries = self._lacking(client)
         reset = client in self.reset
-        none = np.empty(0, np.float32)
-        visit = Task(self.round, client, 0.0, True, entries, none, reset=reset, snapshot=snapshot)
-        return visit.encode()
+        return Task(self.round, client, 0.0, True, entries, reset=reset, snapshot=snapshot).encode()
 
     def arrived(self, client: int) -> None:
         """Note that a client has shown to be where the coming round begins."""
@@ -243,17 +235,23 @@ class Server:
         """What brings a client to the coming round: a snapshot or nothing, and ledger entries."""
         begin = 0 if client in self.reset else self.held[client]
         entries = self._entries(begin)
+        replayable = self.method.capabilities.replayable
         size = sum(len(entry.encode()) for entry in entries) if len(entries) > 1 else 0
-        if self._accumulators is not None:
-            values = self._accumulators.values.astype("<i8").tobytes()
-            if size > len(values):
-                return Snapshot(self.round, b"", values).encode(), ()
-            return b"", entries
-        snapshot = self._snapshot
-        if snapshot is not None and size > self.settings.state_bytes and snapshot.rounds > begin:
-            self._snapshot_takers.add(client)
+        own = self._own_snapshot()
+        if own and (size > len(own) or (entries and not replayable)):
+            return Snapshot(self.round, b"", own).encode(), ()
+        if own or not replayable:
+            return b"", entries if replayable else ()
+        snapshot = self.snapshots.for_client(client, begin, size)
+        if snapshot is not None:
             return snapshot.encode(), self._entries(snapshot.rounds)
         return b"", entries
+
+    def _own_snapshot(self) -> bytes:
+        """What the method remembers, where a client can take it over; empty otherwise."""
+        if self._own[0] != self.round:
+            self._own = self.round, self.state.encode()
+        return self._own[1]
 
     def _entries(self, begin: int) -> tuple[Entry, ...]:
         """The ledger from a round on; read once for all clients that lack the same."""
@@ -267,64 +265,25 @@ class Server:
     def snapshot_wanted(self, available: Sequence[int] | None = None) -> int | None:
         """The client that is to make a snapshot before the round is opened, if one pays.
 
-        It pays where the ledger entries that some participant lacks are more bytes than the tuned
-        tensors.
+        None where the method itself remembers what a client can take over.
         """
-        if self._accumulators is not None or not self.settings.state_bytes:
+        if self._own_snapshot() or not self.method.capabilities.replayable:
             return None
-        there = self.participants(available)
-        givers = [c for c in there if c not in self.reset | self._doubtful]
-        newest = max((self.held[client] for client in givers), default=0)
-        oldest = min(0 if client in self.reset else self.held[client] for client in there)
-        if self._snapshot is not None:
-            oldest = max(oldest, self._snapshot.rounds)
-        if newest - oldest < 2:
-            return None
-        size = sum(len(entry.encode()) for entry in self.ledger.entries(oldest))
-        if size <= self.settings.state_bytes:
-            return None
-        return next(client for client in givers if self.held[client] == newest)
+        return self.snapshots.wanted(
+            self.participants(available),
+            lambda client: self.held[client],
+            self.reset,
+            lambda begin: sum(len(entry.encode()) for entry in self.ledger.entries(begin)),
+        )
 
-    def receive_snapshot(self, data: bytes, giver: int) -> None:
-        """Keep a snapshot for the clients that are far behind.
-
-        Args:
-            giver: the client that made it.
-
-        Raises:
-            MessageError: it is damaged, or of another size than the tuned tensors.
-        """
-        snapshot = Snapshot.decode(data)
-        if len(snapshot.data) != self.settings.state_bytes or snapshot.rounds > self.round:
-            raise MessageError(
-                f"A snapshot of {len(snapshot.data)} bytes after {snapshot.rounds} rounds was "
-                f"refused: the tuned tensors are {self.settings.state_bytes} bytes, and the ledger "
-                f"has {self.round} rounds."
-            )
-        self._snapshot, self._snapshot_giver = snapshot, giver
-        self._snapshot_takers.clear()
-
-    def doubt_snapshot(self, client: int) -> None:
-        """Note that a client could do nothing with what it was sent, or came to a wrong state.
-
-        Where that began with a snapshot, the snapshot may be at fault: it is not sent again, nor
-        is another asked for from whoever made it.
-        """
-        if client in self._snapshot_takers:
-            self.distrust(self._snapshot_giver)
-            self._snapshot = None
-            self._snapshot_takers.clear()
-
-    def distrust(self, giver: int) -> None:
-        """Ask a client for no snapshot any more."""
-        self._doubtful.add(giver)
+    def receive_snapshot(self, data: bytes, source: int) -> None:
+        """Keep a client's snapshot; see `Snapshots.receive`."""
+        self.snapshots.receive(data, source, self.round)
 
     @property
     def snapshot_bytes(self) -> int:
-        """What a client takes over in place of ledger entries: accumulators or tuned tensors."""
-        if self._accumulators is not None:
-            return self._accumulators.values.nbytes
-        return self.settings.state_bytes
+        """What a client takes over in place of entries: the method's memory or tuned tensors."""
+        return len(self._own_snapshot()) or self.settings.state_bytes
 
     @property
     def entry_bytes(self) -> int:
@@ -335,26 +294,18 @@ class Server:
         """Missed rounds beyond which a snapshot is fewer bytes; None before the first round."""
         return -(-self.snapshot_bytes // self.entry_bytes) if self.entry_bytes else None
 
-    def _state(self) -> NDArray[np.float32]:
-        return np.empty(0, np.float32)
-
     def _differences(self) -> dict[int, float]:
-        assert isinstance(self.method, Method)
         record = self._history[-1]
-        returned = [self._returned(origin) for origin in record.origins]
         updates = {
-            part.report.client: self.method.own_update(record.entry.round, part, self._odds_before)
-            for part in returned
+            part.report.client: self.method.own_update(
+                record.entry.round, part, self._payload_before
+            )
+            for part in record.results
         }
-        weights = [part.weight for part in returned]
+        weights = [part.weight for part in record.results]
         return update_differences(
             updates, weights, self.settings.layout, self.settings.distribution
         )
-
-    def _returned(self, origin: Origin) -> Returned:
-        blocks = len(self.settings.layout.blocks)
-        active = unpack_blocks(origin.blocks, blocks) if origin.blocks else None
-        return Returned(origin.weight, origin.learning_rate, origin.report, active)
 
     def receive(self, data: bytes, sender: int | None = None) -> None:
         """Take one encoded report.
@@ -388,27 +339,20 @@ class Server:
             )
         if report.client in self._reports:
             raise MessageError(f"A second report of client {report.client} was refused.")
-        self._check(report)
+        self.method.check_report(report, self.settings.layout.parameters)
         if bool(report.digest) != self._digest_wanted:
             raise MessageError(
                 f"A report of client {report.client} was refused: it "
                 f"{'lacks the digest' if self._digest_wanted else 'has a digest'} of the state."
             )
         steps = self.method.local_steps
-        if report.skipped > steps or math.isnan(report.loss) != (report.skipped == steps):
+        # A site may withhold its loss; a loss without a finite step there is none.
+        if report.skipped > steps or (report.skipped == steps and not math.isnan(report.loss)):
             raise MessageError(
                 f"A report of client {report.client} was refused: {report.skipped} of {steps} "
                 f"steps skipped and a loss of {report.loss} do not fit together."
             )
         self._reports[report.client] = report
-
-    def _check(self, report: Report) -> None:
-        expected = self.method.local_steps * self.method.directions
-        if len(report.gradients) != expected or report.state is not None:
-            raise MessageError(
-                f"A report of client {report.client} was refused: it has "
-                f"{len(report.gradients)} projected gradients, not {expected}."
-            )
 
     def missing(self) -> list[int]:
         """Clients with a task in the open round that have not reported, ascending."""
@@ -445,11 +389,20 @@ class Server:
                 f"Round {self.round} cannot be closed: {len(reports)} of {len(self._rates)} "
                 f"clients have reported, and federation.quorum is {self.settings.quorum}."
             )
-        returned = [
-            Returned(weight, self._rates[report.client], report, self._active.get(report.client))
+        results = [
+            ClientResult(
+                weight, self._rates[report.client], report, self._blocks.get(report.client)
+            )
             for weight, report in zip(self._weights(reports), reports, strict=True)
         ]
-        record = self._join(returned)
+        entry = self.method.aggregate(self.round, results, self.state)
+        entry = self.settings.optimizer.apply(entry, self._history)
+        kept = tuple(replace(part, report=self.method.kept(part.report)) for part in results)
+        record = Round(entry, kept)
+        self.ledger.check(record)
+        self._observe(record)
+        if not self.method.capabilities.replayable:
+            write_state(self.ledger.path.parent, self.round + 1, self.state.encode())
         self.ledger.append(record)
         self._remember(record)
         self.reset -= {report.client for report in reports}
@@ -473,56 +426,24 @@ class Server:
         Raises:
             QuorumError: no state is that of most.
         """
-        if len(set(digests.values())) < 2:
-            if any(digests.values()):
-                self._snapshot_takers -= digests.keys()
-            return set()
-        # Whoever began with a snapshot has its maker's state, and no voice of its own yet.
-        own = [d for client, d in digests.items() if client not in self._snapshot_takers]
-        voices = own or list(digests.values())
-        right, count = Counter(voices).most_common(1)[0]
-        if 2 * count <= len(voices):
+        try:
+            wrong = majority(digests, self.snapshots.recipients, self.round)
+        except QuorumError:
             self._start_again(digests)
-            first, *rest = digests
-            other = next(client for client in rest if digests[client] != digests[first])
-            raise QuorumError(
-                f"Clients {first} and {other} hold different tuned states "
-                f"({digests[first].hex()} and {digests[other].hex()}) in round {self.round}, and "
-                "no majority tells which is right. One of them has another base model or a damaged "
-                "state; it must start again from the base."
-            )
-        wrong = {client for client, digest in digests.items() if digest != right}
+            raise
         self._start_again(wrong)
-        self._snapshot_takers -= digests.keys()
+        if any(digests.values()):
+            self.snapshots.shown(digests)
         return wrong
 
     def _start_again(self, clients: Iterable[int]) -> None:
         for client in clients:
-            self.doubt_snapshot(client)
+            self.snapshots.invalidate(client)
             self.reset.add(client)
             self.held[client] = 0
-
-    def _join(self, returned: Sequence[Returned]) -> Round:
-        assert isinstance(self.method, Method)
-        entry = self.method.aggregate(self.round, returned, self._tracker.odds())
-        entry = self.settings.optimizer.apply(entry, self._history)
-        return Round(entry, origins(returned))
 
     def _weights(self, reports: Sequence[Report]) -> list[float]:
         if self.settings.weights == "equal":
             return [1.0 / len(reports)] * len(reports)
         counts = [self.examples[report.client] for report in reports]
         return [count / sum(counts) for count in counts]
-
-
-def origins(returned: Sequence[Returned]) -> tuple[Origin, ...]:
-    """What the ledger keeps of the reports of a round."""
-    return tuple(
-        Origin(
-            part.learning_rate,
-            part.weight,
-            part.report,
-            b"" if part.active is None else pack_blocks(part.active),
-        )
-        for part in returned
-    )

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedforward.federation.ledger import Round
-from fedforward.messages import Entry
-from fedforward.methods import coefficients
+from fedforward.messages.entry import Entry
+from fedforward.methods.base import coefficients
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class ServerOptimizer:
             history: earlier rounds, oldest first; at least the last `window` - 1 of them.
         """
         fresh = [
-            replace(part, coefficients=coefficients(self.learning_rate * _wide(part.coefficients)))
+            replace(part, coefficients=_times(self.learning_rate, part.coefficients))
             for part in entry.contributions
         ]
         parts = list(fresh)
         for age in range(1, min(self.window, len(history) + 1)):
             factor = self.momentum**age
             parts += [
-                replace(part, coefficients=coefficients(factor * _wide(part.coefficients)), age=age)
+                replace(part, coefficients=_times(factor, part.coefficients), age=age)
                 for part in history[-age].entry.contributions
                 if not part.age and factor
             ]
@@ -74,10 +74,11 @@ class ServerOptimizer:
 PLAIN = ServerOptimizer()
 
 
-def _wide(values: NDArray[np.float32]) -> NDArray[np.float64]:
-    return values.astype(np.float64)
+def _times(factor: float, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The product in float64, rounded once."""
+    return coefficients(factor * values.astype(np.float64))
 
 
 def _mean_square(record: Round) -> float:
-    gradients = [origin.report.gradients.astype(np.float64) for origin in record.origins]
+    gradients = [result.report.gradients.astype(np.float64) for result in record.results]
     return float(np.mean(np.concatenate(gradients) ** 2))

@@ -12,29 +12,33 @@ and rates per client, which the paper has equal.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedforward.messages import Entry
-from fedforward.methods import Method, Returned, round_seeds, shared_contribution
-from fedforward.seeds import SHARED
+from fedforward.core.seeds import SHARED
+from fedforward.messages.entry import Entry
+from fedforward.messages.report import ClientResult
+from fedforward.methods.base import Capabilities, Method, round_seeds, shared_contribution
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DeComFL(Method):
-    """All clients share directions; `directions` of the estimator is the paper's P."""
+    """Shared directions.
 
-    name: ClassVar[str] = "decomfl"
-    shared_seeds: ClassVar[bool] = True
+    Example:
+        >>> method = DeComFL(local_steps=2)
+        >>> (method.seeds(0, client=1) == method.seeds(0, client=2)).all()
+        np.True_
+    """
 
-    def seeds(self, round_number: int, client: int, odds: NDArray[np.uint16]) -> NDArray[np.uint64]:
-        """s_hp, the same for every client."""
+    capabilities: ClassVar[Capabilities] = Capabilities(shared_directions=True)
+
+    def seeds(self, round_number: int, client: int, payload: bytes = b"") -> NDArray[np.uint64]:
+        """s_h, the same for every client."""
         return round_seeds(self.run_seed, round_number, SHARED, self.local_steps, self.directions)
 
-    def aggregate(
-        self, round_number: int, returned: Sequence[Returned], odds: NDArray[np.uint16]
-    ) -> Entry:
+    def aggregate(self, round_number: int, results: Sequence[ClientResult], state: Any) -> Entry:
         """One averaged coefficient for each direction."""
-        return Entry(round_number, (shared_contribution(returned, self.directions, SHARED),))
+        return Entry(round_number, (shared_contribution(self, results, SHARED),))

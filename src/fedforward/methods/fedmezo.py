@@ -10,31 +10,33 @@ and averaging parameters is averaging steps:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedforward.messages import Contribution, Entry
-from fedforward.methods import Method, Returned, coefficients, round_seeds
+from fedforward.messages.entry import Contribution, Entry
+from fedforward.messages.report import ClientResult
+from fedforward.methods.base import Method, coefficients, round_seeds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FedMeZO(Method):
-    """Every client has directions of its own."""
+    """Every client has directions of its own.
 
-    name: ClassVar[str] = "fedmezo"
+    Example:
+        >>> FedMeZO(local_steps=3).seeds(round_number=0, client=1).shape
+        (3,)
+    """
 
-    def seeds(self, round_number: int, client: int, odds: NDArray[np.uint16]) -> NDArray[np.uint64]:
+    def seeds(self, round_number: int, client: int, payload: bytes = b"") -> NDArray[np.uint64]:
         """s_ih, new for each client and step."""
         return round_seeds(self.run_seed, round_number, client, self.local_steps, self.directions)
 
-    def aggregate(
-        self, round_number: int, returned: Sequence[Returned], odds: NDArray[np.uint16]
-    ) -> Entry:
+    def aggregate(self, round_number: int, results: Sequence[ClientResult], state: Any) -> Entry:
         """-p_i (η_i / n) g_ih, computed in float64 and rounded to float32 once."""
         parts = []
-        for part in returned:
+        for part in results:
             rate = -part.weight * (part.learning_rate / self.directions)
             values = rate * part.report.gradients.astype(np.float64)
             parts.append(Contribution(part.report.client, coefficients(values)))

@@ -13,36 +13,37 @@ and a block that no reporting client had active stays. `planning/activation.py` 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedforward.messages import Entry, pack_blocks
-from fedforward.methods import Method, Returned, round_seeds, shared_contribution
-from fedforward.seeds import SHARED
+from fedforward.core.seeds import SHARED
+from fedforward.messages.entry import Entry
+from fedforward.messages.report import ClientResult
+from fedforward.methods.base import Capabilities, Method, round_seeds, shared_contribution
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ZorBA(Method):
-    """Shared directions, each client in its own blocks."""
+    """Shared directions, each client in its own blocks.
 
-    name: ClassVar[str] = "zorba"
-    by_block: ClassVar[bool] = True
-    shared_seeds: ClassVar[bool] = True
+    Example:
+        >>> ZorBA().capabilities.blocks
+        True
+    """
 
-    def seeds(self, round_number: int, client: int, odds: NDArray[np.uint16]) -> NDArray[np.uint64]:
+    capabilities: ClassVar[Capabilities] = Capabilities(shared_directions=True, blocks=True)
+
+    def seeds(self, round_number: int, client: int, payload: bytes = b"") -> NDArray[np.uint64]:
         """s_h, the same for every client."""
         return round_seeds(self.run_seed, round_number, SHARED, self.local_steps, self.directions)
 
-    def aggregate(
-        self, round_number: int, returned: Sequence[Returned], odds: NDArray[np.uint16]
-    ) -> Entry:
+    def aggregate(self, round_number: int, results: Sequence[ClientResult], state: Any) -> Entry:
         """One contribution for each set of blocks that were active on the same clients."""
-        width = max((len(part.active) for part in returned if part.active is not None), default=1)
-        matrix = np.array(
-            [np.ones(width, np.bool_) if p.active is None else p.active for p in returned]
-        )
+        width = max((len(part.blocks) for part in results if part.blocks is not None), default=1)
+        every = np.ones(width, np.bool_)
+        matrix = np.array([every if part.blocks is None else part.blocks for part in results])
         groups: dict[bytes, list[int]] = {}
         for block in range(width):
             groups.setdefault(matrix[:, block].tobytes(), []).append(block)
@@ -53,10 +54,10 @@ class ZorBA(Method):
                 moved = np.isin(np.arange(width), blocks)
                 contributions.append(
                     shared_contribution(
-                        [returned[row] for row in rows],
-                        self.directions,
+                        self,
+                        [results[row] for row in rows],
                         SHARED,
-                        pack_blocks(moved),
+                        None if moved.all() else moved,
                     )
                 )
         return Entry(round_number, tuple(contributions))

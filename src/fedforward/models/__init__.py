@@ -1,1 +1,1 @@
-"""Implementations of `ForwardModel`: the quadratic for theory, causal language models for work."""
+"""Language models behind one interface: probes beside the weights, and commits."""

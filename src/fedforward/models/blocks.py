@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from fedforward.errors import FedForwardError
-from fedforward.steps import Probe
+from fedforward.core.errors import FedForwardError
+from fedforward.core.steps import Probe
 
 
 def transformer_blocks(network: nn.Module) -> Sequence[nn.Module]:

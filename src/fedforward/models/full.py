@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedforward.core.errors import FedForwardError
+from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 from fedforward.directions import Distribution
-from fedforward.directions.kernels import commit_all
-from fedforward.errors import FedForwardError
+from fedforward.directions.ops import commit_all
+from fedforward.models.base import Arrays, CausalModel, Measure, fingerprint
 from fedforward.models.blocks import class_heads, names_in_blocks
-from fedforward.models.causal_lm import CausalModel, fingerprint
-from fedforward.models.displaced import DisplacedTensor, Displacement
-from fedforward.models.head import VocabularyTile, tile_rows
-from fedforward.steps import NO_STEPS, Evaluation, Probe, ProbePlan, Steps, Update
+from fedforward.models.displaced_tensor import DisplacedTensor, Displacement
+from fedforward.models.lm_head import VocabularyTile, tile_rows
 
 
 class FullModel(CausalModel):
@@ -76,8 +76,8 @@ class FullModel(CausalModel):
             if parameter is not None and names[id(parameter)] in self._weights
         ]
 
-    def evaluate_tokens(self, probes: Sequence[Probe]) -> list[Evaluation]:
-        """See `CausalModel.evaluate_tokens`.
+    def _measured(self, probes: Sequence[Probe], measure: Measure) -> list[Arrays]:
+        """See `CausalModel`.
 
         Raises:
             FedForwardError: the network reads a tuned tensor past its parameter, so that a probe
@@ -85,7 +85,7 @@ class FullModel(CausalModel):
         """
         before = set(self._moved)
         try:
-            results = super().evaluate_tokens(probes)
+            results = super()._measured(probes, measure)
         except BaseException:
             # A pass that was cut short has not asked for everything.
             self._moved = before
@@ -117,7 +117,7 @@ class FullModel(CausalModel):
         sources: dict[str, torch.Tensor] = {}
         if any(probe.trajectory is not trajectory for probe in probes):
             shared, own = NO_STEPS, [probe.trajectory + probe.perturbation for probe in probes]
-        elif len(trajectory) and self.plan.trajectory == "copy":
+        elif len(trajectory) and self.plan.trajectory == "cache":
             self._carry(trajectory)
             shared, sources = NO_STEPS, self._copy
         displacement = Displacement(

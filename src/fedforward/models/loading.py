@@ -17,13 +17,13 @@ from urllib.request import getproxies
 
 import torch
 
+from fedforward.core.errors import FedForwardError
+from fedforward.core.seeds import derive
+from fedforward.core.steps import Steps
 from fedforward.directions import Distribution, Layout, Stream
-from fedforward.directions.kernels import accumulate
-from fedforward.errors import FedForwardError
+from fedforward.directions.ops import accumulate
 from fedforward.models.blocks import class_heads
-from fedforward.models.residency import place_the_rest
-from fedforward.seeds import derive
-from fedforward.steps import Steps
+from fedforward.models.offload import place_the_rest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -20,20 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedforward.core.batches import TokenBatch
+from fedforward.core.errors import FedForwardError
+from fedforward.core.seeds import derive
+from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 from fedforward.directions import TILE, Distribution, Layout
-from fedforward.directions.kernels import accumulate, displace
-from fedforward.errors import FedForwardError
+from fedforward.directions.ops import accumulate, displace
+from fedforward.models.base import Arrays, CausalModel, Measure, cut, fingerprint
 from fedforward.models.blocks import class_heads, names_in_blocks, transformer_blocks
-from fedforward.models.causal_lm import CausalModel, TokenBatch, cut, fingerprint
-from fedforward.models.loading import (
-    dequantize,
-    draw_normal,
-    input_device,
-    is_quantized,
-    weights,
-)
-from fedforward.seeds import derive
-from fedforward.steps import NO_STEPS, Evaluation, Probe, ProbePlan, Steps, Update
+from fedforward.models.loading import dequantize, draw_normal, input_device, is_quantized, weights
 
 ADAPTER = "default"
 #: Activations that an adapter works on at once, by device: what fits a cache, or fills a GPU.
@@ -174,8 +169,8 @@ class LoraModel(CausalModel):
             elif f"{name}.".endswith(saved):
                 self._replace_head(name.removesuffix(saved[:-1]), layer)
 
-    def evaluate_tokens(self, probes: Sequence[Probe]) -> list[Evaluation]:
-        """See `CausalModel.evaluate_tokens`. A batch too long for a forward pass is cut by rows.
+    def _measured(self, probes: Sequence[Probe], measure: Measure) -> list[Arrays]:
+        """See `CausalModel`. A batch too long for a forward pass is cut by rows.
 
         Another pass costs an adapter next to nothing, and what is worked on stays in the cache.
         """
@@ -186,18 +181,12 @@ class LoraModel(CausalModel):
             for part in self._parts(probes[places[0]].batch, len(places)):
                 pieces += [replace(probes[place], batch=part) for place in places]
                 owners += places
-        results: list[list[Evaluation]] = [[] for _ in probes]
+        results: list[list[Arrays]] = [[] for _ in probes]
         with self._carrying(probes):
-            measured = super().evaluate_tokens(pieces)
+            measured = super()._measured(pieces, measure)
         for owner, result in zip(owners, measured, strict=True):
             results[owner].append(result)
-        return [
-            Evaluation(
-                np.concatenate([part.sums for part in parts]),
-                np.concatenate([part.counts for part in parts]),
-            )
-            for parts in results
-        ]
+        return [tuple(map(np.concatenate, zip(*parts, strict=True))) for parts in results]
 
     def generate(self, probes: Sequence[Probe]) -> list[NDArray[np.int64]]:
         """See `CausalModel.generate`."""

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from fedforward.core.seeds import derive
 from fedforward.directions import Distribution, Layout
-from fedforward.directions.kernels import accumulate
-from fedforward.directions.specification import half_normal_table
-from fedforward.seeds import derive
+from fedforward.directions.ops import accumulate
+from fedforward.directions.spec import half_normal_table
 
 
 def random_mask(

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedforward.core.steps import Evaluation, Probe, Update
 from fedforward.directions import Distribution, Layout
-from fedforward.directions.kernels import accumulate
-from fedforward.steps import Evaluation, Probe, Update
+from fedforward.directions.ops import accumulate
 
 _NAME = "theta"
 

@@ -1,1 +1,1 @@
-"""What a run will need before it runs: how probes are grouped, and how much memory they take."""
+"""What a step costs and who perturbs which blocks, decided before a run."""

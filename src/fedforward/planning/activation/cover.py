@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from fedforward.errors import FedForwardError
+from fedforward.core.errors import FedForwardError
+from fedforward.core.units import format_bytes
 from fedforward.planning.activation.problem import Bools, Problem
 from fedforward.planning.activation.program import run
-from fedforward.units import format_bytes
 
 
 def check_each(problem: Problem) -> None:

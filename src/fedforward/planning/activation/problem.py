@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedforward.errors import FedForwardError
+from fedforward.core.errors import FedForwardError
 
 Objective = Literal["total", "worst"]
 Floats = NDArray[np.float64]

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import get_args
 
-from fedforward.errors import FedForwardError
+from fedforward.core.errors import FedForwardError
 from fedforward.planning.activation import exact
 from fedforward.planning.activation.cover import check_each, cover
 from fedforward.planning.activation.exchange import Search

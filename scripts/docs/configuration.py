@@ -1,0 +1,164 @@
+"""The reference of configuration keys, made from the schema by introspection.
+
+The two kinds of file are found by name among the modules of `fedforward.config`, wherever they lie.
+"""
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+import fedforward.config
+
+FILES = {
+    "Config": (
+        "A run",
+        "The configuration of `fedforward run`, `plan` and `server`. `fedforward init run.toml` "
+        "writes it with every key. A server's file leaves out `model.path` and `data.source`.",
+    ),
+    "SiteConfig": (
+        "A site",
+        "The configuration of `fedforward client`, which stays at the site. "
+        "`fedforward init site.toml --site` writes it with every key.",
+    ),
+}
+
+
+def kind_of(name: str) -> type[BaseModel]:
+    """The class of a configuration file, from whichever module of `fedforward.config` has it."""
+    package = fedforward.config
+    modules = [package.__name__]
+    modules += [
+        found.name for found in pkgutil.walk_packages(package.__path__, "fedforward.config.")
+    ]
+    for module in modules:
+        found = getattr(importlib.import_module(module), name, None)
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            return found
+    raise LookupError(
+        f"no module of fedforward.config has {name}: see scripts/docs/configuration.py"
+    )
+
+
+def sections(kind: type[BaseModel]) -> Iterator[tuple[str, str, type[BaseModel]]]:
+    """Name, docstring and class of each section of a file."""
+    for name, field in kind.model_fields.items():
+        section = _section(field.annotation)
+        if section is not None:
+            yield name, section.__doc__ or "", section
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def page() -> str:
+    """The page, in Markdown."""
+    parts = [
+        "# Configuration keys\n",
+        "This page is made from the schema. A file is TOML; on the command line a key is written "
+        "`section.key=value`. Unknown keys and values outside the limits are refused, with exit "
+        "code 2.\n",
+    ]
+    for name, (title, introduction) in FILES.items():
+        parts.append(f"## {title}\n\n{introduction}\n")
+        for section, docstring, kind in sections(kind_of(name)):
+            anchor = f"{name.lower()}-{section}"
+            parts.append(f"### `[{section}]` {{ #{anchor} }}\n")
+            extra = re.sub(r"^\[\w+\][,.]?\s*", "", docstring.strip().splitlines()[0])
+            if extra:
+                parts.append(extra[0].upper() + extra[1:].rstrip(".") + ".\n")
+            parts.append(_table(kind))
+    return "\n".join(parts)
+
+
+def _table(kind: type[BaseModel]) -> str:
+    rows = ["| key | default | allowed | what it is |", "|---|---|---|---|"]
+    for key, field in kind.model_fields.items():
+        # Braces at the end of a cell would be read as the cell's attributes.
+        description = (field.description or "").replace("{", "&#123;").replace("}", "&#125;")
+        cells = (f"`{key}`", _default(field), allowed(field), description)
+        rows.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True) if not field.is_required() else None
+    if field.is_required() or value is PydanticUndefined:
+        return "required"
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, str):
+        shown = value.replace("\n", "\\n")
+        return f'`"{shown}"`'
+    return f"`{value!r}`"
+
+
+def allowed(field: FieldInfo) -> str:
+    """What a key takes: its values, or its type with its limits."""
+    kinds = list(dict.fromkeys(_kinds(field.annotation)))
+    if names := _registered(field):
+        listed = ", ".join(f'`"{name}"`' for name in names) + ", or what a plugin registers"
+        kinds = [f"list of {listed}" if kinds[0].startswith("list") else listed]
+    limits = []
+    for constraint in _constraints(field):
+        for name, word in (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most")):
+            value = getattr(constraint, name, None)
+            if value is not None:
+                limits.append(f"{word} {value}" if value != 2**63 else "below 2^63")
+    return " or ".join(kinds) + (f", {', '.join(limits)}" if limits else "")
+
+
+def _kinds(annotation: Any) -> Iterator[str]:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    names = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+    if origin is Literal:
+        yield from (f"`{value!r}`".replace("'", '"') for value in arguments)
+    elif origin is list or origin is tuple:
+        yield f"list of {' or '.join(_plural(kind) for kind in _kinds(arguments[0]))}"
+    elif origin is dict:
+        yield "table of texts" if arguments[1] is str else "table"
+    elif hasattr(annotation, "__metadata__"):
+        yield from _kinds(arguments[0])
+    elif arguments:
+        for argument in arguments:
+            if argument is not type(None):
+                yield from _kinds(argument)
+    else:
+        yield names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _plural(kind: str) -> str:
+    return kind + "s" if kind in ("whole number", "number", "text") else kind
+
+
+def _registered(field: FieldInfo) -> tuple[str, ...]:
+    """The names that a field may be where they come from a registry; else empty."""
+    items = [m for a in get_args(field.annotation) for m in getattr(a, "__metadata__", ())]
+    for validator in (*field.metadata, *items):
+        kind = getattr(getattr(validator, "func", None), "kind", None)
+        if kind is not None:
+            return tuple(importlib.import_module("fedforward.config.names").known(kind))
+    return ()
+
+
+def _constraints(field: FieldInfo) -> list[Any]:
+    found = list(field.metadata)
+    for argument in get_args(field.annotation):
+        for extra in getattr(argument, "__metadata__", ()):
+            found += getattr(extra, "metadata", [extra])
+    return found

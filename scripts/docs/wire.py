@@ -1,0 +1,117 @@
+"""The reference of the wire form, made from the codec's own declarations (`Message.describe`)."""
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+#: Name, type and meaning of a field.
+Row = tuple[str, str, str]
+
+
+def layouts() -> dict[str, tuple[str, list[Row]]]:
+    """By title: a sentence, and the fields in the order of their numbers and lengths."""
+    from fedforward.messages import envelope
+    from fedforward.messages.codec import Message
+    from fedforward.messages.entry import Contribution, Entry
+    from fedforward.messages.report import ClientResult, Report
+    from fedforward.messages.snapshot import Snapshot
+    from fedforward.messages.task import Task
+
+    def rows(kind: type[Message]) -> list[Row]:
+        return [(row.name, row.type, row.meaning) for row in kind.describe()]
+
+    return {
+        "Envelope": (
+            "Across machines every message lies in one. A simulation has none.",
+            [
+                ("magic", "2 bytes", "says that it is one"),
+                ("version", "uint8", "of the envelope"),
+                ("kind", "uint8", "what the body is"),
+                ("run", f"{envelope.RUN_BYTES} bytes", "the run's random name"),
+                ("body", "the rest", "as the kind says"),
+                ("checksum", f"{envelope.CHECKSUM_BYTES} bytes", "of the SHA-256 before it"),
+            ],
+        ),
+        "Header": (
+            "Every task, report and snapshot begins with it.",
+            [
+                ("magic", "2 bytes", "`FF`"),
+                ("version", "uint8", "of the wire form"),
+                ("kind", "uint8", "1 task, 2 report, 3 snapshot"),
+            ],
+        ),
+        "Task": ("From the server to a site, once a round.", rows(Task)),
+        "Ledger entry": (
+            "One round's change of the tuned state. The ledger stores the same bytes.",
+            rows(Entry),
+        ),
+        "Contribution": (
+            "Steps of an entry that share a client and a set of blocks.",
+            rows(Contribution),
+        ),
+        "Report": ("From a site to the server, once a round.", rows(Report)),
+        "Snapshot": (
+            "The tuned tensors in place of the entries that led to them.",
+            rows(Snapshot),
+        ),
+        "Client result": (
+            "What the ledger keeps of a client's part in a round.",
+            rows(ClientResult),
+        ),
+    }
+
+
+def kinds() -> list[tuple[int, str]]:
+    """Number and name of each kind of message between a server and its sites."""
+    from fedforward.messages import envelope
+
+    kinds_of_message = _first(envelope, "MessageKind", "Kind")
+    return [(int(kind), str(kind.name)) for kind in kinds_of_message]
+
+
+def versions() -> list[tuple[str, str]]:
+    """What two parties compare before anything else."""
+    from fedforward.directions import VERSION
+    from fedforward.messages import codec, envelope
+
+    number = _first(envelope, "ENVELOPE_VERSION", "LETTER_VERSION")
+    return [
+        ("messages", str(codec.WIRE_VERSION)),
+        ("envelope", str(number)),
+        ("directions", str(VERSION)),
+    ]
+
+
+def _first(module: ModuleType, *names: str) -> Any:
+    """The first of some names that a module has."""
+    for name in names:
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise LookupError(f"{module.__name__} has none of {', '.join(names)}: see scripts/docs/wire.py")
+
+
+def page() -> str:
+    """The page, in Markdown."""
+    parts = [
+        "# Wire form\n",
+        "This page is made from the codec. Integers and floats are little-endian. A message that "
+        "is cut short, too long, of another version or not finite is refused with a sentence.\n",
+        "A message is one structure with all numbers, and the length of every variable part, in "
+        "the order below. The variable parts follow it in the same order.\n",
+        "| what | version |\n|---|---|",
+        *(f"| {name} | `{version}` |" for name, version in versions()),
+        "",
+    ]
+    for title, (sentence, rows) in layouts().items():
+        parts.append(f"## {title}\n\n{sentence}\n")
+        parts.append("| field | type | what it is |\n|---|---|---|")
+        parts += [f"| {name} | {kind} | {meaning} |" for name, kind, meaning in rows]
+        parts.append("")
+    parts.append("## Kinds of message\n")
+    parts.append("Kinds below 16 come from the server; the others are a site's answers.\n")
+    parts.append("| number | kind |\n|---:|---|")
+    parts += [f"| {number} | `{name}` |" for number, name in kinds()]
+    example = np.float32(0.1).tobytes().hex(" ")
+    parts.append(f"\nA float32 of 0.1 travels as `{example}`.\n")
+    return "\n".join(parts)

@@ -1,0 +1,199 @@
+"""Commands for runs across machines: certs, server, client, submit, status and stop."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedforward.cli.console import deployment_log, display, friendly, out_console, say
+from fedforward.cli.train import (
+    ConfigArgument,
+    JsonOption,
+    OutOption,
+    OverridesArgument,
+    ResumeOption,
+    RunArgument,
+)
+from fedforward.core.errors import FedForwardError
+
+TlsOption = Annotated[
+    Path | None, typer.Option("--tls", help="folder of certificates", show_default=False)
+]
+InsecureOption = Annotated[
+    bool, typer.Option("--insecure", help="no certificates, no keys: to try out on one machine")
+]
+
+
+def server(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    listen: Annotated[str, typer.Option("--listen", help="HOST:PORT")] = "0.0.0.0:9400",
+    tls: TlsOption = None,
+    insecure: InsecureOption = False,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Carry out a run over sites on other machines; needs no model and no data."""
+    from fedforward.config.site import load_terms
+    from fedforward.deployment import supervisor as supervision
+
+    out = out or Path("runs") / config.stem
+    again = ["fedforward", "server", str(config), *(overrides or []), "--listen", listen]
+    again += ["--tls", str(tls)] if tls else ["--insecure"]
+    again += ["--out", str(out), "--resume"]
+    with friendly(f"Continue with: {shlex.join(again)}"):
+        settings = load_terms(config, overrides or [])
+        _check_flower()
+        from fedforward.deployment.flower.server import Door, serve
+
+        door = Door.parse(listen, tls, insecure)
+        supervision.end_on_sigterm()
+        with display() as progress:
+            summary = serve(
+                settings, out, door, resume=resume, listener=progress, tell=deployment_log.info
+            )
+    from fedforward.training.plots import draw
+    from fedforward.training.run_directory import RunDirectory
+
+    directory = RunDirectory(out)
+    draw(directory.plot, directory.read_metrics(summary["rounds"]), summary)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+        return
+    from fedforward.cli.tables import federation_table
+
+    out_console.print(federation_table(summary))
+    say(out_console, f"\neverything is in {out}; each site has what was tuned")
+
+
+def client(
+    config: Annotated[Path, typer.Argument(help="site.toml", show_default=False)],
+    server: Annotated[str, typer.Option("--server", help="HOST:PORT", show_default=False)],
+    tls: TlsOption = None,
+    key: Annotated[
+        Path | None, typer.Option("--key", help="this site's key", show_default=False)
+    ] = None,
+    insecure: InsecureOption = False,
+    once: Annotated[bool, typer.Option("--once", help="end with the first run")] = False,
+) -> None:
+    """Take part in a server's runs with this site's own data and model, until interrupted."""
+    from fedforward.config.site import load_site
+    from fedforward.deployment import supervisor as supervision
+
+    settings = load_site(config)
+    _check_flower()
+    from fedforward.deployment.flower import client as site
+
+    site.check(tls, key, insecure)
+    supervision.end_on_sigterm()
+    site.take_part(config, settings, server, tls=tls, key=key, once=once, tell=deployment_log.info)
+
+
+def certs(
+    folder: Annotated[Path, typer.Argument(help="folder to write", show_default=False)],
+    host: Annotated[
+        list[str] | None,
+        typer.Option("--host", help="name or address of the server", show_default=False),
+    ] = None,
+    site: Annotated[
+        list[str] | None, typer.Option("--site", help="name of a site", show_default=False)
+    ] = None,
+) -> None:
+    """Make certificates for a server and keys for its sites, or what is missing of them."""
+    _check_flower()
+    from fedforward.deployment.flower import certificates
+
+    if not host and not site:
+        raise FedForwardError(
+            "Nothing to make: give --host, the name that sites reach the server by, and a "
+            "--site for each site."
+        )
+    written = certificates.make(folder, host or [], site or [])
+    for path in written:
+        say(out_console, f"wrote {path}")
+    if not written:
+        say(out_console, f"{folder} has all of it already")
+
+
+def submit(
+    config: ConfigArgument,
+    engine: Annotated[
+        str, typer.Option("--engine", help="HOST:PORT of a SuperLink", show_default=False)
+    ],
+    overrides: OverridesArgument = None,
+    authority: Annotated[
+        Path | None, typer.Option("--ca", help="its certificate's authority", show_default=False)
+    ] = None,
+    insecure: InsecureOption = False,
+    out: OutOption = None,
+) -> None:
+    """Hand a run to a Flower engine that is operated without `fedforward server`."""
+    from fedforward.config.site import load_terms
+
+    out = out or Path("runs") / config.stem
+    settings = load_terms(config, overrides or [])
+    _check_flower()
+    from fedforward.deployment.flower.engine import hand_over
+
+    if insecure == (authority is not None):
+        raise FedForwardError("Give either --ca FILE or --insecure.")
+    if authority is not None and not authority.is_file():
+        raise FedForwardError(f"--ca {authority}: no such file.")
+    with display(f"submitting to {engine}"):
+        number = hand_over(settings, out, engine, authority)
+    say(
+        out_console,
+        f"run {number} was submitted; where the engine runs it, it writes {out.absolute()}",
+    )
+
+
+def status(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Show how far a run across machines is, and what its sites do."""
+    content = _read_status(run)
+    if as_json:
+        print(json.dumps(content, indent=2))
+        return
+    from fedforward.cli.tables import status_tables
+
+    for part in status_tables(content):
+        out_console.print(part)
+
+
+def stop(run: RunArgument) -> None:
+    """Ask a run across machines to stop; it can be resumed."""
+    found = _read_status(run)
+    if found["state"] != "running":
+        raise FedForwardError(f"{run} is not running: it is {found['state']}.")
+    (run / "stop").touch()
+    say(out_console, f"asked {run} to stop")
+
+
+def _read_status(run: Path) -> dict[str, Any]:
+    path = run / "status.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise FedForwardError(
+            f"{run} has no status: it is not the --out folder of a `fedforward server` that has "
+            "begun its run."
+        ) from error
+
+
+def _check_flower() -> None:
+    """Refuse a system or an installation that runs across machines cannot use."""
+    from importlib.util import find_spec
+
+    if sys.platform == "win32":
+        raise FedForwardError(
+            "Federations across machines need Unix sockets and process groups, which Windows "
+            "lacks. Use Linux or macOS, or WSL on this machine; `fedforward run` works here."
+        )
+    if find_spec("flwr") is None:
+        raise FedForwardError(
+            "Federations across machines run on Flower, which is not installed. Install it with: "
+            "pip install 'fedforward[flower]'"
+        )

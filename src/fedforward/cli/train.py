@@ -1,0 +1,179 @@
+"""Commands for runs on one machine: demo, init, plan and run, then verify and export."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedforward.cli.console import display, friendly, out_console, say
+from fedforward.core.errors import FedForwardError
+
+ConfigArgument = Annotated[Path, typer.Argument(help="TOML file", show_default=False)]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value …", show_default=False)
+]
+OutOption = Annotated[Path | None, typer.Option("--out", help="run directory", show_default=False)]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="continue the run in --out, if there is one")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+RunArgument = Annotated[Path, typer.Argument(help="run directory", show_default=False)]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="base model, where the run directory is a server's", show_default=False
+    ),
+]
+
+
+def run(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Carry out a run: federated tuning of one model over simulated clients."""
+    from fedforward.config.loading import load
+
+    out = out or Path("runs") / config.stem
+    again = ["fedforward", "run", str(config), *(overrides or []), "--out", str(out), "--resume"]
+    with friendly(f"Continue with: {shlex.join(again)}"):
+        _carry_out(load(config, overrides or []), out, resume, as_json)
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="run directory")] = Path("runs/demo"),
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Tune the small model that ships with fedforward, over four sites, in about a minute."""
+    from fedforward.demo import run as demonstration
+
+    with friendly(f"Continue with: fedforward demo --out {shlex.quote(str(out))} --resume"):
+        data = out.parent / f"{out.name}-data" / "sites.jsonl"
+        _carry_out(demonstration.prepare(data), out, resume, as_json)
+
+
+def _carry_out(config: Any, out: Path, resume: bool, as_json: bool) -> None:
+    """Run a configuration and show its result."""
+    with display("loading libraries") as progress:
+        from fedforward.models.libraries import quiet_libraries
+
+        quiet_libraries()
+        from fedforward.training.loop import Session
+        from fedforward.training.run_directory import strict
+
+        summary = Session(config, out, resume, progress).run()
+    if as_json:
+        print(json.dumps(strict(summary), indent=2))
+        return
+    from fedforward.cli.tables import summary_table
+
+    out_console.print(summary_table(summary))
+    folder = "adapter" if config.model.tune == "lora" else "model"
+    say(out_console, f"\neverything is in {out}: see summary.json, loss.png and {folder}")
+
+
+def plan(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    picture: Annotated[
+        Path | None, typer.Option("--png", help="also draw the plan", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a run will need, before it runs: memory, blocks of each client, bytes."""
+    from fedforward.config.loading import load
+
+    settings = load(config, overrides or [])
+    if picture is not None and not picture.absolute().parent.is_dir():
+        raise FedForwardError(f"--png {picture}: there is no folder {picture.parent}.")
+    with display("loading libraries") as progress:
+        from fedforward.models.libraries import quiet_libraries
+
+        quiet_libraries()
+        from fedforward.training.preview import preview
+
+        result = preview(settings, progress)
+    from fedforward.cli import plan_tables
+
+    if as_json:
+        print(json.dumps(result.as_json(), indent=2))
+    else:
+        for part in plan_tables.render(result):
+            out_console.print(part)
+    if picture is not None:
+        plan_tables.draw(picture, result)
+        if not as_json:
+            say(out_console, f"\nwrote {picture}")
+
+
+def init(
+    path: Annotated[Path, typer.Argument(help="file to write")] = Path("fedforward.toml"),
+    site: Annotated[
+        bool, typer.Option("--site", help="a site's half of a configuration across machines")
+    ] = False,
+) -> None:
+    """Write a commented example configuration."""
+    from fedforward.config.site import example_site
+    from fedforward.config.template import example
+
+    if path.exists():
+        raise FedForwardError(f"{path} exists already. Choose another name.")
+    try:
+        text = example_site() if site else example()
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise FedForwardError(f"{path} cannot be written: {error.strerror}.") from error
+    say(
+        out_console,
+        f"wrote {path}: set model.path and data.source, then fedforward "
+        f"{'client' if site else 'run'} {path}",
+    )
+
+
+def verify(run: RunArgument, model: BaseOption = None, as_json: JsonOption = False) -> None:
+    """Rebuild the tuned parameters from base and ledger, and say whether every bit agrees."""
+    with display("rebuilding from base and ledger") as progress:
+        from fedforward.models.libraries import quiet_libraries
+
+        quiet_libraries()
+        from dataclasses import asdict
+
+        from fedforward.training import replay
+
+        result = replay.verify(run, model, progress.count)
+    if as_json:
+        print(json.dumps(asdict(result), indent=2))
+    elif not result.differences:
+        how = "rebuilt from base and ledger" if result.replayed else "state file and ledger"
+        checked = ["the saved tensors"] if result.saved else []
+        checked += [f"{result.proofs} state digests in reports"] if result.proofs else []
+        say(
+            out_console,
+            f"bit-identical: {result.rounds} rounds, {how}, agree with "
+            f"{' and '.join(checked) or 'each other (nothing else was saved yet)'}\n"
+            f"state digest   {result.state_digest}\nledger digest  {result.ledger_digest}",
+        )
+    if result.differences:
+        raise FedForwardError(f"{run} does not verify: " + "; ".join(result.differences) + ".")
+
+
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option("--out", help="new folder", show_default=False)],
+    merge: Annotated[bool, typer.Option("--merge", help="a whole model, adapters merged")] = False,
+    model: BaseOption = None,
+) -> None:
+    """Write the adapter (PEFT format) or a merged model, rebuilt from the ledger."""
+    with display("rebuilding from base and ledger") as progress:
+        from fedforward.models.libraries import quiet_libraries
+
+        quiet_libraries()
+        from fedforward.training import replay
+
+        replay.export(run, out, merge=merge, base=model, on_round=progress.count)
+    say(out_console, f"wrote {out}")

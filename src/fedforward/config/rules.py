@@ -1,0 +1,118 @@
+"""What a method or estimator does not go with, by what it declares of itself.
+
+The registries are asked for `Capabilities` and settings; no rule knows a method's name. Imports
+neither PyTorch nor the sections, which import this.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fedforward.core.errors import FedForwardError
+from fedforward.core.registry import AGGREGATORS, ESTIMATORS, METHODS
+from fedforward.methods.base import Capabilities
+from fedforward.methods.parameters import check_parameters
+
+if TYPE_CHECKING:
+    from fedforward.config.schema import Config
+
+
+def capabilities(method: str) -> Capabilities:
+    """What a method of that name can do.
+
+    Raises:
+        FedForwardError: there is none, or the package that has it cannot be imported.
+    """
+    found: Capabilities = METHODS.get(method).capabilities
+    return found
+
+
+def able(**wanted: bool) -> str:
+    """The methods with such capabilities, for a sentence."""
+    names = [
+        name
+        for name in METHODS.names()
+        if all(getattr(capabilities(name), key) == value for key, value in wanted.items())
+    ]
+    return ", ".join(map(repr, names))
+
+
+def rules(config: "Config") -> Iterator[str]:
+    """What is wrong with a configuration because of its method or estimator, a sentence each.
+
+    The sentences have no full stop. Sections are valid by themselves when this is called.
+    """
+    method, can = config.method, capabilities(config.method.name)
+    if not can.forward_only:
+        yield from _sends_tensors(config)
+    elif not can.contributions and not config.server.plain:
+        yield (
+            "server.learning_rate, server.state_decay and server.momentum scale and repeat the "
+            f"steps of a round, and method.name = {method.name!r} keeps exact sums; leave them at "
+            "1, 1 and 0"
+        )
+    if not can.blocks:
+        yield from _same_blocks(config)
+    if not can.masks and method.mask != "none":
+        yield (
+            f"method.mask = {method.mask!r} does not go with method.name = {method.name!r}, which "
+            "moves all weights"
+        )
+    if method.mask != "none" and method.client_rates == "update-difference":
+        yield (
+            f"method.mask = {method.mask!r} does not go with method.client_rates = "
+            "'update-difference', which measures all tuned weights"
+        )
+    if AGGREGATORS.get(method.aggregator).shared_directions and not can.shared_directions:
+        yield (
+            f"method.aggregator = {method.aggregator!r} compares the scalars of clients, and those "
+            f"of method.name = {method.name!r} multiply different directions; use "
+            f"{able(shared_directions=True)}, or method.aggregator = 'mean'"
+        )
+    try:
+        ESTIMATORS.get(method.estimator)(directions=method.directions, mu=method.mu)
+        check_parameters(METHODS.get(method.name), method.parameters)
+    except FedForwardError as error:
+        yield str(error).removesuffix(".")
+
+
+def _sends_tensors(config: "Config") -> Iterator[str]:
+    """Rules of methods that train by backpropagation."""
+    method, found = config.method, f"method.name = {config.method.name!r}"
+    if method.objective != "loss":
+        yield (
+            f"method.objective = {method.objective!r} has no gradient, and {found} trains by "
+            "backpropagation; use method.objective = 'loss', or one of " + able(forward_only=True)
+        )
+    if method.client_rates == "update-difference":
+        yield (
+            "method.client_rates = 'update-difference' needs projected gradients; "
+            f"with {found} allowed are 'fixed', 'random', 'loss' and 'loss-window'"
+        )
+    if config.model.offload == "host":
+        yield (
+            "model.offload = 'host' is for blocks that probes do not move, and "
+            f"{found} has no probes; use model.offload = 'none'"
+        )
+    if config.run.memory_budget is not None:
+        yield (
+            f"run.memory_budget = {config.run.memory_budget!r} says how many probes share a "
+            f"forward pass, and {found} has none; leave it out"
+        )
+    if not config.server.plain or config.server.normalise:
+        yield f"the [server] section works on steps, and {found} has tensors; leave it out"
+    if not config.simulation.plain:
+        yield (
+            "the [simulation] section is for methods whose clients send scalars; with "
+            f"{found} leave it out"
+        )
+
+
+def _same_blocks(config: "Config") -> Iterator[str]:
+    """Rules of methods whose clients all perturb the same blocks."""
+    for key in ("budgets", "active"):
+        if getattr(config.planning, key) is not None:
+            yield (
+                f"planning.{key} says which blocks a client is given, and with method.name = "
+                f"{config.method.name!r} all clients have the same; leave it out, or use "
+                f"{able(blocks=True)}"
+            )

@@ -1,0 +1,162 @@
+"""A run's configuration as a whole: its sections, and what two sections say of each other.
+
+Rules of methods and estimators lie in `rules`, reading and writing in `loading` and `template`.
+Imports neither PyTorch nor transformers.
+"""
+
+from typing import cast
+
+from pydantic import model_validator
+
+from fedforward.config import rules
+from fedforward.config.fields import MOST_COUNTED, Section
+from fedforward.config.sections import (
+    DataSection,
+    EvaluationSection,
+    FederationSection,
+    LoraSection,
+    MethodSection,
+    ModelSection,
+    PlanningSection,
+    RunSection,
+    ServerSection,
+    SimulationSection,
+)
+
+
+class Config(Section):
+    """A whole configuration."""
+
+    model: ModelSection
+    lora: LoraSection = LoraSection()
+    data: DataSection
+    evaluation: EvaluationSection = EvaluationSection()
+    federation: FederationSection = FederationSection()
+    method: MethodSection = MethodSection()
+    server: ServerSection = ServerSection()
+    planning: PlanningSection = PlanningSection()
+    simulation: SimulationSection = SimulationSection()
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _one_key_chooses_the_device(self) -> "Config":
+        if self.model.device_map == "auto" and self.run.device not in ("auto", "cuda"):
+            raise ValueError(
+                f"model.device_map = 'auto' takes all CUDA devices, and run.device = "
+                f"{self.run.device!r} names one; use run.device = 'auto', or model.device_map = "
+                "'none'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _budget_is_measured_on_the_device(self) -> "Config":
+        if self.model.offload == "host" and self.run.memory_budget is not None:
+            raise ValueError(
+                f"run.memory_budget = {self.run.memory_budget!r} is measured with every block on "
+                "the device, and model.offload = 'host' is for models that do not fit like that; "
+                "leave it out and set run.probes_per_call"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_classifier_gives_classes(self) -> "Config":
+        if self.model.head == "causal":
+            return self
+        given = [("method.objective", self.method.objective)]
+        given += [("evaluation.metrics", metric) for metric in self.evaluation.metrics]
+        for key, found in given:
+            if found not in ("loss", "accuracy"):
+                raise ValueError(
+                    f"{key} = {found!r} looks at tokens of an answer, and model.head = "
+                    "'classification' gives a class; allowed are 'loss' and 'accuracy'"
+                )
+        if self.planning.budgets is not None:
+            raise ValueError(
+                f"planning.budgets = {self.planning.budgets!r} needs predictions of memory, which "
+                "there are none of for model.head = 'classification'; use planning.active"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _accuracy_has_its_choices(self) -> "Config":
+        if self.model.head == "classification":
+            return self
+        for key, wanted in (
+            ("method.objective = 'accuracy'", self.method.objective == "accuracy"),
+            ("evaluation.metrics with 'accuracy'", "accuracy" in self.evaluation.metrics),
+        ):
+            if wanted and self.data.label_words is None:
+                raise ValueError(
+                    f"{key} needs data.label_words, the possible answers, as in "
+                    'data.label_words = { 0 = " terrible", 1 = " great" }; for free answers there '
+                    "are 'exact-match', 'f1' and 'rougeL', and for classes model.head = "
+                    "'classification'"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _small_weights_are_there(self) -> "Config":
+        if self.method.mask == "small" and self.model.tune == "lora":
+            raise ValueError(
+                "method.mask = 'small' looks at the magnitude of weights, and an adapter's factors "
+                "begin at 0; use 'random', or model.tune = 'full'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_ledger_round_holds_the_window(self) -> "Config":
+        window = self.server.window if self.server.momentum else 1
+        if self.federation.clients * window > MOST_COUNTED:
+            raise ValueError(
+                f"federation.clients = {self.federation.clients} times server.window = {window} is "
+                f"above the {MOST_COUNTED} contributions that a ledger round holds"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _planning_is_for_every_client(self) -> "Config":
+        planning, clients = self.planning, self.federation.clients
+        for key, found in (("budgets", planning.budgets), ("active", planning.active)):
+            if isinstance(found, list) and len(found) != clients:
+                raise ValueError(
+                    f"planning.{key} has {len(found)} entries for federation.clients = {clients}; "
+                    "give one for each client"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _simulated_clients_exist(self) -> "Config":
+        if self.simulation.straggler and self.federation.deadline is None:
+            raise ValueError(
+                f"simulation.straggler = {self.simulation.straggler} is the chance of a report "
+                "after federation.deadline, which is not set"
+            )
+        if self.simulation.late_join >= self.federation.clients:
+            raise ValueError(
+                f"simulation.late_join = {self.simulation.late_join} leaves none of "
+                f"federation.clients = {self.federation.clients} to begin with"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _partition_has_a_field(self) -> "Config":
+        if self.federation.partition != "iid" and not self.federation.field:
+            raise ValueError(
+                f"federation.partition = {self.federation.partition!r} needs federation.field, "
+                "the field of the data to divide by"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _method_goes_with_the_rest(self) -> "Config":
+        for sentence in rules.rules(self):
+            raise ValueError(sentence)
+        return self
+
+
+def sections_of(kind: type[Section]) -> dict[str, type[Section]]:
+    """The sections of a configuration file, by name."""
+    return {name: cast(type[Section], f.annotation) for name, f in kind.model_fields.items()}
+
+
+SECTIONS = sections_of(Config)

@@ -1,0 +1,445 @@
+"""The sections of a run's configuration, one class each, with what a section can check by itself.
+
+What joins two sections is checked in `schema`, and what a method's name decides in `rules`.
+Imports neither PyTorch nor transformers.
+"""
+
+import keyword
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from fedforward.config.fields import (
+    MOST_COUNTED,
+    Aggregator,
+    Chance,
+    Count,
+    Estimator,
+    Method,
+    Metrics,
+    Objective,
+    Positive,
+    ReportFilters,
+    Section,
+    Share,
+)
+from fedforward.core.registry import ESTIMATORS, METHODS
+from fedforward.core.units import parse_bytes
+from fedforward.methods.parameters import parameters_of
+
+
+class ModelSection(Section):
+    """[model]"""
+
+    path: str = Field(description="folder in Hugging Face format, or a hub name")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the weights as they are held in memory"
+    )
+    tune: Literal["lora", "full"] = Field("lora", description="what the run changes")
+    head: Literal["causal", "classification"] = Field(
+        "causal", description="what the network ends in: the next token, or a text's class"
+    )
+    blocks: str | list[int] = Field(
+        "all", description='transformer blocks that are tuned: "all", "8-15" or [0, 5], from 0'
+    )
+    quantization: Literal["none", "nf4"] = Field(
+        "none", description="of a frozen base's linear layers: 4 bits through bitsandbytes"
+    )
+    device_map: Literal["none", "auto"] = Field(
+        "none", description='"auto" spreads a frozen base over all CUDA devices and host memory'
+    )
+    offload: Literal["none", "host"] = Field(
+        "none",
+        description='"host" keeps the transformer blocks that a client does not perturb in host '
+        "memory; they come to the CUDA device in turn (without one there is nothing to move)",
+    )
+
+    @property
+    def tuned_blocks(self) -> tuple[int, ...] | None:
+        """The numbers in `blocks`, in order; None for all."""
+        if isinstance(self.blocks, list):
+            return tuple(sorted(set(self.blocks)))
+        if self.blocks == "all":
+            return None
+        first, dash, last = self.blocks.partition("-")
+        end = int(last if dash else first)
+        if end > MOST_COUNTED:
+            raise ValueError
+        return tuple(range(int(first), end + 1))
+
+    @model_validator(mode="after")
+    def _blocks_are_numbers(self) -> "ModelSection":
+        try:
+            blocks = self.tuned_blocks
+        except ValueError:
+            blocks = ()
+        if blocks is not None and (not blocks or min(blocks) < 0):
+            raise ValueError(
+                f"blocks = {self.blocks!r} is not allowed: it must be 'all', a range such as "
+                "'8-15', or a list of whole numbers from 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_a_frozen_base_in_one_place_is_packed(self) -> "ModelSection":
+        for key, value in (("quantization", self.quantization), ("device_map", self.device_map)):
+            if value != "none" and self.offload == "host":
+                raise ValueError(
+                    f"offload = 'host' moves plain weights of one device, and {key} = {value!r}; "
+                    f"use offload = 'none' or {key} = 'none'"
+                )
+            if value != "none" and self.tune == "full":
+                raise ValueError(
+                    f"{key} = {value!r} is for a frozen base, and tune = 'full' changes every "
+                    f"weight; use tune = 'lora' or {key} = 'none'"
+                )
+        return self
+
+
+class LoraSection(Section):
+    """[lora]"""
+
+    rank: Count = Field(8, description="r")
+    alpha: Positive = Field(16.0, description="the product BA is scaled by alpha / rank")
+    targets: str | list[str] = Field(
+        "all-linear", description='"all-linear", or names such as ["q_proj", "v_proj"]'
+    )
+    factors: Literal["both", "B"] = Field("both", description='"B" keeps the initial A')
+
+
+class DataSection(Section):
+    """[data]"""
+
+    source: str = Field(description="file (.jsonl .json .csv .tsv .parquet) or hub data set")
+    subset: str | None = Field(None, description="configuration name of a hub data set")
+    split: str = Field("train", description="split of a hub data set")
+    prompt: str = Field(
+        "### Instruction:\n{instruction}\n\n### Response:\n",
+        description="template; {name} stands for a field",
+    )
+    answer: str = Field("{output}", description="template; only its tokens count in the loss")
+    label_words: dict[str, str] | None = Field(
+        None,
+        description="words for the values of the answer's field, all of them possible answers: "
+        '{ 0 = " terrible", 1 = " great" }',
+    )
+    answer_tokens: Count = Field(48, description="most tokens of a generated answer")
+    heldout: Annotated[float, Field(gt=0.0)] = Field(
+        0.01,
+        description="share of the examples (below 1) or their number, kept for evaluation; none "
+        "are with evaluation.source",
+    )
+    sequence_length: Count = Field(512, description="most tokens of an example")
+    limit: Count | None = Field(None, description="use only so many examples of the source")
+    example: str | None = Field(
+        None, description="prompt to answer before and after; default the first held-out one"
+    )
+    fields: dict[str, str] | None = Field(
+        None,
+        description="what the templates' fields are called in this source, where that differs: "
+        '{ instruction = "question" }',
+    )
+
+    @field_validator("label_words")
+    @classmethod
+    def _words_can_be_told_apart(cls, words: dict[str, str] | None) -> dict[str, str] | None:
+        if words is not None and (len(words) < 2 or len(set(words.values())) < len(words)):
+            raise ValueError(
+                f"{words!r} is not allowed: it must be two or more different words by the values "
+                'that they stand for, as in { 0 = " terrible", 1 = " great" }'
+            )
+        return words
+
+
+class EvaluationSection(Section):
+    """[evaluation]"""
+
+    metrics: Metrics = Field(
+        [], description="measured beside the held-out loss; also package.module:function"
+    )
+    source: str | None = Field(
+        None, description="file or hub data set to evaluate on; default examples kept by heldout"
+    )
+    subset: str | None = Field(None, description="configuration name of a hub data set")
+    split: str = Field("test", description="split of a hub data set")
+    limit: Count | None = Field(None, description="evaluate on only so many examples")
+    site: str | None = Field(
+        None,
+        description="across machines: the site that evaluates; default all, weighted by their "
+        "held-out answers",
+    )
+
+
+class FederationSection(Section):
+    """[federation]"""
+
+    clients: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
+        3, description="parties; 1 is centralised MeZO"
+    )
+    rounds: Count = Field(100, description="T")
+    participation: Share = Field(1.0, description="share of the clients in each round")
+    weights: Literal["equal", "examples"] = Field("examples", description="of the average")
+    partition: Literal["iid", "dirichlet", "by-field"] = Field(
+        "iid", description='"dirichlet" and "by-field" divide by the field below'
+    )
+    field: str | None = Field(None, description="field of the data to divide by")
+    alpha: Positive = Field(0.5, description="of the Dirichlet partition: small is uneven")
+    quorum: Count = Field(1, description="reports without which a round is not closed")
+    deadline: Positive | None = Field(
+        None, description="seconds after which a round is closed with the reports that are there"
+    )
+
+    @model_validator(mode="after")
+    def _quorum_can_be_reached(self) -> "FederationSection":
+        most = max(1, round(self.participation * self.clients))
+        if self.quorum > most:
+            raise ValueError(
+                f"quorum = {self.quorum} cannot be reached: clients = {self.clients} and "
+                f"participation = {self.participation:g} make {most} clients a round"
+            )
+        return self
+
+
+class MethodSection(Section):
+    """[method]"""
+
+    name: Method = Field("fedmezo", description="the algorithm")
+    learning_rate: Positive = Field(1e-3, description="eta_0")
+    client_rates: Literal["fixed", "random", "loss", "loss-window", "update-difference"] = Field(
+        "fixed", description="how clients' own learning rates differ from eta_0"
+    )
+    rate_spread: Annotated[float, Field(ge=0.0)] | None = Field(
+        None, description="alpha of client_rates: rates lie in eta_0 ± alpha; default eta_0 / 2"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of eta_0 over the rounds"
+    )
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="rounds until the full rate")
+    final: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.0, description="what linear and cosine end at, as a share of eta_0"
+    )
+    mu: Positive = Field(1e-3, description="perturbation scale")
+    local_steps: Count = Field(30, description="H")
+    directions: Count = Field(1, description="directions averaged in each step")
+    estimator: Estimator = Field(
+        "two-point",
+        description="of the projected gradients; fzoo takes directions + 1 probes a step, "
+        "normalised by the spread of their losses",
+    )
+    mask: Literal["none", "random", "small"] = Field(
+        "none",
+        description="which tuned weights move at all: a random share, or those of least magnitude",
+    )
+    density: Share = Field(0.1, description="share of the weights that a mask lets move")
+    distribution: Literal["gaussian", "rademacher"] = Field(
+        "gaussian", description="of the directions"
+    )
+    batch_size: Count = Field(1, description="examples per step")
+    objective: Objective = Field(
+        "loss",
+        description="what is optimised; also package.module:function of predictions and references",
+    )
+    aggregator: Aggregator = Field("mean", description="how the clients' reports become one update")
+    report_filters: ReportFilters = Field(
+        [], description="what every client does to a report before it is sent, in this order"
+    )
+    parameters: dict[str, bool | int | float | str] = Field(
+        {}, description="the method's own settings, which may also stand beside these keys"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_settings(cls, content: Any) -> Any:
+        """Keys that the named method declares become its settings."""
+        name = content.get("name", "fedmezo") if isinstance(content, dict) else None
+        if not isinstance(name, str) or name not in METHODS:
+            return content
+        declared = parameters_of(METHODS.get(name))
+        own = {key: value for key, value in content.items() if key in declared}
+        given = content.get("parameters", {})
+        if not own or not isinstance(given, dict):
+            return content
+        rest = {key: value for key, value in content.items() if key not in own}
+        return {**rest, "parameters": {**given, **own}}
+
+    @field_validator("parameters")
+    @classmethod
+    def _parameters_are_arguments(
+        cls, parameters: dict[str, bool | int | float | str]
+    ) -> dict[str, bool | int | float | str]:
+        for name in parameters:
+            if not name.isidentifier() or keyword.iskeyword(name):
+                raise ValueError(
+                    f"{name!r} cannot name a parameter: it must be letters, digits and '_', as in "
+                    "{ tau = 0.5 }"
+                )
+        return parameters
+
+    @property
+    def alpha(self) -> float:
+        """The spread of the clients' rates that is in force."""
+        return self.learning_rate / 2 if self.rate_spread is None else self.rate_spread
+
+    @property
+    def probes_per_step(self) -> int:
+        """Forward passes of one local step."""
+        estimator = ESTIMATORS.get(self.estimator)(directions=self.directions, mu=self.mu)
+        count: int = estimator.probes_per_step
+        return count
+
+    @model_validator(mode="after")
+    def _rates_stay_positive(self) -> "MethodSection":
+        if self.alpha > self.learning_rate:
+            raise ValueError(
+                f"rate_spread = {self.rate_spread} is above learning_rate = {self.learning_rate}, "
+                "so that a client's rate could be negative; allowed is 0 to learning_rate"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _report_holds_the_steps(self) -> "MethodSection":
+        if self.local_steps * self.directions > MOST_COUNTED:
+            raise ValueError(
+                f"local_steps = {self.local_steps} times directions = {self.directions} is "
+                f"{self.local_steps * self.directions}; allowed are at most {MOST_COUNTED} numbers "
+                "in a report"
+            )
+        return self
+
+
+class ServerSection(Section):
+    """[server]"""
+
+    learning_rate: Positive = Field(1.0, description="multiplies the clients' average update")
+    state_decay: Share = Field(
+        1.0, description="multiplies the tuned state in every round; 1 leaves it"
+    )
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="beta: older rounds' steps are repeated, times beta per round of age"
+    )
+    window: Annotated[int, Field(ge=1, le=1000)] = Field(
+        5, description="rounds that momentum and normalise look back, the current one included"
+    )
+    normalise: bool = Field(
+        False,
+        description="divide learning rates by the size of recent projected gradients, "
+        "relative to round 1",
+    )
+
+    @property
+    def plain(self) -> bool:
+        """Whether the clients' average is written as it is."""
+        return self.learning_rate == 1 and self.state_decay == 1 and not self.momentum
+
+
+class PlanningSection(Section):
+    """[planning], of the blocks that zorba allots to clients"""
+
+    budgets: str | list[str] | None = Field(
+        None,
+        description='memory of each client, the model included: "6 GiB" for all, a list with one '
+        'for each, or "measured" for what is free on this device',
+    )
+    active: list[int] | None = Field(
+        None, description="in place of budgets: how many blocks each client can perturb"
+    )
+    epsilon: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="how far above its least the convergence surrogate may be, to save memory"
+    )
+    objective: Literal["total", "worst"] = Field(
+        "total", description="which memory is then least: of all clients, or of the worst"
+    )
+    dimension_penalty: Annotated[float, Field(ge=0.0)] = Field(
+        0.1, description="weight of the clients' active dimensions in the surrogate"
+    )
+    weights: Literal["parameters", "sensitivity"] = Field(
+        "parameters",
+        description="of blocks in the surrogate: their share of the tuned parameters, or how much "
+        "the loss feels them, measured before the run",
+    )
+
+    @model_validator(mode="after")
+    def _amounts_are_amounts(self) -> "PlanningSection":
+        if self.budgets is not None and self.active is not None:
+            raise ValueError("budgets and active say the same thing twice; leave one of them out")
+        for text in [] if self.budgets == "measured" else self.texts:
+            try:
+                parse_bytes(text)
+            except ValueError as error:
+                raise ValueError(f"budgets: {error}") from error
+        if self.active is not None and min(self.active, default=0) < 1:
+            raise ValueError(
+                f"active = {self.active} is not allowed: every client perturbs at least one block"
+            )
+        return self
+
+    @property
+    def texts(self) -> list[str]:
+        """`budgets` as a list."""
+        return [self.budgets] if isinstance(self.budgets, str) else self.budgets or []
+
+
+class SimulationSection(Section):
+    """[simulation], of what goes wrong with clients; every choice follows from run.seed"""
+
+    dropout: Chance = Field(0.0, description="chance that a client is gone for a round")
+    straggler: Chance = Field(0.0, description="chance that a report comes after the deadline")
+    byzantine: Chance = Field(
+        0.0,
+        description="share of the clients that report wrong numbers, wrong states or nonsense",
+    )
+    late_join: Annotated[int, Field(ge=0)] = Field(
+        0, description="so many clients (the last ones) join only in round late_join_round"
+    )
+    late_join_round: Count = Field(1, description="see late_join")
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing goes wrong."""
+        return self == SimulationSection()
+
+
+class RunSection(Section):
+    """[run]"""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of every random choice")
+    device: str = Field("auto", description='"auto", "cpu", "cuda" or "cuda:1"')
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads; 0 is all cores")
+    evaluate_every: Count = Field(10, description="rounds between held-out evaluations")
+    patience: Annotated[int, Field(ge=0)] = Field(
+        0, description="evaluations without a lower held-out loss before stopping; 0 is never"
+    )
+    probes_per_call: Annotated[int, Field(ge=0)] = Field(
+        0, description="most probes that share a forward pass; 0 chooses"
+    )
+    tokens_per_call: Annotated[int, Field(ge=0)] = Field(
+        0, description="tokens of a forward pass, beyond which probes or rows wait; 0 chooses"
+    )
+    memory_budget: str | None = Field(
+        None,
+        description='"6 GiB": share a forward pass among as many probes as fit, the model included',
+    )
+    trajectory: Literal["auto", "recompute", "cache"] = Field(
+        "auto",
+        description='local steps under full tuning: "recompute" them in every probe (slower, no '
+        'memory), or "cache" their sum in float32 (4 bytes a parameter)',
+    )
+
+    @model_validator(mode="after")
+    def _budget_is_an_amount(self) -> "RunSection":
+        if self.memory_budget is not None:
+            try:
+                parse_bytes(self.memory_budget)
+            except ValueError as error:
+                raise ValueError(f"memory_budget: {error}") from error
+            if self.probes_per_call:
+                raise ValueError(
+                    f"memory_budget = {self.memory_budget!r} chooses probes_per_call, which is "
+                    f"set to {self.probes_per_call}; leave one of them out"
+                )
+        return self
+
+    @property
+    def budget(self) -> int | None:
+        """`memory_budget` in bytes."""
+        return None if self.memory_budget is None else parse_bytes(self.memory_budget)

@@ -1,0 +1,266 @@
+"""The two halves of a configuration across machines, and how a site puts them together.
+
+The server has `run.toml`, a run's configuration without model and data; its terms go to every site.
+A site has `site.toml`: where its model and data are, what they are run on, and what the site will
+not do whatever the terms say. Imports no PyTorch.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from fedforward.config import rules
+from fedforward.config.fields import MOST_COUNTED, Count, ReportFilters, Section
+from fedforward.config.loading import read_toml, validate, validate_as
+from fedforward.config.schema import Config
+from fedforward.config.sections import RunSection
+from fedforward.config.template import example_of
+from fedforward.core.errors import FedForwardError
+from fedforward.core.registry import METHODS
+
+#: Stands in a server's configuration for what only sites have.
+AT_SITES = "(each site's own)"
+#: Keys that never travel: they are a site's own, or mean nothing across machines.
+_LOCAL = {
+    "model": {"path", "device_map", "offload"},
+    "data": {"source", "subset", "split", "limit", "example", "fields"},
+    "evaluation": {"source", "subset", "split", "limit"},
+    "run": set(RunSection.model_fields) - {"seed", "evaluate_every", "patience"},
+    "planning": {"budgets", "active"},
+}
+
+
+class SiteSection(Section):
+    """[site]"""
+
+    name: Annotated[str, Field(max_length=64, pattern=r"^[\w.-]*$")] = Field(
+        "", description="what people are shown beside the name that its key is registered under"
+    )
+    out: str = Field("site", description="folder for the log, and for what was tuned at the end")
+    keep_messages: bool = Field(
+        False,
+        description="keep every message, in and out, in OUT/letters; `fedforward letter` shows one",
+    )
+    filters: ReportFilters = Field(
+        [],
+        description="what this site does to its reports before they are sent, in this order, "
+        "after the run's method.report_filters",
+    )
+
+
+class SiteModelSection(Section):
+    """[model]"""
+
+    path: str = Field(description="folder in Hugging Face format, or a hub name")
+    device_map: Literal["none", "auto"] = Field(
+        "none", description='"auto" spreads a frozen base over all devices'
+    )
+    offload: Literal["none", "host"] = Field(
+        "none", description='"host" keeps blocks that are not perturbed in host memory'
+    )
+
+
+class SiteDataSection(Section):
+    """[data]"""
+
+    source: str = Field(description="file (.jsonl .json .csv .tsv .parquet) or hub data set")
+    subset: str | None = Field(None, description="configuration name of a hub data set")
+    split: str = Field("train", description="split of a hub data set")
+    limit: Count | None = Field(None, description="use only so many examples of the source")
+    heldout: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="in place of the terms' share or number of held-out examples"
+    )
+    fields: dict[str, str] | None = Field(
+        None,
+        description='what the templates\' fields are called here: { instruction = "question" }',
+    )
+
+
+class SiteRunSection(Section):
+    """[run]"""
+
+    device: str = Field("auto", description='"auto", "cpu", "cuda" or "cuda:1"')
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads; 0 is all cores")
+    probes_per_call: Annotated[int, Field(ge=0)] = Field(
+        0, description="most probes that share a forward pass; 0 chooses"
+    )
+    tokens_per_call: Annotated[int, Field(ge=0)] = Field(
+        0, description="tokens of a forward pass, beyond which probes or rows wait; 0 chooses"
+    )
+    memory_budget: str | None = Field(
+        None, description='"6 GiB": as many probes together as fit, the model included'
+    )
+    trajectory: Literal["auto", "recompute", "cache"] = Field(
+        "auto",
+        description='local steps under full tuning: "recompute" them in every probe, or "cache" '
+        "their sum",
+    )
+
+
+class LimitsSection(Section):
+    """[limits], of what this site will do"""
+
+    rounds: Count = Field(1000, description="most rounds of a run")
+    local_steps: Count = Field(1000, description="most local steps of a round")
+    directions: Count = Field(64, description="most directions of a step")
+    full_tuning: bool = Field(False, description="whether all weights may be tuned")
+    functions: bool = Field(
+        False, description="whether objectives and metrics may be Python functions of this machine"
+    )
+    active_blocks: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
+        None, description="blocks that this site can perturb at once; default all"
+    )
+
+
+class SiteConfig(Section):
+    """A whole `site.toml`."""
+
+    site: SiteSection = SiteSection()
+    model: SiteModelSection
+    data: SiteDataSection
+    run: SiteRunSection = SiteRunSection()
+    limits: LimitsSection = LimitsSection()
+
+
+def load_site(path: Path) -> SiteConfig:
+    """Read a `site.toml`.
+
+    Raises:
+        FedForwardError: no such file, not TOML, or a key or value that is not legal.
+    """
+    return validate_as(SiteConfig, read_toml(path), str(path))
+
+
+def load_terms(path: Path, overrides: list[str]) -> Config:
+    """Read a server's `run.toml`: a configuration that need not say where model and data are.
+
+    Raises:
+        FedForwardError: as `loading.load`, and for what cannot be done across machines.
+    """
+    content = read_toml(path, overrides)
+    for section, key in (("model", "path"), ("data", "source")):
+        part = content.setdefault(section, {})
+        if isinstance(part, dict):
+            part.setdefault(key, AT_SITES)
+    config = validate(content, str(path))
+    check_terms(config, str(path))
+    return config
+
+
+def check_terms(config: Config, origin: str) -> None:
+    """Refuse what only a simulation on one machine can do.
+
+    Raises:
+        FedForwardError: with a line for each such key.
+    """
+    problems = []
+    if not rules.capabilities(config.method.name).forward_only:
+        problems.append(
+            f"method.name = {config.method.name!r} sends whole tensors and trains by "
+            "backpropagation; it is for comparison in `fedforward run`. Across machines only "
+            "scalars travel."
+        )
+    if not config.simulation.plain:
+        problems.append("the section [simulation] is for `fedforward run`. Leave it out.")
+    if config.federation.partition != "iid":
+        problems.append(
+            f"federation.partition = {config.federation.partition!r} divides one data set, and "
+            "each site has its own. Leave it out."
+        )
+    for key in ("budgets", "active"):
+        value = getattr(config.planning, key)
+        if value is not None:
+            problems.append(
+                f"planning.{key} = {value!r}: a site says itself what it can perturb, with "
+                "limits.active_blocks in its site.toml. Leave it out."
+            )
+    if config.evaluation.source is not None:
+        problems.append(
+            f"evaluation.source = {config.evaluation.source!r}: sites evaluate on their own "
+            "held-out examples. Leave it out, or name one site with evaluation.site."
+        )
+    if problems:
+        head = f"{origin}: " if len(problems) == 1 else f"{origin}:\n  "
+        raise FedForwardError(head + "\n  ".join(problems))
+
+
+def terms(config: Config) -> dict[str, Any]:
+    """What sites are told of a run: every section without the keys that are a site's own."""
+    content = config.model_dump()
+    del content["simulation"]
+    return {
+        section: {
+            key: value for key, value in values.items() if key not in _LOCAL.get(section, set())
+        }
+        for section, values in content.items()
+    }
+
+
+def refusals(given: dict[str, Any], limits: LimitsSection) -> list[str]:
+    """Why a site will not take part on these terms, a sentence each; usually none.
+
+    Args:
+        given: terms as a server sent them; nothing in them has been checked.
+    """
+    method, model = _table(given, "method"), _table(given, "model")
+    found = []
+    for section, key, most in (
+        ("federation", "rounds", limits.rounds),
+        ("method", "local_steps", limits.local_steps),
+        ("method", "directions", limits.directions),
+    ):
+        value = _table(given, section).get(key)
+        if not isinstance(value, int) or value > most:
+            found.append(f"{section}.{key} = {value!r} is above this site's limits.{key} = {most}")
+    if model.get("tune") != "lora" and not limits.full_tuning:
+        found.append(
+            f"model.tune = {model.get('tune')!r} changes all weights, and this site has "
+            "limits.full_tuning = false"
+        )
+    name = method.get("name")
+    if isinstance(name, str) and name in METHODS and not rules.capabilities(name).forward_only:
+        found.append(f"method.name = {name!r} would send tensors, and this site sends scalars only")
+    metrics = _table(given, "evaluation").get("metrics")
+    metrics = metrics if isinstance(metrics, list) else [metrics]
+    own = [name for name in (method.get("objective"), *metrics) if ":" in str(name)]
+    if own and not limits.functions:
+        found.append(
+            f"{', '.join(map(repr, own))} would be run as Python code here, and this site has "
+            "limits.functions = false"
+        )
+    return found
+
+
+def _table(content: dict[str, Any], section: str) -> dict[str, Any]:
+    part = content.get(section)
+    return part if isinstance(part, dict) else {}
+
+
+def join(given: dict[str, Any], site: SiteConfig) -> Config:
+    """A whole configuration from a server's terms and a site's own half.
+
+    Raises:
+        FedForwardError: the terms are none, or do not fit what is here.
+    """
+    content: dict[str, Any] = {
+        section: {k: v for k, v in values.items() if k not in _LOCAL.get(section, set())}
+        for section, values in given.items()
+        if isinstance(values, dict) and section != "simulation"
+    }
+    for section in ("model", "data", "run"):
+        own = getattr(site, section).model_dump(exclude_none=True)
+        content.setdefault(section, {}).update(own)
+    # A site is one client of one, whatever the number of the others.
+    federation = content.setdefault("federation", {})
+    federation |= {"clients": 1, "participation": 1.0, "quorum": 1}
+    return validate(content, "the server's terms with this site's configuration")
+
+
+def example_site() -> str:
+    """A commented `site.toml` with every key, for `fedforward init --site`."""
+    return example_of(
+        SiteConfig,
+        "# A site of a federation: `fedforward client THIS_FILE --server HOST:PORT --tls CERTS "
+        "--key KEY`.\n# Commented keys show their defaults.",
+    )

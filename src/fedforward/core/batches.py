@@ -1,0 +1,105 @@
+"""Batches as plain arrays: what a network is given, and what is known of the right answers.
+
+How a batch is measured is its objective's affair. A batch without one is measured by the loss of
+its labelled tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Label of tokens that do not count (the prompt and the padding).
+IGNORED = -100
+
+
+class Batch(Protocol):
+    """What a probe is measured on."""
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """int64 [rows, length], what the network is given."""
+        ...
+
+    @property
+    def objective(self) -> Any:
+        """Measures the batch: `measure(model, probes)`; None for the loss of labelled tokens."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """Right-padded token rows. Causal attention never looks right, so no mask is needed.
+
+    For a sequence classifier the last token's label is the class of the text, and nothing else is
+    labelled, so that a row's label also says where it ends.
+
+    Attributes:
+        tokens: int64 [rows, length].
+        labels: int64 [rows, length]; IGNORED where a token does not count.
+        objective: see `Batch`.
+    """
+
+    tokens: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    objective: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch:
+    """Left-padded prompts that are continued.
+
+    Attributes:
+        tokens: int64 [rows, length].
+        mask: int64 [rows, length]; 0 where a row is padded.
+        most_tokens: of a continuation.
+        padding: the token that follows a continuation which ended before others; may be None if
+            there is one row.
+    """
+
+    tokens: NDArray[np.int64]
+    mask: NDArray[np.int64]
+    most_tokens: int
+    padding: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class ChoiceBatch:
+    """Examples with several possible answers, a row for each.
+
+    Attributes:
+        rows: the answers of one example after another; only their tokens count.
+        right: int64 [examples], the place of the right answer.
+        objective: see `Batch`.
+    """
+
+    rows: TokenBatch
+    right: NDArray[np.int64]
+    objective: Any = None
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """See `Batch`."""
+        return self.rows.tokens
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerBatch:
+    """Prompts whose generated answers are compared with references.
+
+    Attributes:
+        prompts: what is continued.
+        references: the right answers, one for each prompt.
+        objective: see `Batch`.
+    """
+
+    prompts: PromptBatch
+    references: Sequence[str]
+    objective: Any = None
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """See `Batch`."""
+        return self.prompts.tokens

@@ -1,0 +1,140 @@
+"""Which examples a client sees in which step, and their arrays.
+
+A client's batch is a pure function of (run seed, client, step count since the start of the run),
+so that a resumed run and an absent client's return need no state.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedforward.core.batches import (
+    IGNORED,
+    AnswerBatch,
+    Batch,
+    ChoiceBatch,
+    PromptBatch,
+    TokenBatch,
+)
+from fedforward.core.seeds import generator
+from fedforward.data.templates import Example
+
+Collate = Callable[[Sequence[Example]], Batch]
+
+
+def collate(examples: Sequence[Example]) -> TokenBatch:
+    """Right-padded rows; only the answers' tokens keep their labels."""
+    return _rows([(example.tokens, example.prompt_length) for example in examples])
+
+
+def collate_choices(examples: Sequence[Example]) -> ChoiceBatch:
+    """A row for each possible answer of each example."""
+    choices = [(choice, e.prompt_length) for e in examples for choice in e.choices]
+    return ChoiceBatch(_rows(choices), np.array([e.right for e in examples], np.int64))
+
+
+def collate_classes(examples: Sequence[Example]) -> TokenBatch:
+    """Right-padded texts; the last token's label is the number of the class."""
+    rows = _rows([(example.tokens, len(example.tokens)) for example in examples])
+    for row, example in enumerate(examples):
+        rows.labels[row, len(example.tokens) - 1] = example.right
+    return rows
+
+
+def collate_answers(examples: Sequence[Example], tokenizer: Any, most_tokens: int) -> AnswerBatch:
+    """The examples' prompts, with the right answers."""
+    prompts = collate_prompts(
+        [example.tokens[: example.prompt_length] for example in examples], tokenizer, most_tokens
+    )
+    return AnswerBatch(prompts, [example.reference for example in examples])
+
+
+def collate_prompts(
+    prompts: Sequence[NDArray[np.int64]], tokenizer: Any, most_tokens: int
+) -> PromptBatch:
+    """Left-padded rows, each int64 [length], to be continued by at most so many tokens."""
+    length = max(map(len, prompts))
+    tokens, mask = np.zeros((2, len(prompts), length), np.int64)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = 1
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return PromptBatch(tokens, mask, most_tokens, padding)
+
+
+def _rows(rows: Sequence[tuple[NDArray[np.int64], int]]) -> TokenBatch:
+    """Right-padded rows of (tokens, how many of them do not count)."""
+    length = max(len(whole) for whole, _ in rows)
+    tokens = np.zeros((len(rows), length), np.int64)
+    labels = np.full((len(rows), length), IGNORED, np.int64)
+    for row, (whole, prompt_length) in enumerate(rows):
+        tokens[row, : len(whole)] = whole
+        labels[row, prompt_length : len(whole)] = whole[prompt_length:]
+    return TokenBatch(tokens, labels)
+
+
+#: Batches among which examples are exchanged, so that those of a batch have similar lengths.
+BATCHES_SORTED = 16
+
+
+class Batches:
+    """The endless, shuffled stream of one client's batches, addressable by step.
+
+    Every example comes once an epoch. Within stretches of 16 batches the examples are sorted into
+    batches of similar length, and those are shuffled: less padding, and no order of lengths.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        batch_size: int,
+        run_seed: int,
+        client: int,
+        collate: Collate = collate,
+    ) -> None:
+        self.examples = examples
+        self.collate = collate
+        self.batch_size = batch_size
+        self.run_seed = run_seed
+        self.client = client
+        self._epoch = -1
+        self._order = np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of step `step` counted from the start of the run, from 0."""
+        first = step * self.batch_size
+        return self.collate([self._example(first + place) for place in range(self.batch_size)])
+
+    def _example(self, position: int) -> Example:
+        epoch, place = divmod(position, len(self.examples))
+        if epoch != self._epoch:
+            self._order = self._shuffled(epoch)
+            self._epoch = epoch
+        return self.examples[int(self._order[place])]
+
+    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
+        """The examples in the order of an epoch, int64 [examples]."""
+        random = generator(self.run_seed, "epoch", self.client, epoch)
+        order = random.permutation(len(self.examples))
+        lengths = np.array([len(example.tokens) for example in self.examples])
+        # The epoch's first examples may belong to a batch that the one before began.
+        begin = -epoch * len(order) % self.batch_size
+        while self.batch_size > 1 and begin + self.batch_size <= len(order):
+            count = min(BATCHES_SORTED, (len(order) - begin) // self.batch_size)
+            part = order[begin : begin + count * self.batch_size]
+            batches = part[np.argsort(lengths[part], kind="stable")].reshape(count, -1)
+            order[begin : begin + len(part)] = batches[random.permutation(count)].ravel()
+            begin += len(part)
+        return order
+
+
+def by_length(examples: Sequence[Example], rows: int) -> list[list[Example]]:
+    """Every example once, in groups of similar length (for evaluation)."""
+    order = sorted(examples, key=lambda example: len(example.tokens))
+    return [order[begin : begin + rows] for begin in range(0, len(order), rows)]

@@ -1,0 +1,1 @@
+"""A federation across machines: coordinator, sites and the engines that carry messages."""

@@ -1,0 +1,104 @@
+"""What a site says that it measured, checked, and several sites' figures made one."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedforward.core.errors import MessageError
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The body of a FIGURES letter.
+
+    Attributes:
+        rounds: ledger rounds that the site holds.
+        digest: of its tuned state, hexadecimal.
+        examples: held-out examples.
+        tokens: held-out answer tokens.
+        loss: mean held-out loss per answer token, in nats; NaN where it is not finite; None where
+            none was measured.
+        metrics: by name; NaN where one is not finite.
+    """
+
+    rounds: int
+    digest: str
+    examples: int
+    tokens: int
+    loss: float | None
+    metrics: dict[str, float]
+
+    @classmethod
+    def decode(cls, content: dict[str, Any]) -> "Figures":
+        """From a letter's JSON, in which null stands for what is not finite.
+
+        Raises:
+            MessageError: something is missing, of another type or out of range.
+        """
+        try:
+            metrics = content.get("metrics", {})
+            if not isinstance(metrics, dict):
+                raise TypeError(f"metrics {metrics!r}")
+            return cls(
+                rounds=_count(content["rounds"]),
+                digest=bytes.fromhex(content["digest"]).hex(),
+                examples=_count(content["examples"]),
+                tokens=_count(content["tokens"]),
+                loss=_real(content["heldout_loss"]) if "heldout_loss" in content else None,
+                metrics={str(name): _real(value) for name, value in metrics.items()},
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise MessageError(f"Figures were refused: {error!r} in them.") from error
+
+    def complete(self, names: Sequence[str]) -> bool:
+        """Whether the loss and these metrics are there, and no others."""
+        return self.loss is not None and set(self.metrics) == set(names)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**53:
+        raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def _real(value: Any) -> float:
+    if value is None:
+        return math.nan
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a number")
+    return float(value)
+
+
+def combined(answers: Sequence[Figures]) -> dict[str, Any]:
+    """`heldout_loss` and `metrics` of several sites together; empty where nothing was measured.
+
+    Losses are weighted by answer tokens and other metrics by examples; perplexity is that of the
+    combined loss. A site whose loss is not finite is left out as long as another's is.
+    """
+    measured = [(answer.loss, answer) for answer in answers if answer.loss is not None]
+    sound = [(loss, answer) for loss, answer in measured if math.isfinite(loss)] or measured
+    if not sound:
+        return {}
+    loss = weighted_mean([loss for loss, _ in sound], [answer.tokens for _, answer in sound])
+    figures: dict[str, Any] = {"heldout_loss": loss}
+    metrics = {}
+    for name in sound[0][1].metrics:
+        having = [answer for _, answer in sound if name in answer.metrics]
+        values = [answer.metrics[name] for answer in having]
+        metrics[name] = weighted_mean(values, [answer.examples for answer in having])
+    if "perplexity" in metrics:
+        with np.errstate(over="ignore"):
+            metrics["perplexity"] = float(np.exp(loss))
+    if metrics:
+        figures["metrics"] = metrics
+    return figures
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:
+    """Σ w v / Σ w in float64; NaN where nothing weighs anything."""
+    if not any(weights):
+        return math.nan
+    return float(np.average(np.array(values, np.float64), weights=np.array(weights, np.float64)))

@@ -1,0 +1,1 @@
+"""Objectives and metrics, and the held-out evaluation."""

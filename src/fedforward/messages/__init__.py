@@ -1,0 +1,1 @@
+"""What travels and what is stored, with its binary form. No PyTorch."""

@@ -1,0 +1,291 @@
+"""What a server and its sites send each other across machines: messages in sealed envelopes.
+
+A letter names the run that it belongs to and what it is, and ends in a checksum, so that a damaged
+letter, or one of another run, is refused before anything in it is read. Who may send at all is the
+engine's affair (keys and TLS). Greetings and figures are JSON; everything that is sent in every
+round is binary (`fedforward.messages.codec`).
+"""
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from fedforward.core.errors import MessageError
+from fedforward.core.identity import ModelIdentity
+from fedforward.directions import VERSION, Layout
+from fedforward.messages.codec import WIRE_VERSION
+
+LETTER_VERSION = 1
+#: Bytes of a sentence that are shown.
+LONGEST = 2000
+#: Training examples that a site can have, and axes of a tuned tensor.
+MOST_EXAMPLES, MOST_AXES = 2**31, 8
+#: Characters of a site's name for itself.
+LONGEST_NAME = 64
+#: Bytes of a run's random name.
+RUN_BYTES = 8
+HEAD_FORM = struct.Struct(f"<2sBB{RUN_BYTES}s")
+_MAGIC = b"FL"
+CHECKSUM_BYTES = 8
+
+
+class Kind(IntEnum):
+    """What a letter is. Below 16: from the server; from 16 on: a site's answer."""
+
+    #: JSON: the terms of the run. Answered by ENROLMENT.
+    GREETING = 1
+    #: A `Task`. Answered by REPORT.
+    TASK = 2
+    #: A `Task` without steps: come to this round and evaluate. Answered by FIGURES.
+    EVALUATION = 3
+    #: Nothing. Answered by SNAPSHOT.
+    SNAPSHOT_WANTED = 4
+    #: A `Task` without steps: the run is over, keep what was tuned. Answered by FIGURES.
+    FAREWELL = 5
+    #: A sentence: why the server will not have this site. Answered by FIGURES.
+    DISMISSAL = 6
+
+    #: JSON: who the site is, and what it has in common with the others.
+    ENROLMENT = 16
+    #: A `Report`.
+    REPORT = 17
+    #: JSON: measured figures, and the digest of the tuned state.
+    FIGURES = 18
+    #: A `Snapshot`.
+    SNAPSHOT = 19
+    #: A sentence: what the site will not do, and why.
+    REFUSAL = 20
+    #: Nothing: the site does not know the run, and must be greeted first.
+    STRANGER = 21
+    #: JSON: how many rounds the site really holds. The task must be sent again with what it lacks.
+    BEHIND = 22
+
+
+@dataclass(frozen=True)
+class Letter:
+    """An opened envelope.
+
+    Attributes:
+        kind: what it is.
+        run: the run's random name, 8 bytes.
+        body: a message, JSON or a sentence, as its kind says.
+    """
+
+    kind: Kind
+    run: bytes
+    body: bytes = b""
+
+    def seal(self) -> bytes:
+        """The wire form."""
+        content = HEAD_FORM.pack(_MAGIC, LETTER_VERSION, self.kind, self.run) + self.body
+        return content + _checksum(content)
+
+    @classmethod
+    def open(cls, data: bytes) -> "Letter":
+        """Raises `MessageError` for anything but a whole letter of this version."""
+        if len(data) < HEAD_FORM.size + CHECKSUM_BYTES:
+            raise MessageError(f"A letter of {len(data)} bytes was refused: it is cut short.")
+        magic, version, kind, run = HEAD_FORM.unpack_from(data)
+        if magic != _MAGIC:
+            raise MessageError("A letter that is not fedforward's was refused.")
+        if version != LETTER_VERSION:
+            raise MessageError(
+                f"A letter of version {version} was refused; this side speaks {LETTER_VERSION}. "
+                "Install the same release of fedforward on both sides."
+            )
+        if _checksum(data[:-CHECKSUM_BYTES]) != data[-CHECKSUM_BYTES:]:
+            raise MessageError("A letter was refused: it was altered or damaged on its way.")
+        try:
+            return cls(Kind(kind), run, data[HEAD_FORM.size : -CHECKSUM_BYTES])
+        except ValueError as error:
+            raise MessageError(f"A letter of kind {kind} was refused: there is none.") from error
+
+    def json(self) -> dict[str, Any]:
+        """The body of a letter that is JSON.
+
+        Raises:
+            MessageError: it is not an object of JSON.
+        """
+        try:
+            content = json.loads(self.body, parse_constant=_no_number)
+        except (ValueError, RecursionError) as error:
+            raise MessageError(
+                f"A letter of kind {self.kind.name} was refused: {error}."
+            ) from error
+        if not isinstance(content, dict):
+            raise MessageError(f"A letter of kind {self.kind.name} was refused: no JSON object.")
+        return content
+
+    def text(self) -> str:
+        """The body of a letter that is a sentence, as it may be shown: it is another party's."""
+        return shown(self.body[:LONGEST].decode(errors="replace"))
+
+
+def shown(text: str) -> str:
+    """Another party's text as it may be put on a terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _checksum(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()[:CHECKSUM_BYTES]
+
+
+def packed(content: Any) -> bytes:
+    """JSON without white space."""
+    return json.dumps(content, separators=(",", ":"), sort_keys=True).encode()
+
+
+@dataclass(frozen=True)
+class Enrolment:
+    """What a site says of itself when it is greeted.
+
+    Attributes:
+        name: what the site calls itself; empty for the name that its key was registered under.
+        model: what it must have in common with the others.
+        examples: training examples.
+        heldout: examples that it keeps for evaluation.
+        rounds: ledger rounds of this run that it holds already.
+        active_blocks: blocks that it can perturb; None is all.
+    """
+
+    name: str
+    model: ModelIdentity
+    examples: int
+    heldout: int
+    rounds: int
+    active_blocks: int | None = None
+
+    def encode(self) -> bytes:
+        """The body of an ENROLMENT."""
+        layout = self.model.layout
+        return packed(
+            {
+                "name": self.name,
+                "examples": self.examples,
+                "heldout": self.heldout,
+                "rounds": self.rounds,
+                "active_blocks": self.active_blocks,
+                "direction_version": VERSION,
+                "wire_version": WIRE_VERSION,
+                "model": {
+                    "layout": [layout.names, layout.shapes, layout.blocks, layout.owners],
+                    "base": self.model.base,
+                    "tokenizer": self.model.tokenizer,
+                    "classes": self.model.classes,
+                    "state_bytes": self.model.state_bytes,
+                },
+            }
+        )
+
+    @classmethod
+    def decode(cls, content: dict[str, Any]) -> "Enrolment":
+        """From a letter's JSON.
+
+        Raises:
+            MessageError: something is missing or of another type, or the site derives directions
+                or writes messages in another version.
+        """
+        _check_version("direction_version", content, VERSION)
+        _check_version("wire_version", content, WIRE_VERSION)
+        try:
+            model = content["model"]
+            names, shapes, blocks, owners = model["layout"]
+            layout = Layout(
+                tuple(map(str, names)),
+                tuple(tuple(map(_count, shape[:MOST_AXES])) for shape in shapes),
+                tuple(map(str, blocks)),
+                tuple(map(_count, owners)),
+            )
+            layout.check()
+            identity = ModelIdentity(
+                layout=layout,
+                base=_text(model["base"]),
+                classes=tuple(map(_text, _list(model["classes"]))),
+                state_bytes=_count(model["state_bytes"]),
+                tokenizer=_text(model["tokenizer"]),
+            )
+            active = content["active_blocks"]
+            return cls(
+                name=shown(_text(content["name"]))[:LONGEST_NAME],
+                model=identity,
+                examples=_examples(content["examples"]),
+                heldout=_count(content["heldout"]),
+                rounds=_count(content["rounds"]),
+                active_blocks=None if active is None else max(1, _count(active)),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise MessageError(f"An enrolment was refused: {error!r} in it.") from error
+
+
+def _count(value: Any) -> int:
+    """A whole number from 0 that fits the wire's largest field."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def _examples(value: Any) -> int:
+    """Training examples: they weigh a site's part, so they are some, and a number of this world."""
+    if not 1 <= _count(value) <= MOST_EXAMPLES:
+        raise ValueError(f"{value!r} training examples")
+    return int(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is not a list")
+    return value
+
+
+def _check_version(key: str, content: dict[str, Any], mine: object) -> None:
+    found = content.get(key)
+    if found != mine:
+        raise MessageError(
+            f"A site of {key.replace('_', ' ')} {found} was refused; this server has {mine}. "
+            "Install the same release of fedforward on both sides."
+        )
+
+
+#: What two parties with different models are told, by what differs.
+_DIFFERENCES = {
+    "base": "its base model has other weights than the other sites' (model.path)",
+    "tokenizer": "its tokenizer splits text in another way than the other sites' (model.path)",
+    "layout": "its tuned tensors have other names, shapes or blocks than the other sites'",
+    "classes": "its data have other classes than the other sites'",
+    "state_bytes": "its tuned tensors are of another size than the other sites'",
+}
+
+
+def difference(mine: ModelIdentity, others: ModelIdentity) -> str:
+    """Why a site cannot take part: what it has not in common with the others, or nothing."""
+    for key, words in _DIFFERENCES.items():
+        if getattr(mine, key) != getattr(others, key):
+            return words
+    return ""
+
+
+def deviation(header: dict[str, Any], pinned: dict[str, Any] | None) -> str:
+    """Why a site cannot take part in a run that has a ledger, or nothing.
+
+    Args:
+        header: that the ledger would have with the site's model.
+        pinned: that it has; None before there is one.
+    """
+    if pinned is None:
+        return ""
+    differing = [key for key, value in header.items() if pinned.get(key) != value]
+    other = "it has not the model and settings that the run was started with"
+    return next((_DIFFERENCES.get(key, other) for key in differing), "")

@@ -1,0 +1,339 @@
+"""What every method is: which directions a client probes, how reports become steps, and replay.
+
+A method is one short file that reads like its paper's algorithm box. It alone knows the seeds of
+its directions, what it adds to messages (their payloads), and what it remembers from round to
+round. Everything else asks its `Capabilities`. No method imports PyTorch at its top.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedforward.core.errors import FedForwardError, MessageError
+from fedforward.core.registry import METHODS
+from fedforward.core.seeds import direction_seed, dither_seed
+from fedforward.core.steps import NO_STEPS, Evaluation, Probe, Steps, Update
+from fedforward.messages.entry import Contribution, Entry
+from fedforward.messages.report import ClientResult, Report
+from fedforward.messages.snapshot import Snapshot
+from fedforward.messages.task import Task
+from fedforward.methods.aggregation import Aggregator, join, mean
+from fedforward.methods.estimators import Estimator, TwoPoint
+
+#: What a client does in a round: it yields probes and is sent their evaluations.
+LocalRound = Generator[Sequence[Probe], Sequence[Evaluation], Report]
+
+
+class BatchStream(Protocol):
+    """A client's batches by step since the start of the run."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, step: int) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What the rest of the system may rely on; rules read these, and no method's name.
+
+    Attributes:
+        forward_only: clients run forward passes only; else they backpropagate and send tensors.
+        replayable: the ledger's entries rebuild the tuned state. Where they do not, what the
+            server remembers is the tuned state: it lies in a file beside the ledger, and an
+            entry's payload is its SHA-256.
+        shared_directions: all clients of a round probe the same directions, so that their scalars
+            can be compared.
+        blocks: clients may be given different blocks.
+        contributions: a round's update is a list of steps that the server may scale, repeat and
+            decay.
+        masks: a mask may keep some weights from moving.
+        from_base: every state is a sum on top of the base weights, which are kept beside it.
+    """
+
+    forward_only: bool = True
+    replayable: bool = True
+    shared_directions: bool = False
+    blocks: bool = False
+    contributions: bool = True
+    masks: bool = True
+    from_base: bool = False
+
+
+class MethodState(Protocol):
+    """What a method remembers from round to round, at the server and at each replica."""
+
+    def encode(self) -> bytes:
+        """What a client can take over in place of ledger entries; empty if there is nothing."""
+        ...
+
+    def restore(self, data: bytes) -> None:
+        """Take over what `encode` gave.
+
+        Raises:
+            MessageError: it is of another size than this run's.
+        """
+        ...
+
+
+class NoState:
+    """For methods that remember nothing: their state is in the weights alone."""
+
+    def encode(self) -> bytes:
+        """Nothing."""
+        return b""
+
+    def restore(self, data: bytes) -> None:
+        """Nothing to take over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A federated method.
+
+    A subclass gives `seeds` and `aggregate`; with a payload of its own, or a memory, also the
+    functions that concern them. Fields made by `parameter` are keys of the section `[method]`.
+
+    Attributes:
+        capabilities: of the class.
+        local_steps: H.
+        estimator: how a step measures its projected gradients.
+        aggregator: how the scalars of clients that share directions are joined.
+        run_seed: from which directions are derived.
+    """
+
+    capabilities: ClassVar[Capabilities] = Capabilities()
+    local_steps: int = 30
+    estimator: Estimator = TwoPoint()
+    aggregator: Aggregator = mean
+    run_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.aggregator.shared_directions and not self.capabilities.shared_directions:
+            raise FedForwardError(
+                f"method.aggregator compares the scalars of clients, and those of method.name = "
+                f"{self.name!r} multiply different directions. Use a method whose clients share "
+                "directions ('decomfl', 'zorba'), or aggregator = 'mean'."
+            )
+
+    @property
+    def name(self) -> str:
+        """As in `method.name` of a configuration."""
+        return METHODS.name_of(type(self))
+
+    @property
+    def directions(self) -> int:
+        """Directions of each step; its projected gradients in a report times H."""
+        return self.estimator.directions
+
+    # ---- directions and replay -----------------------------------------------------------------
+
+    @abstractmethod
+    def seeds(self, round_number: int, client: int, payload: bytes = b"") -> NDArray[np.uint64]:
+        """The seeds of a client's directions in a round, uint64 [H * n], step after step.
+
+        Args:
+            payload: that the tasks of the round carried.
+        """
+
+    def new_state(self) -> MethodState:
+        """What a server or a replica remembers before the first round."""
+        return NoState()
+
+    def update(self, entry: Entry, state: Any) -> Update:
+        """What a ledger entry does to the weights; `state` takes the entry in.
+
+        Raises:
+            MessageError: the entry is not one of this method.
+        """
+        parts = entry.contributions
+        expected = self.local_steps * self.directions
+        for part in parts:
+            if len(part.coefficients) != expected:
+                raise MessageError(
+                    f"Ledger round {entry.round} was refused: it has {len(part.coefficients)} "
+                    f"coefficients of a client, and this run has {expected} directions a round."
+                )
+        if not parts:
+            return Update(NO_STEPS, dither_seed(self.run_seed, entry.round), entry.decay)
+        seeds = np.concatenate([self.seeds(entry.round - p.age, p.client) for p in parts])
+        coefficients = np.concatenate([part.coefficients for part in parts])
+        steps = Steps(seeds, coefficients)
+        moved = [part.blocks for part in parts if part.blocks is not None]
+        if moved:
+            every = np.ones(len(moved[0]), np.bool_)
+            rows = [every if part.blocks is None else part.blocks for part in parts]
+            if {len(row) for row in rows} != {len(every)}:
+                raise MessageError(
+                    f"Ledger round {entry.round} was refused: its sets of blocks are of "
+                    "different numbers of blocks."
+                )
+            active = np.repeat(np.array(rows).T, expected, axis=1)
+            steps = Steps(seeds, np.where(active, coefficients, np.float32(0.0)))
+        return Update(steps, dither_seed(self.run_seed, entry.round), entry.decay)
+
+    def restore(self, model: Any, snapshot: Snapshot, state: Any) -> None:
+        """Bring a model, and what its replica remembers, to a snapshot's state."""
+        model.assign_bytes(snapshot.data)
+
+    # ---- the client ----------------------------------------------------------------------------
+
+    def local_round(self, task: Task, batches: BatchStream, model: Any = None) -> LocalRound:
+        """θ_{h+1} = θ_h - (η_i / n) Σ_d g_hd z_hd for h < H, in the active blocks.
+
+        The client's part of a round, on its own trajectory, which is dropped after reporting g.
+
+        Args:
+            model: at the state that the task starts from; a forward-only method does not touch it.
+        """
+        seeds = self.seeds(task.round, task.client, task.payload)
+        trajectory = NO_STEPS
+        gradients: list[float] = []
+        losses: list[float] = []
+        skipped = 0
+        n = self.directions
+        for step in range(self.local_steps):
+            batch = batches[task.round * self.local_steps + step]
+            own = seeds[step * n : (step + 1) * n]
+            directions = [direction(seed, task.blocks) for seed in own]
+            evaluations = yield self.estimator.probes(batch, trajectory, directions)
+            projected, loss = self.estimator.gradients(evaluations)
+            if np.isfinite(projected).all():
+                losses.append(loss)
+            else:
+                projected = np.zeros_like(projected)
+                skipped += 1
+            moved = Steps.of(own, -task.learning_rate / n * projected.astype(np.float64))
+            trajectory = trajectory + (moved if task.blocks is None else moved.within(task.blocks))
+            gradients.extend(projected.tolist())
+        return Report(
+            round=task.round,
+            client=task.client,
+            examples=len(batches),
+            loss=float(np.mean(losses)) if losses else float("nan"),
+            skipped=skipped,
+            gradients=np.array(gradients, np.float32),
+        )
+
+    def rehearse(
+        self, model: Any, batches: Sequence[Any], active: NDArray[np.bool_] | None = None
+    ) -> None:
+        """A step in the middle of a round, on given batches, that changes nothing.
+
+        What a step takes in memory is measured on it.
+
+        Args:
+            batches: one for each client that advances in the same call.
+            active: the blocks that are perturbed, bool [B]; None is all.
+        """
+        model.evaluate(rehearsal(self.estimator, batches, active))
+
+    # ---- the server ----------------------------------------------------------------------------
+
+    def task_payload(self, state: Any) -> bytes:
+        """What the tasks of the coming round carry beside what all methods need."""
+        return b""
+
+    def check_report(self, report: Report, parameters: int) -> None:
+        """Refuse a report that is not one of this method.
+
+        Args:
+            parameters: tuned parameters of the model.
+
+        Raises:
+            MessageError: see above.
+        """
+        expected = self.local_steps * self.directions
+        if len(report.gradients) != expected or report.payload:
+            raise MessageError(
+                f"A report of client {report.client} was refused: it has "
+                f"{len(report.gradients)} projected gradients, not {expected}."
+            )
+
+    @abstractmethod
+    def aggregate(self, round_number: int, results: Sequence[ClientResult], state: Any) -> Entry:
+        """The server's part: the round's steps from the results, sorted by client."""
+
+    def observe(  # noqa: B027 - most methods remember nothing
+        self, entry: Entry, results: Sequence[ClientResult], state: Any
+    ) -> None:
+        """Take a round that was closed into what the server remembers; also on resume."""
+
+    def kept(self, report: Report) -> Report:
+        """What the ledger keeps of a report."""
+        return report
+
+    def own_update(self, round_number: int, result: ClientResult, payload: bytes = b"") -> Steps:
+        """Δ_i = -(η_i / n) Σ_h g_ih z_ih in the client's blocks: what it would do to θ alone."""
+        report = result.report
+        seeds = self.seeds(round_number, report.client, payload)
+        steps = Steps.of(
+            seeds, -result.learning_rate / self.directions * report.gradients.astype(np.float64)
+        )
+        return steps if result.blocks is None else steps.within(result.blocks)
+
+
+def direction(seed: np.uint64, active: NDArray[np.bool_] | None) -> Steps:
+    """z(seed) in the active blocks, as a step of coefficient 1."""
+    whole = Steps.of([int(seed)], [1.0])
+    return whole if active is None else whole.within(active)
+
+
+def rehearsal(
+    estimator: Estimator, batches: Sequence[Any], active: NDArray[np.bool_] | None = None
+) -> list[Probe]:
+    """The probes of one step of each client, in the middle of a round.
+
+    Args:
+        batches: one for each client.
+        active: the blocks that are perturbed, bool [B]; None is all.
+    """
+    probes: list[Probe] = []
+    for batch in batches:
+        # Every client carries a sum of its own; it is there, but too small to change anything.
+        trajectory = Steps.of([1], [1e-30])
+        trajectory = trajectory if active is None else trajectory.within(active)
+        seeds = np.arange(2, 2 + estimator.directions, dtype=np.uint64)
+        probes += estimator.probes(batch, trajectory, [direction(s, active) for s in seeds])
+    return probes
+
+
+def round_seeds(
+    run_seed: int, round_number: int, client: int, steps: int, directions: int
+) -> NDArray[np.uint64]:
+    """The seeds of one round's directions, new in every round, uint64 [steps * directions]."""
+    return np.array(
+        [
+            direction_seed(run_seed, round_number, client, *divmod(place, directions))
+            for place in range(steps * directions)
+        ],
+        dtype=np.uint64,
+    )
+
+
+def coefficients(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Float64 sums as the ledger's float32, rounded once.
+
+    What float32 cannot hold becomes infinite here, and the ledger refuses it.
+    """
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
+
+
+def shared_contribution(
+    method: Method,
+    results: Sequence[ClientResult],
+    client: int,
+    blocks: NDArray[np.bool_] | None = None,
+) -> Contribution:
+    """The joined coefficients of clients that share directions; sums in float64."""
+    joined = join(
+        method.aggregator,
+        [part.report.gradients for part in results],
+        [part.learning_rate for part in results],
+        [part.weight for part in results],
+        method.directions,
+    )
+    return Contribution(client, coefficients(joined), blocks)

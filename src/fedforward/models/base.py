@@ -1,0 +1,512 @@
+"""What all tuned language models share: probes in one batch, the loss, commit and digest.
+
+How a probe's displacement reaches the weights is left to `lora` (a batched adapter bank) and
+`full` (tiles beside the weights).
+"""
+
+import hashlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from itertools import groupby
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedforward.core.batches import IGNORED, Batch, PromptBatch, TokenBatch
+from fedforward.core.errors import FedForwardError, MessageError
+from fedforward.core.steps import Evaluation, Probe, ProbePlan, Update
+from fedforward.directions import Distribution, Layout
+from fedforward.directions.ops import commit_all
+from fedforward.models.blocks import Prefix, class_heads, names_by_block
+from fedforward.models.lm_head import Head, VocabularyTile, losses_of
+from fedforward.models.loading import input_device
+from fedforward.models.offload import Residency
+
+
+def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order given; hexadecimal."""
+    state = hashlib.sha256()
+    for name, tensor in tensors:
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        state.update(flat.numpy().data)
+    return state.hexdigest()
+
+
+#: What a forward pass yields: arrays with a row for each row of a probe's batch.
+Arrays = tuple[NDArray[Any], ...]
+#: From tokens, labels and probes of one forward pass to tensors in main memory, a row for each.
+Measure = Callable[[torch.Tensor, torch.Tensor, Sequence[Probe]], tuple[torch.Tensor, ...]]
+
+
+class CausalModel(ABC):
+    """A causal language model with tuned tensors: the `ForwardModel` of real work.
+
+    A sequence classifier on such a model, or on an encoder, is measured through the same passes.
+
+    Attributes:
+        network: the transformers model that runs.
+        classes: names of a sequence classifier's classes, in the order of its logits; else empty.
+        tensors: the tuned tensors by canonical name, in the layout's order.
+        layout: their place in the tunable space.
+        plan: how probes are grouped.
+        base_fingerprint: of all weights as loaded, hexadecimal; parties must agree on it.
+        masks: bool, by tensor, which coordinates may move at all; empty is all of them.
+        residency: of the transformer blocks, where those that rest wait in host memory.
+        changed_share: of the tuned weights, how many the last update changed; None in float32,
+            where it says nothing.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        tensors: Mapping[str, torch.Tensor],
+        distribution: Distribution,
+        plan: ProbePlan,
+        base_fingerprint: str,
+    ) -> None:
+        self.network = network
+        blocks = names_by_block(network, tensors)
+        self.layout = Layout.of({name: tuple(t.shape) for name, t in tensors.items()}, blocks)
+        self.tensors = {name: tensors[name] for name in self.layout.names}
+        self.distribution = distribution
+        self.plan = plan
+        self.base_fingerprint = base_fingerprint
+        self.device = input_device(network)
+        self.changed_share: float | None = None
+        forward = inspect.signature(network.forward).parameters
+        self._selects_logits = "logits_to_keep" in forward
+        self._plain_options = {"use_cache": False} if "use_cache" in forward else {}
+        named = network.config.id2label if class_heads(network) else {}
+        self.classes = tuple(named[place] for place in range(len(named)))
+        self.head = Head(network)
+        self.prefix = Prefix(network, self.layout.blocks)
+        self._base: dict[str, torch.Tensor] = {}
+        self.masks: dict[str, torch.Tensor] = {}
+        self.residency: Residency | None = None
+
+    def rest_on_host(self) -> None:
+        """From now on the transformer blocks that probes do not move wait in host memory.
+
+        They come to the device while they run. Those that the last probes moved stay there.
+        """
+        self.residency = Residency(self.network, self.device, self._staying())
+        self._moved_house()
+        # Only now does a network run whose blocks were left in host memory when it was loaded.
+        self.head = Head(self.network)
+
+    def _staying(self) -> Collection[int]:
+        """`data_ptr` of storages within blocks that do not move with them."""
+        return ()
+
+    @abstractmethod
+    def _moved_house(self) -> None:
+        """Look again where the tuned tensors are, now that blocks have come or gone."""
+
+    def _hold(self, probes: Sequence[Probe]) -> None:
+        """Have the blocks that probes move on the device, and the others off it."""
+        if self.residency is None:
+            return
+        steps = {id(s): s for p in probes for s in (p.trajectory, p.perturbation) if len(s)}
+        if not steps:
+            # A plain forward pass between two steps is no reason to send a client's blocks away.
+            return
+        moved = {
+            int(name)
+            for place, name in enumerate(self.layout.blocks)
+            if name.isdigit() and any(s.moves(place) for s in steps.values())
+        }
+        before = self.residency.held
+        try:
+            self.residency.hold(moved)
+        finally:
+            if self.residency.held != before:
+                self._moved_house()
+
+    def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
+        """Measure probes on their batches, as the objectives of these ask for it.
+
+        The weights stay, bit for bit.
+        """
+        results: list[Evaluation] = []
+        for _, run in groupby(probes, key=lambda probe: id(probe.batch.objective)):
+            part = list(run)
+            objective = part[0].batch.objective
+            measured = self.token_losses(part) if objective is None else None
+            results += objective.measure(self, part) if measured is None else measured
+        return results
+
+    def token_losses(self, probes: Sequence[Probe]) -> list[Evaluation]:
+        """The loss of the labelled tokens of each probe's `TokenBatch`.
+
+        Some probes share a forward pass: how many is the plan's to say; neighbours go together.
+
+        Raises:
+            FedForwardError: the network is a sequence classifier, which has none.
+        """
+        if self.classes:
+            raise FedForwardError(
+                "A sequence classifier has class logits and no token losses; measure it with the "
+                "objectives 'loss' or 'accuracy'."
+            )
+        return [Evaluation(*arrays) for arrays in self._measured(probes, self._losses)]
+
+    def class_logits(self, probes: Sequence[Probe]) -> list[NDArray[np.float64]]:
+        """A sequence classifier's logits for each probe's `TokenBatch`, float64 [rows, classes]."""
+        return [logits for (logits,) in self._measured(probes, self._logits)]
+
+    def _measured(self, probes: Sequence[Probe], measure: Measure) -> list[Arrays]:
+        """What a pass yields for each probe, a row for each of its batch's."""
+        self._hold(probes)
+        results: list[Arrays] = []
+        begin = 0
+        while begin < len(probes):
+            end = begin + 1
+            while end < len(probes) and self._fit(probes[begin : end + 1]):
+                end += 1
+            results += self._measured_together(probes[begin:end], measure)
+            begin = end
+        return results
+
+    def _fit(self, probes: Sequence[Probe]) -> bool:
+        """Whether the plan lets these probes share a forward pass."""
+        tokens = len(probes) * prod(_height_and_length([probe.batch for probe in probes]))
+        most = self.plan.tokens_per_call or tokens
+        return len(probes) <= self.plan.probes_per_call and tokens <= most
+
+    @torch.inference_mode()
+    def _measured_together(self, probes: Sequence[Probe], measure: Measure) -> list[Arrays]:
+        """One forward pass. The probes' rows come one group after another; probes with a batch in
+        common share what lies below the first block that they move.
+        """
+        batches = list({id(probe.batch): probe.batch for probe in probes}.values())
+        place = {id(batch): number for number, batch in enumerate(batches)}
+        tokens, labels = stack(batches)
+        rows = len(tokens) // len(batches)
+        owner = torch.tensor([place[id(probe.batch)] for probe in probes])
+        index = (owner[:, None] * rows + torch.arange(rows)).flatten()
+        labels = labels[index]
+        spread: torch.Tensor | None = index.to(self.device)
+        first = self.prefix.first(probes) if len(batches) < len(probes) else 0
+        if not first:
+            tokens, spread = tokens[index], None
+        with self.prefix.spread(len(tokens), spread, first):
+            measured = measure(tokens, labels, probes)
+        columns = [part.split(rows) for part in measured]
+        return [
+            tuple(part.numpy()[: len(probe.batch.tokens)] for part in parts)
+            for probe, *parts in zip(probes, *columns, strict=True)
+        ]
+
+    def _losses(
+        self, tokens: torch.Tensor, labels: torch.Tensor, probes: Sequence[Probe]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Per row: the summed loss (float64 [rows]) and the number of counted tokens.
+
+        Args:
+            tokens: int64 [rows below the first block that moves, length].
+            labels: int64 [rows, length], equally many of each probe.
+        """
+        targets = labels[:, 1:]
+        counted = targets != IGNORED
+        positions = counted.any(dim=0).nonzero()[:, 0]
+        every = len(positions) == targets.shape[1]
+        shape = (len(labels), targets.shape[1])
+        options: dict[str, Any] = {"input_ids": tokens[:, :-1].to(self.device)}
+        if not every:
+            targets, counted = targets[:, positions], counted[:, positions]
+            # A head that is taken apart is given everything, and what counts is chosen then.
+            if self._selects_logits and self.head.module is None:
+                options["logits_to_keep"] = positions.to(self.device)
+        with self._displaced(probes, shape):
+            if self.head.module is None:
+                given = self.network(use_cache=False, **options).logits
+            else:
+                given = self.head.inputs(**options)
+            if not every and "logits_to_keep" not in options:
+                given = given[:, positions.to(given.device)]
+            if self.head.module is None:
+                losses = losses_of(given, targets.to(given.device))
+            elif self.head.sliceable and (sliced := self._vocabulary_tiles()):
+                losses = self._losses_by_tiles(given, targets, counted, *sliced)
+            else:
+                losses = self.head.losses_whole(given, targets.to(given.device))
+        per_token = losses.cpu().double().view(counted.shape).masked_fill(~counted, 0.0)
+        return per_token.sum(dim=1), counted.sum(dim=1)
+
+    def _logits(
+        self, tokens: torch.Tensor, labels: torch.Tensor, probes: Sequence[Probe]
+    ) -> tuple[torch.Tensor]:
+        """See `_losses`: a sequence classifier's logits, float64 [rows, classes]."""
+        with self._displaced(probes, (labels.shape[0], labels.shape[1])):
+            return (self._classified(tokens, labels).double().cpu(),)
+
+    def _classified(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """A sequence classifier's logits, [rows, classes].
+
+        What follows a row's labelled token is hidden by the mask, and is the network's own padding
+        token: decoders look for the last token that is another one.
+        """
+        place = torch.arange(labels.shape[1])
+        there = place <= (place * (labels != IGNORED)).amax(dim=1, keepdim=True)
+        padded = tokens.masked_fill(~there, self.network.config.get_text_config().pad_token_id)
+        logits: torch.Tensor = self.network(
+            input_ids=padded.to(self.device),
+            attention_mask=there.long().to(self.device),
+            **self._plain_options,
+        ).logits
+        return logits
+
+    @torch.inference_mode()
+    def infer(self, batch: Batch) -> None:
+        """One plain forward pass over the rows of a batch."""
+        tokens = torch.from_numpy(batch.tokens)
+        if self.classes:
+            self._classified(tokens, torch.from_numpy(batch.labels))  # type: ignore[attr-defined]
+        else:
+            self.network(input_ids=tokens.to(self.device), use_cache=False)
+
+    @torch.inference_mode()
+    def classify(self, tokens: NDArray[np.int64]) -> str:
+        """The name of the likeliest class of one text, int64 [length]."""
+        labels = np.full((1, len(tokens)), IGNORED, np.int64)
+        labels[0, -1] = 0
+        (logits,) = self.class_logits([Probe(TokenBatch(tokens[None], labels))])
+        name: str = self.classes[int(logits.argmax())]
+        return name
+
+    def _losses_by_tiles(
+        self,
+        given: torch.Tensor,
+        targets: torch.Tensor,
+        counted: torch.Tensor,
+        groups: int,
+        tiles: Iterator[VocabularyTile],
+    ) -> torch.Tensor:
+        """Float32 [rows * positions]; 0 where nothing is counted. The masks are in main memory."""
+        assert isinstance(self.head.module, nn.Linear)
+        device = self.head.module.weight.device
+        flat, wanted = given.flatten(0, 1).to(device), targets.flatten()
+        sizes = counted.view(groups, -1).sum(dim=1).tolist()
+        places = counted.flatten().nonzero()[:, 0]
+        some = len(places) < len(wanted)
+        if some:
+            flat, wanted = flat.index_select(0, places.to(device)), wanted[places]
+        losses = self.head.losses(flat.split(sizes), wanted.to(device).split(sizes), tiles)
+        if some:
+            return losses.new_zeros(counted.numel()).index_copy_(0, places.to(device), losses)
+        return losses
+
+    @torch.inference_mode()
+    def generate(self, probes: Sequence[Probe]) -> list[NDArray[np.int64]]:
+        """Greedy continuations of `PromptBatch`es, a probe at a time.
+
+        Returns:
+            int64 [rows, new tokens] for each probe, padded after the end of a continuation.
+        """
+        self._hold(probes)
+        continuations = []
+        for probe in probes:
+            prompts: PromptBatch = probe.batch
+            rows, length = prompts.tokens.shape
+            with self._displaced([probe], (rows, length)):
+                whole = self.network.generate(
+                    input_ids=torch.from_numpy(prompts.tokens).to(self.device),
+                    attention_mask=torch.from_numpy(prompts.mask).to(self.device),
+                    max_new_tokens=prompts.most_tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    pad_token_id=prompts.padding,
+                )
+            continuations.append(whole[:, length:].cpu().numpy())
+        return continuations
+
+    @abstractmethod
+    def _displaced(
+        self, probes: Sequence[Probe], shape: tuple[int, int]
+    ) -> AbstractContextManager[None]:
+        """While it is open, group g of the rows meets the weights displaced as probe g has them.
+
+        Args:
+            shape: rows of all groups, and tokens in a row.
+        """
+
+    def _vocabulary_tiles(self) -> tuple[int, Iterator[VocabularyTile]] | None:
+        """The head as the open displacement has it, and how many groups of rows differ in it.
+
+        None if it cannot be cut along the vocabulary.
+        """
+        return 1, self.head.frozen_tiles()
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write what was tuned: a PEFT adapter, or the whole model in Hugging Face format."""
+
+    def commit(self, updates: Sequence[Update]) -> None:
+        """Apply updates in order, any number of them in one pass over the weights.
+
+        Float32 is rounded to nearest, half precision stochastically, after each update. What
+        comes before an update from the base is not applied: nothing of it would be left.
+        """
+        self.forget()
+        begin = max((n for n, update in enumerate(updates) if update.from_base), default=0)
+        updates = updates[begin:]
+        if updates and updates[0].from_base:
+            self.keep_base()
+            for name, base in self._base.items():
+                self.tensors[name].copy_(base)
+        changed = 0 if self.masks else commit_all(self._moved_by(updates), self.distribution)
+        for name, mask in self.masks.items():
+            place = self.layout.names.index(name)
+            own = [update.block(self.layout.owners[place]) for update in updates]
+            tensor = self.tensors[name]
+            resting = tensor.clone()
+            part = (tensor, self.layout.first_tiles[place], own)
+            changed += commit_all([part], self.distribution)
+            tensor.copy_(torch.where(mask.to(tensor.device), tensor, resting))
+        if updates and any(t.dtype is not torch.float32 for t in self.tensors.values()):
+            self.changed_share = changed / self.layout.parameters
+
+    def _moved_by(self, updates: Sequence[Update]) -> list[tuple[torch.Tensor, int, list[Update]]]:
+        """What updates do to each tuned tensor: the tensor, its first tile, its own updates."""
+        by_block = [[update.block(b) for update in updates] for b in range(len(self.layout.blocks))]
+        places = zip(self.layout.names, self.layout.first_tiles, self.layout.owners, strict=True)
+        return [(self.tensors[name], tile, by_block[owner]) for name, tile, owner in places]
+
+    def reset(self) -> None:
+        """Back to the base: the tuned tensors as they were when the model was built."""
+        if self._base:
+            for name, base in self._base.items():
+                self.tensors[name].copy_(base)
+        else:
+            self._start_again()
+        self.forget()
+
+    @abstractmethod
+    def _start_again(self) -> None:
+        """Make the tuned tensors' first values again."""
+
+    def keep_base(self) -> None:
+        """Keep the tuned tensors as they are now, for updates that start from the base."""
+        if not self._base:
+            self._base = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Drop what is kept between calls: sums of local steps, adapters of the last probes."""
+
+    def tuned_parameters(self) -> list[torch.nn.Parameter]:
+        """The network's parameters that hold the tuned tensors (for first-order methods)."""
+        places = {tensor.data_ptr() for tensor in self.tensors.values()}
+        return [p for p in self.network.parameters() if p.data_ptr() in places]
+
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        """What `save` writes and the ledger determines, by the names in the file."""
+        return self.tensors
+
+    def digest(self) -> bytes:
+        """SHA-256 of the tuned tensors: names, dtypes, shapes and bytes in canonical order."""
+        return bytes.fromhex(fingerprint(self.tensors.items()))
+
+    def export_bytes(self) -> bytes:
+        """The tuned tensors' bytes in the layout's order, dtypes as they are."""
+        return b"".join(
+            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            for tensor in self.tensors.values()
+        )
+
+    @torch.no_grad()
+    def assign_bytes(self, data: bytes) -> None:
+        """Set the tuned tensors from what `export_bytes` gave.
+
+        Raises:
+            MessageError: it is of another size.
+        """
+        if len(data) != self.state_bytes:
+            raise MessageError(
+                f"A tuned state of {len(data)} bytes was refused: this model's is "
+                f"{self.state_bytes}."
+            )
+        flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        sizes = [tensor.numel() * tensor.element_size() for tensor in self.tensors.values()]
+        for tensor, part in zip(self.tensors.values(), flat.split(sizes), strict=True):
+            tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
+        self.forget()
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the tuned tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def export_state(self) -> NDArray[np.float32]:
+        """The tuned tensors in the layout's order as one float32 array [d]."""
+        parts = [tensor.detach().float().reshape(-1).cpu() for tensor in self.tensors.values()]
+        return torch.cat(parts).numpy()
+
+    @torch.no_grad()
+    def assign_state(self, state: NDArray[np.float32]) -> None:
+        """Set the tuned tensors from one float32 array [d], rounding to nearest."""
+        parts = torch.from_numpy(state).split(list(self.layout.sizes))
+        for tensor, part in zip(self.tensors.values(), parts, strict=True):
+            tensor.copy_(part.view(tensor.shape))
+        self.forget()
+
+    def loss(self, batch: TokenBatch) -> torch.Tensor:
+        """Mean loss per counted token with gradients to the tuned tensors (first-order methods)."""
+        if self.classes:
+            labels = torch.from_numpy(batch.labels)
+            logits = self._classified(torch.from_numpy(batch.tokens), labels)
+            classes = labels.amax(dim=1).to(logits.device)
+            return nn.functional.cross_entropy(logits.double(), classes)
+        tokens = torch.from_numpy(batch.tokens).to(self.device)
+        targets = torch.from_numpy(batch.labels)[:, 1:].to(self.device)
+        counted = targets != IGNORED
+        positions = counted.any(dim=0).nonzero()[:, 0]
+        options = {"logits_to_keep": positions} if self._selects_logits else {}
+        logits = self.network(input_ids=tokens[:, :-1], use_cache=False, **options).logits
+        if not self._selects_logits:
+            logits = logits[:, positions]
+        losses = losses_of(logits, targets[:, positions]).double() * counted[:, positions]
+        return losses.sum() / counted.sum()
+
+
+def stack(batches: Sequence[TokenBatch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels of several batches as one, int64 [batches * rows, length].
+
+    Every batch gets as many rows, and as long ones, as the largest; what is added does not count.
+    """
+    rows, length = _height_and_length(batches)
+    tokens = np.zeros((len(batches), rows, length), np.int64)
+    labels = np.full((len(batches), rows, length), IGNORED, np.int64)
+    for place, batch in enumerate(batches):
+        height, width = batch.tokens.shape
+        tokens[place, :height, :width] = batch.tokens
+        labels[place, :height, :width] = batch.labels
+    flat = (len(batches) * rows, length)
+    return torch.from_numpy(tokens.reshape(flat)), torch.from_numpy(labels.reshape(flat))
+
+
+def _height_and_length(batches: Sequence[TokenBatch]) -> tuple[int, int]:
+    return (
+        max(len(batch.tokens) for batch in batches),
+        max(batch.tokens.shape[1] for batch in batches),
+    )
+
+
+def cut(batch: TokenBatch, rows: int) -> list[TokenBatch]:
+    """A batch as several of so many rows, each without the padding that it does not need."""
+    parts = []
+    for begin in range(0, len(batch.tokens), rows):
+        tokens, labels = batch.tokens[begin : begin + rows], batch.labels[begin : begin + rows]
+        used = np.flatnonzero((labels != IGNORED).any(axis=0))
+        length = max(2, int(used[-1]) + 1) if len(used) else tokens.shape[1]
+        parts.append(replace(batch, tokens=tokens[:, :length], labels=labels[:, :length]))
+    return parts

@@ -1,0 +1,1 @@
+"""Memory of a step: measured, and predicted from a calibrated model."""

@@ -1,0 +1,100 @@
+"""From a configuration to the server's parts: the method, the settings, the ledger's header.
+
+What a server across machines has, which holds no model: nothing here imports PyTorch.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from fedforward.config.schema import Config
+from fedforward.core.identity import ModelIdentity
+from fedforward.core.registry import AGGREGATORS, ESTIMATORS, METHODS
+from fedforward.directions import VERSION, Distribution
+from fedforward.federation.learning_rates import RateSettings
+from fedforward.federation.server import Allocate, ServerSettings
+from fedforward.federation.server_optimizer import ServerOptimizer
+from fedforward.methods.base import Method
+from fedforward.methods.parameters import check_parameters
+
+
+def build_method(config: Config) -> Method:
+    """The method that the configuration names.
+
+    Raises:
+        FedForwardError: it, its estimator or its aggregator is unknown, or does not fit.
+    """
+    method = config.method
+    kind = METHODS.get(method.name)
+    estimator = ESTIMATORS.get(method.estimator)(directions=method.directions, mu=method.mu)
+    built: Method = kind(
+        run_seed=config.run.seed,
+        local_steps=method.local_steps,
+        estimator=estimator,
+        aggregator=AGGREGATORS.get(method.aggregator),
+        **check_parameters(kind, method.parameters),
+    )
+    return built
+
+
+def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
+    """What the ledger of a run is bound to: enough to replay it, and to refuse another's."""
+    density = config.method.density
+    lora = config.lora.model_dump() if config.model.tune == "lora" else None
+    return {
+        # 4: entries, tasks and reports carry a payload of the method's own.
+        "format": 4,
+        "direction_version": VERSION,
+        "distribution": config.method.distribution,
+        "directions": config.method.directions,
+        "run_seed": config.run.seed,
+        "method": config.method.name,
+        "parameters": config.method.parameters,
+        "mask": None if config.method.mask == "none" else [config.method.mask, density],
+        "classes": list(model.classes) or None,
+        "layout": model.layout.fingerprint,
+        "base": model.base,
+        "lora": lora,
+    }
+
+
+def server_settings(
+    config: Config,
+    model: ModelIdentity,
+    examples: Sequence[int],
+    allocate: Allocate | None = None,
+) -> ServerSettings:
+    """The server's view of the run.
+
+    Args:
+        examples: training examples of each client.
+    """
+    method = config.method
+    return ServerSettings(
+        run_seed=config.run.seed,
+        examples=tuple(examples),
+        participation=config.federation.participation,
+        weights=config.federation.weights,
+        rates=RateSettings(
+            base=method.learning_rate,
+            spread=method.alpha,
+            strategy=method.client_rates,
+            schedule=method.schedule,
+            warmup=method.warmup,
+            rounds=config.federation.rounds,
+            final=method.final,
+        ),
+        layout=model.layout,
+        distribution=Distribution(method.distribution),
+        quorum=config.federation.quorum,
+        deadline=config.federation.deadline or math.inf,
+        optimizer=ServerOptimizer(
+            learning_rate=config.server.learning_rate,
+            decay=config.server.state_decay,
+            momentum=config.server.momentum,
+            window=config.server.window,
+            normalise=config.server.normalise,
+        ),
+        allocate=allocate,
+        state_bytes=model.state_bytes,
+    )

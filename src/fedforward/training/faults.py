@@ -1,0 +1,64 @@
+"""What goes wrong with simulated clients: they fail, are slow, lie, or come late.
+
+Every choice is a function of the run seed, so that a run with faults can be repeated.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedforward.core.seeds import derive, generator
+from fedforward.messages.report import Report
+
+
+@dataclass(frozen=True)
+class Faults:
+    """The settings.
+
+    Attributes:
+        run_seed: of every choice.
+        failing: chance that a client is gone for a round.
+        slow: chance that a report comes after the deadline.
+        lying: share of the clients that lie.
+        late: so many clients, the last ones, join in round `late_round`.
+        late_round: counted from 1.
+    """
+
+    run_seed: int = 0
+    failing: float = 0.0
+    slow: float = 0.0
+    lying: float = 0.0
+    late: int = 0
+    late_round: int = 1
+
+    def available(self, round_number: int, clients: int) -> list[int]:
+        """Who has joined by a round (from 0)."""
+        there = clients - self.late if round_number + 1 < self.late_round else clients
+        return list(range(there))
+
+    def fails(self, round_number: int, attempt: int, client: int) -> bool:
+        """Whether a client is gone for a round, and sends nothing."""
+        return self._chance("failing", round_number, attempt, client) < self.failing
+
+    def late_report(self, round_number: int, attempt: int, client: int) -> bool:
+        """Whether its report comes after the deadline."""
+        return self._chance("slow", round_number, attempt, client) < self.slow
+
+    def sent(self, client: int, data: bytes) -> bytes:
+        """The report as it is sent: a liar's is made worse in a way of its own.
+
+        It multiplies its projected gradients by -10, claims another state than it holds, or sends
+        a message that is cut short.
+        """
+        if self._chance("lying", client) >= self.lying:
+            return data
+        report = Report.decode(data)
+        way = derive(self.run_seed, "lie", client) % 3
+        if way == 0:
+            return replace(report, gradients=np.float32(-10.0) * report.gradients).encode()
+        if way == 1 and report.digest:
+            return replace(report, digest=bytes(b ^ 0xFF for b in report.digest)).encode()
+        return data if way == 1 else data[:-1]
+
+    def _chance(self, purpose: str, *where: int) -> float:
+        return float(generator(self.run_seed, purpose, *where).random())

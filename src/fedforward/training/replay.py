@@ -1,0 +1,255 @@
+"""What can be made from a finished or interrupted run: its proof, and its adapter or model.
+
+Both rebuild the tuned state from the base model and the ledger alone.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedforward.config.schema import Config
+from fedforward.config.site import AT_SITES
+from fedforward.core.errors import FedForwardError
+from fedforward.core.registry import METHODS
+from fedforward.federation.client import Replica
+from fedforward.federation.ledger import Ledger
+from fedforward.federation.state_file import read_state
+from fedforward.messages.report import DIGEST_BYTES
+from fedforward.messages.snapshot import Snapshot
+from fedforward.models.base import CausalModel
+from fedforward.models.lora import LoraModel
+from fedforward.training import build as experiment
+from fedforward.training.assembly import build_method, ledger_header
+from fedforward.training.loop import check_header
+from fedforward.training.run_directory import RunDirectory
+
+#: Called with the rounds that are rebuilt and all there are.
+RoundCallback = Callable[[int, int], None]
+
+
+def _ignore(done: int, total: int) -> None:
+    """Show nothing of how far a rebuild is."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was rebuilt and what it was compared with.
+
+    Attributes:
+        rounds: replayed.
+        state_digest: of the rebuilt tuned state, hexadecimal.
+        ledger_digest: the chain hash, hexadecimal.
+        proofs: state digests in clients' reports that were checked.
+        saved: whether a saved adapter or model was compared.
+        replayed: False for a run whose clients send tensors: its state is no list of steps.
+        differences: a sentence for each thing that does not agree; empty if all bits do.
+    """
+
+    rounds: int
+    state_digest: str
+    ledger_digest: str
+    proofs: int
+    saved: bool
+    replayed: bool
+    differences: list[str]
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """A model brought to the end of a run's ledger."""
+
+    model: CausalModel
+    tokenizer: object
+    ledger: Ledger
+    proofs: int
+    differences: list[str]
+
+
+def rebuild(
+    directory: RunDirectory, base: str | None = None, on_round: RoundCallback = _ignore
+) -> Rebuilt:
+    """Base model plus ledger; checks on the way the digests that clients proved.
+
+    Args:
+        base: folder or hub name of the base model; needed where the run directory is that of a
+            server, which has none.
+        on_round: called after each round.
+
+    Raises:
+        FedForwardError: no base model, or another one than the ledger's.
+    """
+    config = directory.config()
+    if base is None and config.model.path == AT_SITES:
+        raise FedForwardError(
+            f"{directory.path} is of a server, which has no model. Give --model FOLDER, the base "
+            "model that its sites have."
+        )
+    if base is None:
+        _, plan = directory.load()
+    else:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": base})})
+        plan = experiment.resolve_plan(config)
+    ledger = Ledger(directory.ledger)
+    # The data need not be there any more.
+    classes = ledger.header.get("classes") or ()
+    model, tokenizer = experiment.build_model(config, plan, classes)
+    check_header(ledger, ledger_header(config, experiment.identity(model)))
+    proofs, differences = 0, []
+    method = build_method(config)
+    replica = Replica(model, method)
+    if not method.capabilities.replayable:
+        read_state(ledger, replica.state)
+        if ledger.length:
+            replica.restore(Snapshot(ledger.length, b"", replica.state.encode()))
+        return Rebuilt(model, tokenizer, ledger, 0, [])
+    for record in ledger.rounds():
+        claimed = {r.report.digest for r in record.results if r.report.digest}
+        if claimed:
+            proofs += len(claimed)
+            if claimed != {model.digest()[:DIGEST_BYTES]}:
+                differences.append(
+                    f"round {record.entry.round}: the clients' state was "
+                    f"{' and '.join(sorted(d.hex() for d in claimed))}, the rebuilt one is "
+                    f"{model.digest()[:DIGEST_BYTES].hex()}"
+                )
+        replica.catch_up([record.entry])
+        on_round(record.entry.round + 1, ledger.length)
+    return Rebuilt(model, tokenizer, ledger, proofs, differences)
+
+
+def verify(path: Path, base: str | None = None, on_round: RoundCallback = _ignore) -> Verification:
+    """Rebuild the tuned state and compare it, bit for bit, with all that the run left.
+
+    Args:
+        base: see `rebuild`.
+        on_round: see `rebuild`.
+
+    Raises:
+        FedForwardError: this is not a run, or its ledger or base model cannot be used.
+    """
+    directory = RunDirectory(path)
+    config = directory.config()
+    rebuilt = rebuild(directory, base, on_round)
+    differences = list(rebuilt.differences)
+    digest = rebuilt.model.digest().hex()
+    current = False
+    if directory.summary.is_file():
+        wanted = {"state_digest": digest, "ledger_digest": rebuilt.ledger.chain.hex()}
+        try:
+            summary = json.loads(directory.summary.read_text(encoding="utf-8"))
+            claimed = {name: summary[name] for name in wanted}
+            # A run that was resumed after its summary has a longer ledger than the summary, and
+            # an adapter of the time before.
+            current = summary["rounds"] == rebuilt.ledger.length
+            if summary["rounds"] > rebuilt.ledger.length:
+                differences.append(
+                    f"summary.json has {summary['rounds']} rounds, the ledger only "
+                    f"{rebuilt.ledger.length}"
+                )
+        except (OSError, ValueError, KeyError, TypeError):
+            current, claimed = False, {}
+            differences.append("summary.json is damaged (--resume writes it again)")
+        differences += [
+            f"summary.json has {name} {claimed[name]}, rebuilt is {value}"
+            for name, value in wanted.items()
+            if current and claimed[name] != value
+        ]
+    folder = directory.tuned(config)
+    saved = current and folder.is_dir()
+    if saved:
+        differences += _compare(rebuilt.model, folder)
+        if isinstance(rebuilt.model, LoraModel):
+            differences += _compare_settings(config, folder / "adapter_config.json")
+    elif current and config.model.path != AT_SITES:
+        differences.append(f"{folder.name}/ is missing (--resume writes it again)")
+    rebuilt.ledger.close()
+    return Verification(
+        rounds=rebuilt.ledger.length,
+        state_digest=digest,
+        ledger_digest=rebuilt.ledger.chain.hex(),
+        proofs=rebuilt.proofs,
+        saved=saved,
+        replayed=METHODS.get(config.method.name).capabilities.replayable,
+        differences=differences,
+    )
+
+
+def _compare(model: CausalModel, folder: Path) -> list[str]:
+    """A sentence for each tuned tensor whose saved bits differ."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    stored: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            stored |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            return [f"{folder.name}/{file.name} cannot be read: {error}"]
+    expected = model.saved_tensors()
+    differences = []
+    if isinstance(model, LoraModel):
+        extra = sorted(stored.keys() - expected.keys())
+        differences += [f"{folder.name}/: the tensor {name} is not the run's" for name in extra]
+    for name, tensor in expected.items():
+        other = stored.get(name)
+        if other is None or other.dtype != tensor.dtype or other.shape != tensor.shape:
+            differences.append(f"{folder.name}/: the tensor {name} is missing or of another kind")
+            continue
+        mine, theirs = (t.detach().cpu().contiguous().view(torch.uint8) for t in (tensor, other))
+        if not torch.equal(mine, theirs):
+            changed = int(np.count_nonzero((tensor.detach().cpu() != other).numpy()))
+            differences.append(f"{folder.name}/: {changed} values of {name} differ")
+    return differences
+
+
+def _compare_settings(config: Config, file: Path) -> list[str]:
+    """A sentence for each setting of the saved adapter that is not the run's."""
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return [f"{file.parent.name}/{file.name} cannot be read"]
+    wanted = {"r": config.lora.rank, "lora_alpha": config.lora.alpha, "lora_dropout": 0.0}
+    return [
+        f"{file.parent.name}/{file.name} has {key} {stored.get(key)}, the run {value}"
+        for key, value in wanted.items()
+        if stored.get(key) != value
+    ]
+
+
+def export(
+    path: Path,
+    out: Path,
+    *,
+    merge: bool,
+    base: str | None = None,
+    on_round: RoundCallback = _ignore,
+) -> Path:
+    """Write the adapter, or with `merge` (or full tuning) a whole model, rebuilt from the ledger.
+
+    Args:
+        base: see `rebuild`.
+        on_round: see `rebuild`.
+
+    Raises:
+        FedForwardError: `out` is in use, or the run cannot be rebuilt.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FedForwardError(f"--out {out} exists and is not an empty folder. Choose another.")
+    rebuilt = rebuild(RunDirectory(path), base, on_round)
+    rebuilt.ledger.close()
+    if rebuilt.differences:
+        raise FedForwardError(
+            f"{path} does not agree with its ledger: {rebuilt.differences[0]}. See `fedforward "
+            f"verify {path}`."
+        )
+    if isinstance(rebuilt.model, LoraModel) and merge:
+        merged = rebuilt.model.merge()
+        merged.save_pretrained(str(out))
+        rebuilt.tokenizer.save_pretrained(str(out))  # type: ignore[attr-defined]
+    else:
+        rebuilt.model.save(out)
+    return out

@@ -1,0 +1,300 @@
+"""The folder of a run: what is in it, written so that a kill or a full disk loses nothing.
+
+config.toml       the resolved configuration        metrics.jsonl   a line per round
+plan.json         the probe plan                    loss.png        the loss curve
+environment.json  versions and machine              summary.json    the result
+ledger.sqlite     the source of truth               adapter/ or model/   what was tuned
+lock              held by the process that writes here
+"""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fedforward import __version__
+from fedforward.config.loading import load, renamed
+from fedforward.config.schema import Config
+from fedforward.config.template import to_toml
+from fedforward.core.errors import FedForwardError
+from fedforward.core.machine import processor_name
+from fedforward.core.steps import ProbePlan
+
+#: Keys that may change on resume: no committed step depends on them.
+FREE_KEYS = {"run.patience", "run.evaluate_every"}
+LOCK = "lock"
+#: What a start that was cut short may leave behind; nothing has been computed yet.
+_FIRST_FILES = {LOCK} | {
+    name + ending
+    for name in ("plan.json", "environment.json", "config.toml", "federation.json")
+    for ending in ("", ".partial")
+}
+_PACKAGES = ("torch", "transformers", "peft", "numba", "numpy", "datasets")
+
+
+class RunDirectory:
+    """Paths and files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.ledger = path / "ledger.sqlite"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.plot = path / "loss.png"
+        # One thread may build a run and another carry it out.
+        self._lock = FileLock(path / LOCK, timeout=0, thread_local=False)
+
+    @property
+    def started(self) -> bool:
+        """Whether a run has been started here."""
+        return (self.path / "config.toml").is_file()
+
+    def tuned(self, config: Config) -> Path:
+        """Where the adapter or the model lies when the run is done."""
+        return self.path / ("adapter" if config.model.tune == "lora" else "model")
+
+    def claim(self) -> None:
+        """Make sure that a new run can be written here.
+
+        Raises:
+            FedForwardError: the folder is in use, or cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            used = any(file.name not in _FIRST_FILES for file in self.path.iterdir())
+        except OSError as error:
+            raise FedForwardError(
+                f"{self.path} cannot be a run directory: {error.strerror}. Choose another --out."
+            ) from error
+        if used:
+            raise FedForwardError(
+                f"{self.path} is not empty and is not a run directory. Choose another --out."
+            )
+        if not os.access(self.path, os.W_OK):
+            raise FedForwardError(f"{self.path} cannot be written. Choose another --out.")
+
+    def lock(self) -> None:
+        """Keep other processes from writing here until `unlock`; a kill lets go of it as well.
+
+        Raises:
+            FedForwardError: another process does, or the folder cannot be used.
+        """
+        if not self.started:
+            self.claim()
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise FedForwardError(
+                f"{self.path} is in use by another fedforward process. Wait until that one has "
+                "ended, stop it, or choose another --out."
+            ) from error
+        except OSError as error:
+            raise FedForwardError(
+                f"{self.path / LOCK} cannot be locked: {error.strerror or error}. Look at the "
+                "rights of the folder, or choose another --out."
+            ) from error
+
+    def unlock(self) -> None:
+        """Let others write here; a folder in which no run was started is left as it was."""
+        if self._lock.is_locked and not self.started:
+            # Windows does not remove a file that is open; an empty one does no harm.
+            with suppress(OSError):
+                (self.path / LOCK).unlink()
+        self._lock.release(force=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """`lock`, unless this object has done so, and `unlock` at the end."""
+        self.lock()
+        try:
+            yield
+        finally:
+            self.unlock()
+
+    def continues(self, config: Config, resume: bool) -> bool:
+        """Whether a run that was started here is to be continued; else the folder is claimed.
+
+        Raises:
+            FedForwardError: there is one and `resume` is not asked for, or it is another's; or the
+                folder cannot be used.
+        """
+        if not self.started:
+            self.claim()
+            return False
+        if not resume:
+            raise FedForwardError(
+                f"{self.path} holds a run already. Continue it with --resume, or choose another "
+                "--out."
+            )
+        self.check_same(config)
+        return True
+
+    def start(self, config: Config, plan: ProbePlan | None = None) -> None:
+        """Write what the run is, before its first round.
+
+        Args:
+            plan: None for a run across machines, whose sites have their own.
+        """
+        if plan is not None:
+            write_json(self.path / "plan.json", asdict(plan))
+        write_json(self.path / "environment.json", environment())
+        write_text(self.path / "config.toml", to_toml(config))
+
+    def config(self) -> Config:
+        """The configuration of a run that was started here.
+
+        Raises:
+            FedForwardError: this is not a run directory, or its configuration is damaged.
+        """
+        if not self.started:
+            raise FedForwardError(
+                f"{self.path} is not a run directory: it has no config.toml. Give the --out "
+                "folder of a run."
+            )
+        return load(self.path / "config.toml")
+
+    def load(self) -> tuple[Config, ProbePlan]:
+        """The configuration and plan of a run that was started here.
+
+        Raises:
+            FedForwardError: this is not a run directory, or its files are damaged.
+        """
+        config = self.config()
+        try:
+            content = json.loads((self.path / "plan.json").read_text(encoding="utf-8"))
+            plan = ProbePlan(**content)
+            if moved := renamed("run.trajectory", plan.trajectory):
+                raise FedForwardError(f"{self.path / 'plan.json'}: {moved.removeprefix('run.')}.")
+            if not _is_plan(plan):
+                raise ValueError(f"{content} is not a probe plan")
+        except (OSError, ValueError, TypeError) as error:
+            raise FedForwardError(
+                f"{self.path / 'plan.json'} is damaged: {error}. Restore it from a copy."
+            ) from error
+        return config, plan
+
+    def check_same(self, wanted: Config) -> None:
+        """Refuse to resume a run of another configuration, naming the keys that differ."""
+        found = self.config()
+        free = set(FREE_KEYS)
+        if found.method.schedule == wanted.method.schedule == "constant":
+            free.add("federation.rounds")
+        old, new = _flat(found), _flat(wanted)
+        differing = [
+            f"{key} is {old.get(key)!r} there and {new.get(key)!r} here"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and key not in free
+        ]
+        if differing:
+            raise FedForwardError(
+                f"{self.path} belongs to another configuration: {'; '.join(differing)}. Resume it "
+                "with the configuration that it was started with, or choose another --out."
+            )
+
+    def read_metrics(self, rounds: int) -> list[dict[str, Any]]:
+        """The lines up to `rounds` rounds, as far as they are whole.
+
+        A kill may cut the last line short; the ledger has what is needed to write it again.
+        """
+        lines: list[dict[str, Any]] = []
+        if self.metrics.is_file():
+            text = self.metrics.read_text(encoding="utf-8", errors="replace")
+            for number, raw in enumerate(text.split("\n")[: rounds + 1]):
+                try:
+                    line = json.loads(raw)
+                except json.JSONDecodeError:
+                    break
+                if not _is_metrics(line, number):
+                    break
+                if line.get("heldout_loss", 0.0) is None:
+                    line["heldout_loss"] = math.nan
+                for name, value in line.get("metrics", {}).items():
+                    line["metrics"][name] = math.nan if value is None else value
+                lines.append(line)
+        return lines
+
+    def rewrite_metrics(self, lines: list[dict[str, Any]]) -> None:
+        """Replace the metrics (on resume, when lines of a round that was lost are dropped)."""
+        write_text(self.metrics, "".join(json.dumps(strict(line)) + "\n" for line in lines))
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Add a round's line."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(strict(line)) + "\n")
+
+
+def _is_plan(plan: ProbePlan) -> bool:
+    counts = (plan.probes_per_call, plan.threads, plan.evaluation_rows)
+    whole = all(type(count) is int and count > 0 for count in counts)
+    whole = whole and type(plan.tokens_per_call) is int and plan.tokens_per_call >= 0
+    whole = whole and type(plan.placement) is str
+    return whole and plan.trajectory in ("recompute", "cache")
+
+
+def _is_metrics(line: Any, number: int) -> bool:
+    needed = {"seconds", "training_loss"} if number else {"seconds", "heldout_loss", "example"}
+    return isinstance(line, dict) and line.get("round") == number and needed <= line.keys()
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return {
+        f"{section}.{key}": value
+        for section, values in config.model_dump().items()
+        for key, value in values.items()
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_text` of indented JSON."""
+    write_text(path, json.dumps(strict(content), indent=2) + "\n")
+
+
+def strict(content: Any) -> Any:
+    """The same with null for numbers that are not finite, which JSON does not have."""
+    if isinstance(content, Mapping):
+        return {key: strict(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [strict(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the machine, as far as they matter for repeating a run."""
+    versions: dict[str, str | None] = {"fedforward": __version__}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "packages": versions,
+    }

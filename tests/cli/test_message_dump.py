@@ -1,0 +1,105 @@
+"""The listing of a letter has every byte of it, and says what is in it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from fedforward.cli import main as cli
+from fedforward.cli.message_dump import listing
+from fedforward.core.errors import MessageError
+from fedforward.messages.codec import Listed
+from fedforward.messages.entry import Contribution, Entry
+from fedforward.messages.envelope import Kind, Letter
+from fedforward.messages.report import Report
+from fedforward.messages.snapshot import Snapshot
+from fedforward.messages.task import Task
+from tests.deployment.test_coordinator import party
+from tests.messages.test_envelope import ENROLMENT, RUN
+
+ODD = np.array([True, False, True])
+ENTRIES = (
+    Entry(0, (Contribution(1, np.array([0.5, -2.0], np.float32), ODD),)),
+    Entry(1, (), 0.5, b"payload"),
+)
+TASK = Task(
+    2,
+    4,
+    1e-3,
+    True,
+    ENTRIES,
+    True,
+    ODD,
+    b"sampling weights",
+    Snapshot(1, b"d" * 32, b"tensors").encode(),
+)
+REPORT = Report(2, 4, 30, 1.25, 1, np.array([3.0, 0.0], np.float32), b"p" * 16)
+BODIES: dict[Kind, bytes] = {
+    Kind.GREETING: b'{"terms":{}}',
+    Kind.TASK: TASK.encode(),
+    Kind.FAREWELL: TASK.encode(),
+    Kind.ENROLMENT: ENROLMENT.encode(),
+    Kind.REPORT: REPORT.encode(),
+    Kind.SNAPSHOT: Snapshot(1, b"", b"").encode(),
+    Kind.REFUSAL: "zu groß".encode(),
+    Kind.STRANGER: b"",
+}
+
+
+def values(fields: list[Listed]) -> dict[str, str]:
+    return {field.name: field.value for field in fields}
+
+
+@pytest.mark.parametrize("kind", list(BODIES))
+def test_every_byte_is_listed_once(kind: Kind) -> None:
+    sealed = Letter(kind, RUN, BODIES[kind]).seal()
+    fields = listing(sealed)
+    assert b"".join(field.data for field in fields) == sealed
+    place = 0
+    for field in fields:
+        assert field.place == place and field.data
+        place += len(field.data)
+    assert values(fields)[f"letter: kind ({kind.name})"] == str(int(kind))
+
+
+def test_values_are_what_was_written() -> None:
+    found = values(listing(Letter(Kind.REPORT, RUN, REPORT.encode()).seal()))
+    assert found["client"] == "4" and found["examples"] == "30"
+    assert found["loss"] == "1.25"
+    assert found["gradients, 2 × float32"] == "3, 0"
+    found = values(listing(Letter(Kind.TASK, RUN, TASK.encode()).seal()))
+    assert found["learning rate"] == "0.001" and found["entries: decay"] == "0.5"
+    assert found["entries: contributions: coefficients, 2 × float32"] == "0.5, -2"
+    assert found["entries: contributions: blocks, a bit each"] == "10100000"
+    sealed = Letter(Kind.REFUSAL, RUN, BODIES[Kind.REFUSAL]).seal()
+    assert values(listing(sealed))["sentence"] == "zu groß"
+    with pytest.raises(MessageError):
+        listing(sealed[:-1])
+
+
+def test_letters_on_the_command_line(tmp_path: Path) -> None:
+    path, runner = tmp_path / "000001-out-report", CliRunner()
+    path.write_bytes(Letter(Kind.REPORT, RUN, REPORT.encode()).seal())
+    shown = runner.invoke(cli.app, ["inspect-message", str(path), "--json"])
+    fields: list[dict[str, Any]] = json.loads(shown.stdout)[str(path)]
+    assert bytes.fromhex("".join(field["bytes"] for field in fields)) == path.read_bytes()
+    assert "3, 0" in runner.invoke(cli.app, ["inspect-message", str(path)]).stdout
+    path.write_bytes(b"nonsense of some length")
+    for wrong, words in ((path, "not fedforward's"), (tmp_path / "none", "cannot be read")):
+        result = runner.invoke(cli.app, ["inspect-message", str(wrong)])
+        assert result.exit_code == 2 and words in result.stderr.replace("\n", " ")
+
+
+def test_a_site_keeps_what_came_and_what_went(tmp_path: Path) -> None:
+    site = party(tmp_path, "a", site__keep_messages=True)
+    answers = [site.answer(b"nonsense"), site.answer(Letter(Kind.TASK, RUN, b"").seal())]
+    folder = tmp_path / "a" / "letters"
+    names = ["000001-in", "000001-out-refusal", "000002-in", "000002-out-stranger"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert [(folder / name).read_bytes() for name in names[1::2]] == answers
+    assert (folder / "000001-in").read_bytes() == b"nonsense"
+    party(tmp_path, "b").answer(b"nonsense")
+    assert not (tmp_path / "b").exists()

@@ -1,0 +1,128 @@
+"""What methods and estimators do not go with, by name, and with which words it is said."""
+
+import tomllib
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from fedforward.config.loading import validate
+from fedforward.config.template import example, to_toml
+from fedforward.core.registry import METHODS
+from fedforward.methods.fedmezo import FedMeZO
+from fedforward.methods.parameters import parameter
+from fedforward.training.assembly import build_method
+from tests.support.configurations import content, refusal
+
+FEDAVG = {"method__name": "fedavg"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            FEDAVG | {"method__objective": "f1"},
+            [
+                "method.objective = 'f1' has no gradient",
+                "use method.objective = 'loss', or one of 'fedmezo', 'decomfl'",
+            ],
+        ),
+        (
+            FEDAVG | {"method__client_rates": "update-difference"},
+            ["method.client_rates = 'update-difference'", "allowed are 'fixed', 'random'"],
+        ),
+        (FEDAVG | {"model__offload": "host"}, ["model.offload = 'host'", "= 'fedavg' has no"]),
+        (FEDAVG | {"run__memory_budget": "6 GiB"}, ["run.memory_budget = '6 GiB'", "has none"]),
+        (FEDAVG | {"method__mask": "random"}, ["method.mask = 'random'", "= 'fedavg'"]),
+        (FEDAVG | {"server__normalise": True}, ["[server] section", "'fedavg' has tensors"]),
+        (FEDAVG | {"server__momentum": 0.5}, ["[server] section", "'fedavg' has tensors"]),
+        (FEDAVG | {"simulation__dropout": 0.5}, ["[simulation] section", "'fedavg' leave it"]),
+        (
+            {"method__name": "fedkseed-pro", "server__state_decay": 0.5},
+            ["server.state_decay", "method.name = 'fedkseed-pro'", "leave them at 1, 1 and 0"],
+        ),
+        (
+            {"method__mask": "random", "method__client_rates": "update-difference"},
+            ["method.mask = 'random'", "method.client_rates = 'update-difference'"],
+        ),
+        (
+            {"planning__active": [1, 1, 1]},
+            ["planning.active", "method.name = 'fedmezo' all clients have the same", "use 'zorba'"],
+        ),
+        (
+            {"planning__budgets": "6 GiB"},
+            ["planning.budgets", "method.name = 'fedmezo' all clients have the same"],
+        ),
+        (
+            {"method__estimator": "fzoo"},
+            ["method.estimator = 'fzoo'", "method.directions = 1 has none", "2 or more"],
+        ),
+        (
+            {"method__aggregator": "median"},
+            ["method.aggregator = 'median'", "'fedmezo' multiply different", "'decomfl', 'zorba'"],
+        ),
+        (
+            {"method__name": "fedkseed", "method__candidates": 0},
+            ["method.candidates = 0 is not allowed", "a whole number, at least 1"],
+        ),
+        (
+            {"method__candidates": 40},
+            ["method.candidates is a setting of method.name = 'fedkseed' and 'fedkseed-pro'"],
+        ),
+        (
+            {"method__parameters": {"tau": 0.5, "beta": 1}},
+            ["method.tau is not a known key", "The settings of this method are none"],
+        ),
+    ],
+)
+def test_what_a_name_does_not_go_with(changes: dict[str, Any], words: list[str]) -> None:
+    message = refusal(content(**changes))
+    assert message.startswith("c.toml: ") and message.endswith(".") and "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method__name": "fedkseed", "server__normalise": True},
+        {"method__name": "zorba", "planning__active": [1, 1, 1]},
+        {"method__estimator": "fzoo", "method__directions": 2},
+        {"method__mask": "random", "method__client_rates": "loss"},
+    ],
+)
+def test_what_goes_together_is_accepted(changes: dict[str, Any]) -> None:
+    validate(content(**changes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(FedMeZO):
+    """A plug-in's method with settings of each type."""
+
+    tau: float = parameter(0.1, "of something", at_least=0)
+    steps: int = parameter(1, "of something")
+    fast: bool = parameter(False, "or slow")
+    kind: str = parameter("x", "of something", choices=("x", "y"))
+
+
+def test_a_plug_in_declares_its_settings() -> None:
+    settings = {"tau": 1, "steps": 3, "fast": True, "kind": "y"}
+    typed = {f"method__{key}": value for key, value in settings.items()}
+    changes: dict[str, Any] = {"method__name": "mine", "simulation__dropout": 0.5, **typed}
+    assert "'mine' is not known" in refusal(content(**changes))
+    METHODS.register("mine")(Mine)
+    try:
+        config = validate(content(**changes))
+        method = build_method(config)
+        assert isinstance(method, Mine) and method.name == "mine"
+        assert {key: getattr(method, key) for key in settings} == settings
+        assert tomllib.loads(to_toml(config))["method"]["kind"] == "y"
+        assert "# mine only: or slow\n# fast = false" in example()
+        for key, value, words in (
+            ("tau", -1, "method.tau = -1 is not allowed: it must be a number, at least 0"),
+            ("kind", "z", "it must be one of 'x', 'y'"),
+            ("fast", 1, "it must be true or false"),
+        ):
+            assert words in refusal(content(**(changes | {f"method__{key}": value})))
+    finally:
+        METHODS.forget("mine")

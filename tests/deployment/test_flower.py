@@ -1,0 +1,358 @@
+"""The adapter to Flower without an engine; `test_cluster.py` has one."""
+
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("flwr")
+
+from flwr.app import Message
+
+from fedforward.core.errors import FedForwardError
+from fedforward.deployment import model_server as worker
+from fedforward.deployment.flower import certificates, engine
+from fedforward.deployment.flower.server import Door
+from fedforward.deployment.flower.server_app import config_of, run_config
+from fedforward.deployment.flower.transport import GridLink, unwrapped, wrapped
+from fedforward.deployment.supervisor import Child, Supervisor, free_port
+from tests.deployment.test_coordinator import run_toml, site_config
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+def test_a_configuration_in_flowers_words(tmp_path: Path) -> None:
+    overrides = ['evaluation.metrics=["perplexity"]', 'data.label_words={ 0 = " no", 1 = " yes" }']
+    settings = run_toml(tmp_path, *overrides)
+    given = run_config(settings)
+    assert all(isinstance(value, str | int | float | bool) for value in given.values())
+    assert "method.learning-rate" in given
+    assert config_of({"out": "here", **given}) == (settings, Path("here"))
+    app = engine.write_app(tmp_path / "app", settings, tmp_path / "out")
+    from flwr.cli.build import build_fab_from_disk
+    from flwr.common.config import get_fused_config_from_dir
+
+    assert build_fab_from_disk(app)
+    assert config_of(get_fused_config_from_dir(app, {}))[0] == settings
+    changed = get_fused_config_from_dir(app, {"federation.rounds": 7})
+    assert config_of(changed)[0].federation.rounds == 7
+
+
+def test_the_client_app_imports_little() -> None:
+    """A process of it is started for every letter."""
+    code = (
+        "import sys, fedforward.deployment.flower.client_app;"
+        "print({'torch', 'scipy', 'pydantic', 'fedforward.config.schema'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+class FakeGrid:
+    """Answers each message with its letter reversed; `node-2` never does, and may hold one up."""
+
+    def __init__(self) -> None:
+        self.pushed: dict[str, Any] = {}
+        self.free = threading.Event()
+
+    def get_nodes(self) -> list[Any]:
+        names = [("a", 1, "online"), ("", 2, "online"), ("c", 3, "offline")]
+        return [SimpleNamespace(name=n, node_id=i, status=s) for n, i, s in names]
+
+    def push_messages(self, messages: list[Any]) -> list[str]:
+        numbers = []
+        for message in messages:
+            numbers.append(f"m{len(self.pushed)}")
+            self.pushed[numbers[-1]] = message
+        return numbers
+
+    def pull_messages(self, numbers: list[str]) -> list[Any]:
+        replies = []
+        for number in numbers:
+            message = self.pushed[number]
+            if message.metadata.dst_node_id == 2:
+                self.free.wait(30)
+                continue
+            content = wrapped(unwrapped(message.content)[::-1])
+            metadata = SimpleNamespace(reply_to_message_id=number)
+            replies.append(
+                SimpleNamespace(metadata=metadata, content=content, has_error=lambda: False)
+            )
+        return replies
+
+
+def test_letters_over_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.supercore.task_identity import TaskIdentity
+
+    for key in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, key, 1)
+    grid = FakeGrid()
+    link = GridLink(grid)
+    assert list(link.present()) == ["a", "node-2"]
+    for name in ("a", "node-2", "c"):
+        link.send(name, b"abc")
+    arrived = {}
+    last = time.monotonic() + 10
+    while len(arrived) < 2 and time.monotonic() < last:
+        arrived |= {arrival.site: arrival for arrival in link.receive()}
+    assert arrived["a"].data == b"cba" and arrived["c"].error and "node-2" not in arrived
+    assert link.receive() == []
+    # Who is held up is not asked for again meanwhile.
+    assert [list(pull.numbers) for pull in link._pulls] == [["m1"]]
+    grid.free.set()
+    assert isinstance(Message(wrapped(b"x"), 1, "query.letter"), Message)
+
+
+def test_an_answer_that_cannot_be_read_costs_nobody_else_theirs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from fedforward.deployment.flower import transport as module
+
+    for key in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, key, 1)
+    monkeypatch.setattr(module, "PULL", 0.0)
+    monkeypatch.setattr(module, "GROUPS", 1)
+
+    class Broken(FakeGrid):
+        def get_nodes(self) -> list[Any]:
+            return [
+                SimpleNamespace(name=n, node_id=i, status="online") for i, n in ((1, "a"), (3, "c"))
+            ]
+
+        def pull_messages(self, numbers: list[str]) -> list[Any]:
+            if any(self.pushed[number].metadata.dst_node_id == 3 for number in numbers):
+                raise ValueError("nothing that Flower knows")
+            return super().pull_messages(numbers)
+
+    link = GridLink(Broken())
+    link.present()
+    for name in ("a", "c"):
+        link.send(name, b"abc")
+    arrived: dict[str, Any] = {}
+    last = time.monotonic() + 10
+    while len(arrived) < 2 and time.monotonic() < last:
+        arrived |= {arrival.site: arrival for arrival in link.receive()}
+        time.sleep(0.01)
+    assert arrived["a"].data == b"cba"
+    assert "cannot be read: nothing that Flower knows" in arrived["c"].error
+
+
+def test_keys_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the engine is being started again, or a file cannot be read."""
+    from fedforward.deployment.flower import server as module
+
+    class Engine:
+        def __init__(self) -> None:
+            self.known: dict[int, str] = {}
+            self.down = False
+
+        def register(self, new: dict[str, Path]) -> dict[str, int | str]:
+            if self.down:
+                raise FedForwardError("it does not answer")
+            found: dict[str, int | str] = {}
+            for name, path in new.items():
+                found[name] = 1 + max(self.known, default=0)
+                self.known[int(found[name])] = path.read_text()
+            return found
+
+        def unregister(self, node: int) -> None:
+            if self.down:
+                raise FedForwardError("it does not answer")
+            del self.known[node]
+
+    folder = tmp_path / "sites"
+    folder.mkdir()
+    flower, told = Engine(), []
+    monkeypatch.setattr(module, "RETRY", 0.0)
+    keys = module._Keys(tmp_path, tmp_path / "r.json", flower, told.append)  # type: ignore[arg-type]
+    (folder / "a.pub").write_text("A")
+    (folder / "b.pub").symlink_to(tmp_path / "nowhere")
+    keys.look()
+    assert flower.known == {1: "A"} and "cannot be read" in told[0]
+    flower.down = True
+    (folder / "a.pub").unlink()
+    (folder / "c.pub").write_text("C")
+    for _ in range(3):
+        keys.look()
+    assert flower.known == {1: "A"} and len(told) == 3
+    assert "cannot be taken away" in told[1] and "is not taken" in told[2]
+    flower.down = False
+    keys.look()
+    assert list(flower.known.values()) == ["C"] and told[-1] == "site a: its key was taken away"
+    # A server that begins anew knows whom it let in.
+    again = module._Keys(tmp_path, tmp_path / "r.json", flower, told.append)  # type: ignore[arg-type]
+    (folder / "c.pub").write_text("D")
+    again.look()
+    assert list(flower.known.values()) == ["D"]
+
+
+def test_certificates(tmp_path: Path) -> None:
+    folder = tmp_path / "certs"
+    with pytest.raises(FedForwardError, match=r"there is no ca\.crt"):
+        certificates.check_server(folder)
+    certificates.make(folder, ["fed.example.org"], ["a", "b"])
+    certificates.check_server(folder)
+    for path in (folder / "ca.key", folder / "server.key", folder / "sites" / "a.key"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    certificates.check_site(folder, folder / "sites" / "a.key")
+    with pytest.raises(FedForwardError, match="is not a site's key"):
+        certificates.check_site(folder, folder / "server.crt")
+    before = (folder / "server.crt").read_bytes()
+    assert [p.name for p in certificates.make(folder, ["x"], ["c"])] == ["c.key", "c.pub"]
+    assert (folder / "server.crt").read_bytes() == before
+    with pytest.raises(FedForwardError, match=r"--site '\.\./x' is not allowed"):
+        certificates.make(folder, [], ["../x"])
+    (folder / "server.crt").unlink()
+    (folder / "ca.key").unlink()
+    with pytest.raises(FedForwardError, match=r"no ca\.key"):
+        certificates.make(folder, ["x"], [])
+
+
+def test_flowers_commands_together(tmp_path: Path) -> None:
+    """Each by itself: what one says is not another's."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fedforward.deployment.flower.commands"],
+        input=json.dumps([["nonsense"], ["--help"], ["supernode", "register", "no/key", "x"]]),
+        env={**os.environ, **engine.environment(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    wrong, helped, missing = json.loads(done.stdout)
+    assert wrong["code"] and "nonsense" in wrong["error"] and not wrong["out"]
+    assert helped["code"] == 0 and "supernode" in helped["out"]
+    assert missing["code"] and "no/key" in missing["error"] + missing["out"]
+    flower = engine.CommandLine(tmp_path, "127.0.0.1:1", None)
+    (tmp_path / "bad.pub").write_text("no key")
+    registered = flower.register({"a": tmp_path / "bad.pub"})
+    assert isinstance(registered["a"], str) and registered["a"]
+    with pytest.raises(FedForwardError, match=r"`flwr stop 1 fedforward` failed: \S"):
+        flower.stop("1")
+    assert flower.register({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("listen", "insecure", "words"),
+    [
+        ("9400", True, "--listen '9400'"),
+        ("host:99999", True, "--listen"),
+        ("0.0.0.0:9400", False, "--tls FOLDER is missing"),
+    ],
+)
+def test_a_door_that_is_none(listen: str, insecure: bool, words: str) -> None:
+    with pytest.raises(FedForwardError, match=re.escape(words)):
+        Door.parse(listen, None, insecure)
+
+
+def test_the_gate_lets_only_sites_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedforward.deployment.flower.reverse_proxy.HOLD", 0.3)
+    import http.server
+
+    import httpx
+
+    from fedforward.deployment.flower.reverse_proxy import Gate
+
+    class Engine(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(self.path.encode() + b" " + body + self.headers["x-key"].encode())
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Engine) as inner:
+        threading.Thread(target=inner.serve_forever, daemon=True).start()
+        port = free_port()
+        url = f"http://127.0.0.1:{inner.server_port}"
+        gate = Gate("127.0.0.1", port, url, None, None)
+        gate.open()
+        outside = f"http://127.0.0.1:{port}"
+        headers = {"x-key": "k"}
+        pull = f"{outside}/v1/fleet/pull-messages"
+        assert httpx.post(pull, content=b"b", headers=headers).status_code == 503
+        gate.ready = True
+        answer = httpx.post(pull, content=b"b", headers=headers)
+        assert answer.content == b"/v1/fleet/pull-messages bk"
+        for path in ("/v1/control/register-node", "/v1/runtime/acquire-task", "/docs"):
+            assert httpx.post(f"{outside}{path}", content=b"b", headers=headers).status_code == 404
+        sneaky = f"{outside}/v1/fleet/%2e%2e/control/start-run"
+        assert httpx.post(sneaky, content=b"b", headers=headers).status_code == 404
+        assert gate.turned_away == 4
+        monkeypatch.setattr("fedforward.deployment.flower.reverse_proxy.MOST_HELD", 10)
+        assert httpx.post(pull, content=bytes(11), headers=headers).status_code == 413
+        assert gate._held == 0
+        with pytest.raises(FedForwardError, match="cannot be listened on"):
+            Gate("127.0.0.1", port, url, None, None).open()
+        gate.close()
+        inner.shutdown()
+
+
+def test_what_is_wrong_with_a_connection_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedforward.deployment.flower.reverse_proxy.HOLD", 0.3)
+    from fedforward.deployment.flower.client import trouble
+    from fedforward.deployment.flower.reverse_proxy import Gate
+
+    for name in ("ours", "elsewhere"):
+        certificates.make(tmp_path / name, ["localhost"], [])
+    pair = (str(tmp_path / "ours" / "server.crt"), str(tmp_path / "ours" / "server.key"))
+    ours, elsewhere = tmp_path / "ours" / "ca.crt", tmp_path / "elsewhere" / "ca.crt"
+    ports = {"tls": free_port(), "plain": free_port()}
+    nobody = "http://127.0.0.1:1"
+    gates = [
+        Gate("127.0.0.1", ports["tls"], nobody, None, pair),
+        Gate("127.0.0.1", ports["plain"], nobody, None, None),
+    ]
+    for gate in gates:
+        gate.open()
+    for port, authority, words in (
+        ("tls", None, "one side speaks TLS and the other does not"),
+        ("plain", ours, "one side speaks TLS and the other does not"),
+        ("tls", elsewhere, "is not signed by --tls's ca.crt"),
+        ("tls", ours, "the server is being started"),
+    ):
+        assert words in trouble(f"localhost:{ports[port]}", authority)
+    for gate in gates:
+        gate.close()
+    assert "cannot be reached" in trouble(f"localhost:{ports['plain']}", None)
+    assert "cannot be reached" in trouble("nobody.invalid:1", None)
+
+
+def test_a_worker_answers_over_its_socket_and_is_not_waited_for(tmp_path: Path) -> None:
+    settings = site_config(tmp_path, "a")
+    from fedforward.config.template import to_toml
+
+    file, place = tmp_path / "site.toml", tmp_path / "s"
+    file.write_text(to_toml(settings), encoding="utf-8")  # type: ignore[arg-type]
+    command = [sys.executable, "-m", "fedforward.deployment.model_server", str(file), str(place)]
+    with Supervisor() as supervisor:
+        child = supervisor.start(Child("worker", command, tmp_path / "log", {}))
+        assert b"it is cut short" in worker.ask(str(place), b"nonsense")
+        assert stat.S_IMODE(place.stat().st_mode) == 0o600
+        pid = child.pid
+        os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while child.starts < 2 and time.monotonic() < deadline:
+            supervisor.keep()
+            time.sleep(0.1)
+        assert b"it is cut short" in worker.ask(str(place), b"nonsense")
+        assert child.pid not in (pid, -1)
+        last = child.pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(last, 0)
+    with pytest.raises(worker.WorkerGoneError, match="does not answer"):
+        worker.ask(str(place), b"nonsense", patience=0.3)

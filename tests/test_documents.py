@@ -1,0 +1,164 @@
+"""The documents say what is so: blocks are valid, keys and links exist, generated pages whole."""
+
+import ast
+import importlib
+import importlib.util
+import re
+import runpy
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, Field, create_model
+
+import fedforward
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+sys.path.insert(0, str(ROOT / "scripts/docs"))
+
+pages = importlib.import_module("pages")
+reference = importlib.import_module("configuration")
+check_prose = runpy.run_path(str(ROOT / "scripts/check_prose.py"))
+
+CONFIG: Any = reference.kind_of("Config")
+SITE: Any = reference.kind_of("SiteConfig")
+_HOME = next(
+    name
+    for name in ("fedforward.config.loading", "fedforward.config.schema")
+    if importlib.util.find_spec(name)
+)
+validate_as: Any = importlib.import_module(_HOME).validate_as
+#: Endings of files that look like keys of a section: `run.toml`, `federation.py`.
+FILE_ENDINGS = ("toml", "crt", "key", "py")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(path: Path, language: str) -> Iterator[str]:
+    text = path.read_text(encoding="utf-8")
+    for found in re.finditer(rf"^ *```{language}\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
+        yield found[1]
+
+
+def sections(kind: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    return {name: section for name, _, section in reference.sections(kind)}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_toml_blocks_are_valid(path: Path) -> None:
+    for block in blocks(path, "toml"):
+        content = tomllib.loads(block)
+        if "project" in content:
+            continue
+        kind = SITE if {"site", "limits"} & set(content) else CONFIG
+        validate_as(kind, content, name_of(path))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_python_blocks_compile_and_import_what_exists(path: Path) -> None:
+    for block in blocks(path, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), block
+
+
+@pytest.mark.skipif(not hasattr(fedforward, "LoraModel"), reason="no public face in this tree")
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_python_blocks_use_names_of_the_public_face(path: Path) -> None:
+    for block in blocks(path, "python"):
+        for name in re.findall(r"\bff\.(\w+)", block):
+            assert hasattr(fedforward, name), f"ff.{name}"
+
+
+def keys_named(text: str) -> Iterator[tuple[str, str, str | None]]:
+    """(section, key, value as written or None) of each `section.key` in the text."""
+    names = set(sections(CONFIG)) | set(sections(SITE))
+    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+    for section, key, _, value in re.findall(r"`([a-z]+)\.(\w+)( = ([^`]+))?`", prose):
+        if section in names and key not in FILE_ENDINGS:
+            yield section, key, value or None
+
+
+@pytest.mark.skipif(
+    "client_rates" not in sections(CONFIG)["method"].model_fields,
+    reason="the keys of this tree have other names",
+)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_keys_and_values_in_the_text_exist(path: Path) -> None:
+    for section, key, written in keys_named(path.read_text(encoding="utf-8")):
+        kinds = [sections(kind).get(section) for kind in (CONFIG, SITE)]
+        fields = [kind.model_fields[key] for kind in kinds if kind and key in kind.model_fields]
+        assert fields, f"{section}.{key}"
+        if written is not None:
+            value = tomllib.loads(f"value = {written}")["value"]
+            assert any(_takes(field, value) for field in fields), f"{section}.{key} = {written}"
+
+
+def _takes(field: Any, value: Any) -> bool:
+    one = create_model("One", value=(field.annotation, Field(...)))
+    try:
+        one.model_validate({"value": value})
+    except ValueError:
+        return False
+    return True
+
+
+def test_a_wrong_key_or_value_in_the_text_is_found() -> None:
+    found = list(keys_named("`model.path`, `run.toml`, `method.mu = 1e-3`\n```\n`run.x`\n```\n"))
+    assert found == [("model", "path", None), ("method", "mu", "1e-3")]
+    field = sections(CONFIG)["model"].model_fields["dtype"]
+    assert _takes(field, "bfloat16") and not _takes(field, "int8")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_links_to_files_lead_somewhere(path: Path) -> None:
+    made = {ROOT / "docs" / name for name in pages.generated(ROOT)}
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
+        if "://" not in target:
+            file = (path.parent / target).resolve()
+            assert file.exists() or file in made, f"{name_of(path)}: {target}"
+
+
+def test_the_generated_pages_are_whole() -> None:
+    made = pages.generated(ROOT)
+    keys = made["reference/configuration.md"]
+    for kind in (CONFIG, SITE):
+        for name, section in sections(kind).items():
+            assert f"### `[{name}]`" in keys
+            assert all(f"| `{key}` |" in keys for key in section.model_fields)
+    for command in ("run", "plan", "server", "client", "verify"):
+        assert f"## `fedforward {command}`" in made["reference/commands.md"]
+    for name in fedforward.__all__:
+        assert f'heading: "{name}"' in made["reference/api.md"]
+    wire = made["reference/wire.md"]
+    assert "projected gradients" in wire and "`REPORT`" in wire and "ledger entries" in wire
+    errors = made["reference/errors.md"]
+    assert "is not valid TOML" in errors and "was refused" in errors
+    assert "class DeComFL" in made["how-to/method-example.md"]
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    there = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    assert listed == there | set(pages.generated(ROOT))
+
+
+def test_sentences_and_lines_are_short() -> None:
+    complaints = check_prose["complaints"]
+    for path in DOCUMENTS:
+        assert not list(complaints(path.read_text(encoding="utf-8"))), name_of(path)
+    long = " ".join(["word"] * 26) + ".\n"
+    assert [number for number, _ in complaints(f"# Title\n\nShort.\n{long}")] == [3, 4]
+    assert not list(complaints(f"```\n{long}```\n\n| {long.strip()} |\n"))
+
+
+def test_the_picture_of_a_round_is_what_its_script_draws() -> None:
+    drawn = runpy.run_path(str(ROOT / "scripts/draw_round.py"))["picture"]()
+    assert (ROOT / "docs/round.svg").read_text(encoding="utf-8") == drawn
