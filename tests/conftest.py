@@ -101,6 +101,7 @@ def rows(tmp_path: Path) -> Path:
 @pytest.fixture
 def configure(rows: Path, libraries_are_no_garbage: None) -> Callable[..., Any]:
     """A function that makes a configuration of a few short rounds on the demonstration model."""
+    pytest.importorskip("pydantic", reason="the configuration needs pydantic")
     from fedforward.config.loading import validate
     from fedforward.config.schema import Config
     from fedforward.demo.text import ANSWER, PROMPT

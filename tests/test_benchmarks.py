@@ -129,6 +129,65 @@ def test_llama3b_needs_a_cuda_device(capsys: pytest.CaptureFixture[str]) -> None
     assert "needs a CUDA device" in capsys.readouterr().err
 
 
+def test_gpu_runs_every_part_whatever_becomes_of_the_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu = load("gpu")
+    parts = [
+        gpu.Part("fails", ("-c", "import sys; sys.exit('no such thing')"), 60),
+        gpu.Part("hangs", ("-c", "import time; print('begun'); time.sleep(60)"), 1),
+        gpu.script("directions", 120, "--quick", "--threads", "1", "--dtypes", "float32"),
+        gpu.Part("garbles", ("-c", "print('no JSON')"), 60, "step"),
+    ]
+    monkeypatch.setattr(gpu, "parts", lambda _: parts)
+    with pytest.raises(SystemExit) as end:
+        gpu.main(["--device", "cpu", "--out", str(tmp_path)])
+    assert end.value.code == 1
+    shown = capsys.readouterr()
+    assert "Failed: fails, hangs, garbles" in shown.err
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    found = {part["name"]: part for part in content["parts"]}
+    assert [part["exit"] for part in found.values()] == [1, None, 0, None]
+    assert "no such thing" in found["fails"]["said"]
+    assert "ended after 1 s: begun" in found["hangs"]["said"]
+    assert "no JSON" in found["garbles"]["said"]
+    assert len(found["directions"]["rows"]) == 4
+    assert content["machine"]["device"] == "cpu"
+    assert content["versions"]["torch"]
+    for words in ("float32 gaussian 90 seeds nearest", "G coordinates/s", "no such thing"):
+        assert words in shown.out
+        assert words in (tmp_path / "gpu.txt").read_text()
+
+
+def test_gpu_begins_nothing_without_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu = load("gpu")
+    monkeypatch.setattr(gpu, "DEADLINE", 1.0)
+    [result] = gpu.go([gpu.Part("late", ("-c", "raise SystemExit(3)"), 60)], tmp_path)
+    assert result.exit is None
+    assert "no time" in result.said
+
+
+def test_gpu_knows_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = load("gpu")
+    assert [p.name for p in gpu.parts("cuda")][:2] == ["tests", "directions"]
+    assert len({p.name for p in gpu.parts("cuda")}) == len(gpu.parts("cuda"))
+    names = {"test_gpu.py", "test_cuda_kernels.py", "test_offload.py", "test_loading.py"}
+    assert names <= {Path(name).name for name in gpu.test_files()}
+    with pytest.raises(SystemExit):
+        gpu.main(["--parts", "nothing"])
+    assert "there is tests, directions" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_gpu_in_its_tiniest_form(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    load("gpu").main(["--device", "cpu", "--out", str(tmp_path)])
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert all(part["exit"] == 0 for part in content["parts"])
+    assert all(part["rows"] for part in content["parts"] if part["name"] != "tests")
+    assert "tests" in capsys.readouterr().out
+
+
 def test_a_reach_is_met_or_named() -> None:
     common = load("common")
     most, less, least = (common.Reach(sense, 1.0) for sense in ("<=", "<", ">="))

@@ -286,6 +286,28 @@ class TestCommit:
         assert cuda.commit(weights[:0], [idle], **options) == 0
         assert weights.cpu()[:3].abs().tolist() in ([0.5, 0.5, 0.5], [0.5, 0.5, 1.5])
 
+    @by_distribution
+    def test_many_tensors_at_once(self, cuda: Any, distribution: Distribution) -> None:
+        """The bits and the count of one after the other, whatever their dtypes and updates."""
+        both = [Update(some_steps(2), 5, 0.9), Update(some_steps(1, 3), 6)]
+        cases = [
+            (some_weights(TILE + 1, torch.bfloat16), 3, both),
+            (some_weights(700, torch.float32), 2**40, both),
+            (some_weights(63, torch.float16), 9, both[1:]),
+            (some_weights(5, torch.float16), 10, []),
+            (some_weights(0, torch.float16), 11, both),
+        ]
+        parts = [(w.to(DEVICE, copy=True), first_tile, own) for w, first_tile, own in cases]
+        changed = cuda.commit_all(parts, distribution)
+        wanted = 0
+        for (weights, first_tile, updates), (found, *_) in zip(cases, parts, strict=True):
+            wanted += reference.commit(
+                weights, updates, first_tile=first_tile, distribution=distribution
+            )
+            np.testing.assert_array_equal(bits(found), bits(weights))
+        assert changed == wanted
+        assert cuda.commit_all([], distribution) == 0
+
 
 class TestDisplace:
     pytestmark = on_device

@@ -11,6 +11,7 @@ from fedforward.core.batches import TokenBatch
 from fedforward.core.steps import Probe, ProbePlan, Steps
 from fedforward.directions import Distribution
 from fedforward.directions.ops import accumulate
+from fedforward.models import lora
 from fedforward.models.lora import LoraModel
 
 pytestmark = [
@@ -54,3 +55,23 @@ def test_probes_agree_with_the_cpu(tiny_network: Callable[..., Any]) -> None:
         )
         losses.append(model.evaluate([probe])[0].mean)
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adapters_of_half_precision_activations(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of halves are as far from float64 as float32 is, as for what a perturbation does."""
+    random = torch.Generator(device="cuda").manual_seed(0)
+    x = torch.randn((2, 1000, 3072), device="cuda", generator=random).to(dtype)
+    a = torch.randn((2, 128, 3072), device="cuda", generator=random) * 0.01
+    z = 1e-3 * torch.randn(a.shape, device="cuda", generator=random).sign()
+    plus, minus = a + z, a - z
+    wanted = x.double() @ plus.double().transpose(1, 2)
+    moved = x.double() @ (plus.double() - minus.double()).transpose(1, 2)
+    for pays in (0, 1 << 62):
+        monkeypatch.setattr(lora, "HALVES_PAY", pays)
+        found = lora._inner(x, plus).double()
+        assert float((found - wanted).norm() / wanted.norm()) < 2e-5
+        difference = found - lora._inner(x, minus).double()
+        assert float((difference - moved).norm() / moved.norm()) < 2e-5

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("pydantic", reason="the configuration needs pydantic")
+
 from fedforward.config.loading import validate
 from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError

@@ -13,7 +13,7 @@ from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 from fedforward.directions import TILE, Distribution, Layout, reference
 from fedforward.models.base import CausalModel
 from fedforward.models.full import FullModel
-from fedforward.models.lora import LoraModel
+from fedforward.models.lora import PARTS, LoraModel, in_halves
 
 Make = Callable[..., Any]
 TRAJECTORY = Steps.of([5, 6, 7], [0.02, -0.01, 0.015])
@@ -79,6 +79,18 @@ def test_a_lora_probe_equals_moving_the_adapters(
     assert probed.mean == pytest.approx(hugging_face_loss(model.network, batch()), rel=2e-6)
     assert model.layout.parameters == sum(t.numel() for t in model.tensors.values())
     assert all(".lora_B." in name for name in model.tensors) == (factors == "B")
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float16, 22), (torch.bfloat16, 24)])
+def test_halves_hold_a_float32(dtype: torch.dtype, bits: int) -> None:
+    a = torch.randn((2, 3, 1000), generator=torch.Generator().manual_seed(0)) * 0.01
+    moved = a + 1e-3 * torch.sign(a)
+    for wide in (a, moved):
+        first, *others = in_halves(wide, dtype).double().split(3, dim=1)
+        total = first + sum(others) / PARTS[dtype][1]
+        error = (total - wide.double()).abs()
+        # Below its normal numbers float16 has no bits but a last place, 2^-24 of the scale.
+        assert bool((error <= 2.0**-bits * wide.abs() + 2.0**-36).all())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

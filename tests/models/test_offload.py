@@ -23,8 +23,6 @@ from fedforward.models.offload import place_the_rest
 from fedforward.planning.memory.model import calibrate
 from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
 from fedforward.planning.probe_grouping import step_probes
-from fedforward.training import build as experiment
-from fedforward.training import replay as artefacts
 from tests.models.test_models import PERTURBATION, TRAJECTORY, batch, lora, plan
 from tests.models.test_probing import make
 
@@ -304,6 +302,10 @@ def large(kind: str, device: str) -> CausalModel:
 def test_a_run_has_the_same_ledger(
     configure: Any, carry_out: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune: str
 ) -> None:
+    # Whole runs need the configuration, which needs pydantic; the other tests do not.
+    from fedforward.training import build as experiment
+    from fedforward.training import replay as artefacts
+
     settings = configure(
         model__tune=tune,
         method__name="zorba",

@@ -5,6 +5,7 @@ All give the same bits.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def accumulate(
             threads=torch.get_num_threads(),
         )
         return
-    _elsewhere(weights).accumulate(
+    _elsewhere(weights.device.type).accumulate(
         weights,
         seeds,
         coefficients,
@@ -117,10 +118,39 @@ def commit(
             dither_seeds=[update.dither_seed for update in updates],
             threads=torch.get_num_threads(),
         )
-    changed = _elsewhere(weights).commit(
+    changed = _elsewhere(weights.device.type).commit(
         weights, updates, first_tile=first_tile, distribution=distribution
     )
     return 0 if weights.dtype is torch.float32 else int(changed)
+
+
+def commit_all(
+    parts: Sequence[tuple[torch.Tensor, int, Sequence[Update]]], distribution: Distribution
+) -> int:
+    """`commit` for many tensors; a CUDA device is waited for once and not after each.
+
+    Args:
+        parts: of each tensor the weights, the first tile, and the updates.
+
+    Returns:
+        The sum of what `commit` returns.
+    """
+    changed, on_cuda = 0, []
+    for part in parts:
+        weights, first_tile, updates = part
+        if weights.device.type == "cuda":
+            on_cuda.append(part)
+        else:
+            changed += commit(weights, updates, first_tile=first_tile, distribution=distribution)
+    if not on_cuda:
+        return changed
+    implementation = _elsewhere("cuda")
+    if implementation is reference:
+        return changed + sum(
+            commit(weights, updates, first_tile=first_tile, distribution=distribution)
+            for weights, first_tile, updates in on_cuda
+        )
+    return changed + int(implementation.commit_all(on_cuda, distribution))
 
 
 def displace(
@@ -159,15 +189,16 @@ def displace(
             threads=torch.get_num_threads(),
         )
         return
-    _elsewhere(weights).displace(
+    _elsewhere(weights.device.type).displace(
         weights, shared, own, first_tile=first_tile, distribution=distribution, out=out,
         starts=starts,
     )  # fmt: skip
 
 
-def _elsewhere(weights: torch.Tensor) -> Any:
-    """The implementation for a tensor that is not in main memory."""
-    if weights.device.type == "cuda":
+@cache
+def _elsewhere(device: str) -> Any:
+    """The implementation for tensors on a kind of device other than main memory."""
+    if device == "cuda":
         try:
             from fedforward.directions import triton_kernels as cuda
         except ImportError:

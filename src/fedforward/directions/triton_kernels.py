@@ -28,6 +28,7 @@ from fedforward.directions.spec import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FIRST = bytes(8)
 
 _MULTIPLIER_0 = tl.constexpr(PHILOX_MULTIPLIERS[0])
 _MULTIPLIER_1 = tl.constexpr(PHILOX_MULTIPLIERS[1])
@@ -47,9 +48,9 @@ class Shape(NamedTuple):
 
     Attributes:
         tiles: tiles of a program.
-        lanes: neighbouring coordinates of a tile in the last dimension. A Rademacher tile takes 16
-            calls: with 16 lanes every thread makes its own words, with 32 or 64 two or four
-            threads make the same ones, and each holds fewer sums.
+        lanes: neighbouring coordinates of a tile in the last dimension, a power of two from 16 to
+            256. A Rademacher tile takes 16 calls: with 16 lanes every thread makes its own words,
+            with 32 or 64 two or four threads make the same ones, and each holds fewer sums.
         warps: warps of a program; 32 * warps divides tiles * lanes.
     """
 
@@ -59,12 +60,17 @@ class Shape(NamedTuple):
 
 
 #: By distribution and by whether the kernel has more than the sums to hold: dither, or more rows.
+#: Measured on an H200; the bits do not depend on them.
 SHAPES = {
     (Distribution.RADEMACHER, False): Shape(2, 16, 1),
-    (Distribution.RADEMACHER, True): Shape(1, 32, 1),
+    (Distribution.RADEMACHER, True): Shape(1, 128, 2),
     (Distribution.GAUSSIAN, False): Shape(1, 128, 4),
-    (Distribution.GAUSSIAN, True): Shape(1, 128, 4),
+    (Distribution.GAUSSIAN, True): Shape(1, 256, 4),
 }
+#: Of Rademacher commits with dither whose updates have few steps each: what threads make in common
+#: matters less than how many of them there are. As many tiles as above.
+SHAPE_OF_FEW = Shape(1, 256, 4)
+FEW = 8
 
 
 # Device functions
@@ -109,18 +115,25 @@ def _signs(tile, stream, seed, tiles: tl.constexpr, lanes: tl.constexpr):  # typ
         odd = (lane // 16) % 2 == 1
         w0 = tl.where(odd, w1, w0)
         w2 = tl.where(odd, w3, w2)
-    if lanes == 64:
+    if lanes >= 64:
         w0 = tl.where((lane // 32) % 2 == 1, w2, w0)
     shape: tl.constexpr = (256 // lanes, tiles * lanes)
     q = tl.arange(0, 256 // lanes)[:, None]
-    word = _pick(
-        tl.broadcast_to((q % (64 // lanes)) * (lanes // 16), shape),
-        tl.broadcast_to(w0[None, :], shape),
-        tl.broadcast_to(w1[None, :], shape),
-        tl.broadcast_to(w2[None, :], shape),
-        tl.broadcast_to(w3[None, :], shape),
-    )
-    bit = 4 * tl.arange(0, 8)[:, None, None] + (q // (64 // lanes))[None, :, :]
+    if lanes >= 64:
+        word = tl.broadcast_to(w0[None, :], shape)
+        # What is the thread's own of the bit's number is shifted once for all of its places.
+        most: tl.constexpr = lanes // 64 - 1
+        word = word << (most - (lane % lanes) // 64).to(tl.uint32)[None, :]
+        bit = 4 * tl.arange(0, 8)[:, None, None] + (q * (lanes // 64) + most)[None, :, :]
+    else:
+        word = _pick(
+            tl.broadcast_to((q % (64 // lanes)) * (lanes // 16), shape),
+            tl.broadcast_to(w0[None, :], shape),
+            tl.broadcast_to(w1[None, :], shape),
+            tl.broadcast_to(w2[None, :], shape),
+            tl.broadcast_to(w3[None, :], shape),
+        )
+        bit = 4 * tl.arange(0, 8)[:, None, None] + (q // (64 // lanes))[None, :, :]
     return word[None, :, :] << (31 - bit).to(tl.uint32)
 
 
@@ -397,8 +410,10 @@ def accumulate(
     """
     _check(weights, out, weights.numel())
     update = Update(Steps(seeds, coefficients), dither_seed or 0, decay)
+    # The arrays are the caller's, so that nothing is known of them by whose they are.
+    there = _updating.__wrapped__((update,), weights.device, _stream_of(weights))
     dithered = dither_seed is not None
-    _run_updates(weights, out, [update], first_tile, distribution, stream, dithered, None)
+    _run_updates(weights, out, there, first_tile, distribution, stream, dithered, None)
 
 
 def commit(
@@ -425,21 +440,52 @@ def commit(
     Raises:
         ValueError, TypeError: as `accumulate`.
     """
-    _check(weights, weights, weights.numel())
-    if not updates or weights.numel() == 0:
-        return 0
-    if weights.dtype is torch.float32:
+    return commit_all([(weights, first_tile, updates)], distribution)
+
+
+def commit_all(
+    parts: Sequence[tuple[torch.Tensor, int, Sequence[Update]]], distribution: Distribution
+) -> int:
+    """`commit` for many tensors, each with its own updates, and a single wait for the device.
+
+    Args:
+        parts: of each tensor the weights, where it begins in the tunable space, and its updates.
+
+    Returns:
+        The sum of what `commit` returns.
+
+    Raises:
+        ValueError, TypeError: as `accumulate`.
+    """
+    launched = [part for part in parts if part[2] and part[0].numel()]
+    for weights, _, _ in launched:
+        _check(weights, weights, weights.numel())
+    counting = [part for part in launched if part[0].dtype is not torch.float32]
+    programs: dict[torch.device, int] = {}
+    for weights, _, _ in counting:
+        own = _programs(weights.numel(), SHAPES[distribution, True])
+        programs[weights.device] = programs.get(weights.device, 0) + own
+    counts = {
+        device: torch.empty(number, dtype=torch.int32, device=device)
+        for device, number in programs.items()
+    }
+    free = dict(counts)
+    for weights, first_tile, updates in launched:
+        changed = None
+        if weights.dtype is not torch.float32:
+            own = _programs(weights.numel(), SHAPES[distribution, True])
+            changed, free[weights.device] = free[weights.device].tensor_split((own,))
         _run_updates(
-            weights, weights, updates, first_tile, distribution, Stream.DIRECTION, True, None
+            weights,
+            weights,
+            _updating(tuple(updates), weights.device, _stream_of(weights)),
+            first_tile,
+            distribution,
+            Stream.DIRECTION,
+            True,
+            changed,
         )
-        return 0
-    shape = SHAPES[distribution, weights.dtype is not torch.float32]
-    programs = -(-weights.numel() // (TILE * shape.tiles))
-    changed = torch.empty(programs, dtype=torch.int32, device=weights.device)
-    _run_updates(
-        weights, weights, updates, first_tile, distribution, Stream.DIRECTION, True, changed
-    )
-    return int(changed.sum())
+    return sum(int(changed.sum()) for changed in counts.values())
 
 
 def displace(
@@ -477,60 +523,60 @@ def displace(
         return
     _check(weights, out, None)
     total, left = divmod(out.numel(), rows)
-    places = [0] if starts is None else starts
-    pieces = len(places)
+    pieces = 1 if starts is None else len(starts)
     length = total // pieces if pieces else 0
     if left or pieces == 0 or length * pieces != total or out.shape[0] != rows:
         raise ValueError(
             f"out has shape {tuple(out.shape)}: it must be [{rows}, n] for {rows} perturbations, "
             f"and n a multiple of the {pieces} pieces"
         )
-    if isinstance(places, torch.Tensor):
+    device, stream = weights.device, _stream_of(weights)
+    if isinstance(starts, torch.Tensor):
         # Where they begin is known on the device alone: so many tiles a piece can touch.
         tiles_per_piece = (length - 1 + TILE - 1) // TILE + 1
-        on_device = places.to(weights.device, torch.int64, non_blocking=True).contiguous()
+        on_device = starts.to(device, torch.int64, non_blocking=True).contiguous()
     else:
-        begins = np.asarray(places, np.int64)
-        if begins.min() < 0 or begins.max() + length > weights.numel():
+        places = _FIRST
+        first = last = within = 0
+        if starts is not None:
+            begins = np.asarray(starts, np.int64)
+            places = begins.tobytes()
+            first, last = int(begins.min()), int(begins.max())
+            within = int((begins % TILE).max())
+        if first < 0 or last + length > weights.numel():
             raise ValueError(
-                f"pieces of {length} coordinates begin at {begins.min()} to {begins.max()}: they "
+                f"pieces of {length} coordinates begin at {first} to {last}: they "
                 f"must lie within the tensor's {weights.numel()}"
             )
-        tiles_per_piece = int((begins % TILE).max() + length - 1) // TILE + 1
-        on_device = _copied(begins.tobytes(), weights.device, _stream_of(weights))
+        tiles_per_piece = (within + length - 1) // TILE + 1
+        on_device = _copied(places, device, stream)
 
-    steps, singles, lists = _rows(trajectory, perturbations)
+    there = _displacing(trajectory, tuple(perturbations), device, stream)
     shape = SHAPES[distribution, True]
-    programs = -(-pieces * tiles_per_piece // shape.tiles)
-    with torch.cuda.device_of(weights):
-        _displace[(programs,)](
-            weights.detach(),
-            out.detach(),
-            on_device,
-            _numbers(steps, weights),
-            _numbers(singles, weights),
-            _numbers(lists, weights),
-            _table(weights.device),
+    _launch(
+        _displace,
+        _programs(TILE * pieces * tiles_per_piece, shape),
+        weights,
+        (weights, out, on_device, there.steps, there.singles, there.lists, _table(device)),
+        (
             weights.numel(),
             first_tile,
             pieces,
             length,
             tiles_per_piece,
-            len(trajectory),
-            len(singles),
-            len(lists),
-            gaussian=distribution is Distribution.GAUSSIAN,
-            listed=len(lists) > 0,
-            tiles=shape.tiles,
-            lanes=shape.lanes,
-            **_options(shape),
-        )
+            there.trajectory,
+            there.single_count,
+            there.list_count,
+        ),
+        (distribution is Distribution.GAUSSIAN, there.list_count > 0),
+        shape,
+    )
 
 
 def _run_updates(
     weights: torch.Tensor,
     out: torch.Tensor,
-    updates: Sequence[Update],
+    there: "_Updating",
     first_tile: int,
     distribution: Distribution,
     stream: Stream,
@@ -541,37 +587,62 @@ def _run_updates(
     if weights.numel() == 0:
         return
     dithered = dithered and out.dtype is not torch.float32
-    ends = np.cumsum([len(update.steps) for update in updates]).tolist()
-    plan = np.array(
-        [
-            (end - len(update.steps), end, _signed(update.dither_seed), _bits(update.decay))
-            for update, end in zip(updates, ends, strict=True)
-        ],
-        np.int64,
-    )
-    steps = np.concatenate([_pairs(update.steps) for update in updates])
     shape = SHAPES[distribution, dithered]
-    programs = -(-weights.numel() // (TILE * shape.tiles))
-    with torch.cuda.device_of(weights):
-        plan_there = _numbers(plan, weights)
-        _commit[(programs,)](
-            weights.detach(),
-            out.detach(),
-            plan_there,
-            _numbers(steps, weights),
+    if dithered and there.step_count <= FEW * there.update_count:
+        shape = SHAPE_OF_FEW
+    _launch(
+        _commit,
+        _programs(weights.numel(), shape),
+        weights,
+        (
+            weights,
+            out,
+            there.updates,
+            there.steps,
             _table(weights.device),
-            plan_there if changed is None else changed,
-            weights.numel(),
-            first_tile,
-            len(updates),
-            int(stream),
-            gaussian=distribution is Distribution.GAUSSIAN,
-            dithered=dithered,
-            counting=changed is not None,
-            tiles=shape.tiles,
-            lanes=shape.lanes,
-            **_options(shape),
-        )
+            there.updates if changed is None else changed,
+        ),
+        (weights.numel(), first_tile, there.update_count, int(stream)),
+        (distribution is Distribution.GAUSSIAN, dithered, changed is not None),
+        shape,
+    )
+
+
+def _programs(coordinates: int, shape: Shape) -> int:
+    return -(-coordinates // (TILE * shape.tiles))
+
+
+#: By kernel, device, dtypes, integers that need 64 bits, and what is decided by the compiler.
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _launch(
+    kernel: Any,
+    programs: int,
+    weights: torch.Tensor,
+    tensors: tuple[torch.Tensor, ...],
+    numbers: tuple[int, ...],
+    decided: tuple[bool, ...],
+    shape: Shape,
+) -> None:
+    """Start a kernel on the device of `weights` and its current stream.
+
+    Triton's own way to a compiled kernel looks at every argument each time. Of ours only the
+    dtypes of weights and out differ, and whether an integer needs 64 bits.
+    """
+    wide = max(numbers) >> 31 and tuple([number >> 31 != 0 for number in numbers])
+    key = (kernel, weights.get_device(), weights.dtype, tensors[1].dtype, wide, decided, shape)
+    constants = (*decided, shape.tiles, shape.lanes)
+    with torch.cuda.device_of(weights):
+        known = _compiled.get(key)
+        if known is not None:
+            known[programs, 1, 1](*tensors, *numbers, *constants)
+            return
+        plain = [tensor.detach() for tensor in tensors]
+        made = kernel[(programs,)](*plain, *numbers, *constants, **_options(shape))
+        # The interpreter compiles nothing.
+        if isinstance(made, triton.compiler.CompiledKernel):
+            _compiled[key] = made
 
 
 def _options(shape: Shape) -> dict[str, Any]:
@@ -628,6 +699,52 @@ def _rows(
     return np.concatenate(steps), np.array(singles, np.int64), np.array(lists, np.int64)
 
 
+class _Displacing(NamedTuple):
+    """What `_displace` reads of its steps, on the device."""
+
+    steps: torch.Tensor
+    singles: torch.Tensor
+    lists: torch.Tensor
+    trajectory: int
+    single_count: int
+    list_count: int
+
+
+@lru_cache(maxsize=64)
+def _displacing(
+    trajectory: Steps, perturbations: tuple[Steps, ...], device: torch.device, stream: int
+) -> _Displacing:
+    """All tensors of a block are displaced by the same objects, which say so by being the same."""
+    rows = _rows(trajectory, perturbations)
+    steps, singles, lists = (_numbers(part, device, stream) for part in rows)
+    return _Displacing(steps, singles, lists, len(trajectory), len(rows[1]), len(rows[2]))
+
+
+class _Updating(NamedTuple):
+    """What `_commit` reads of its updates, on the device."""
+
+    updates: torch.Tensor
+    steps: torch.Tensor
+    update_count: int
+    step_count: int
+
+
+@lru_cache(maxsize=64)
+def _updating(updates: tuple[Update, ...], device: torch.device, stream: int) -> _Updating:
+    """As `_displacing`."""
+    ends = np.cumsum([len(update.steps) for update in updates]).tolist()
+    plan = np.array(
+        [
+            (end - len(update.steps), end, _signed(update.dither_seed), _bits(update.decay))
+            for update, end in zip(updates, ends, strict=True)
+        ],
+        np.int64,
+    )
+    steps = np.concatenate([_pairs(update.steps) for update in updates])
+    there = _numbers(plan, device, stream), _numbers(steps, device, stream)
+    return _Updating(*there, len(updates), len(steps))
+
+
 def _bits(value: float) -> int:
     return int(np.float32(value).view(np.int32))
 
@@ -637,10 +754,9 @@ def _signed(seed: int) -> int:
     return seed - (1 << 64) if seed >> 63 else seed
 
 
-def _numbers(array: NDArray[np.int64], beside: torch.Tensor) -> torch.Tensor:
-    """The numbers on the device of `beside`; a kernel that reads none still gets a pointer."""
-    data = array.tobytes() or bytes(8)
-    return _copied(data, beside.device, _stream_of(beside))
+def _numbers(array: NDArray[np.int64], device: torch.device, stream: int) -> torch.Tensor:
+    """The numbers on the device; a kernel that reads none still gets a pointer."""
+    return _copied(array.tobytes() or bytes(8), device, stream)
 
 
 @lru_cache(maxsize=64)
@@ -650,7 +766,10 @@ def _copied(data: bytes, device: torch.device, stream: int) -> torch.Tensor:
 
 
 def _stream_of(tensor: torch.Tensor) -> int:
-    return int(torch.cuda.current_stream(tensor.device).cuda_stream) if tensor.is_cuda else 0
+    if not tensor.is_cuda:
+        return 0
+    stream: int = triton.runtime.driver.active.get_current_stream(tensor.get_device())
+    return stream
 
 
 @cache

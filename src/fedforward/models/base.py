@@ -24,7 +24,7 @@ from fedforward.core.batches import IGNORED, Batch, PromptBatch, TokenBatch
 from fedforward.core.errors import FedForwardError, MessageError
 from fedforward.core.steps import Evaluation, Probe, ProbePlan, Update
 from fedforward.directions import Distribution, Layout
-from fedforward.directions.ops import commit
+from fedforward.directions.ops import commit_all
 from fedforward.models.blocks import Prefix, class_heads, names_by_block
 from fedforward.models.lm_head import Head, VocabularyTile, losses_of
 from fedforward.models.loading import input_device
@@ -363,22 +363,23 @@ class CausalModel(ABC):
             self.keep_base()
             for name, base in self._base.items():
                 self.tensors[name].copy_(base)
-        changed = 0
-        places = zip(self.layout.names, self.layout.first_tiles, self.layout.owners, strict=True)
-        for name, first_tile, owner in places:
+        changed = 0 if self.masks else commit_all(self._moved_by(updates), self.distribution)
+        for name, mask in self.masks.items():
+            place = self.layout.names.index(name)
+            own = [update.block(self.layout.owners[place]) for update in updates]
             tensor = self.tensors[name]
-            resting = tensor.clone() if self.masks else tensor
-            changed += commit(
-                tensor,
-                [update.block(owner) for update in updates],
-                first_tile=first_tile,
-                distribution=self.distribution,
-            )
-            if self.masks:
-                mask = self.masks[name].to(tensor.device)
-                tensor.copy_(torch.where(mask, tensor, resting))
+            resting = tensor.clone()
+            part = (tensor, self.layout.first_tiles[place], own)
+            changed += commit_all([part], self.distribution)
+            tensor.copy_(torch.where(mask.to(tensor.device), tensor, resting))
         if updates and any(t.dtype is not torch.float32 for t in self.tensors.values()):
             self.changed_share = changed / self.layout.parameters
+
+    def _moved_by(self, updates: Sequence[Update]) -> list[tuple[torch.Tensor, int, list[Update]]]:
+        """What updates do to each tuned tensor: the tensor, its first tile, its own updates."""
+        by_block = [[update.block(b) for update in updates] for b in range(len(self.layout.blocks))]
+        places = zip(self.layout.names, self.layout.first_tiles, self.layout.owners, strict=True)
+        return [(self.tensors[name], tile, by_block[owner]) for name, tile, owner in places]
 
     def reset(self) -> None:
         """Back to the base: the tuned tensors as they were when the model was built."""

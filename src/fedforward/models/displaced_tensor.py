@@ -66,27 +66,30 @@ class Displacement:
         self.sources = sources
         self.reached = reached
         self.masks = masks
-        self._by_block: dict[int, tuple[Steps, list[Steps]]] = {}
+        self._by_block: dict[int, tuple[Steps, tuple[Steps, ...]]] = {}
+        self._moving: dict[int, bool] = {}
         self._scratch: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
     def moves(self, weight: "DisplacedTensor") -> bool:
         """Whether any group meets another value of a tensor than its own."""
-        moved = any(steps.moves(weight.block) for steps in (self.shared, *self.own))
-        return moved or weight.path in self.sources
+        if weight.block not in self._moving:
+            steps = (self.shared, *self.own)
+            self._moving[weight.block] = any(part.moves(weight.block) for part in steps)
+        return self._moving[weight.block] or weight.path in self.sources
 
     def values(self, weight: "DisplacedTensor") -> torch.Tensor:
         """The whole tensor of every group, [groups, *shape]."""
-        out = torch.empty(
-            (self.groups, *weight.plain.shape), dtype=weight.dtype, device=weight.device
-        )
+        plain = weight.plain
+        out = torch.empty((self.groups, *plain.shape), dtype=plain.dtype, device=plain.device)
         self._make(weight, out.view(self.groups, -1), None)
         return out
 
     def rows_of(self, weight: "DisplacedTensor", numbers: torch.Tensor) -> torch.Tensor:
         """Rows of a matrix for every group, [groups, len(numbers), columns]."""
-        columns = weight.plain.shape[1]
+        plain = weight.plain
+        columns = plain.shape[1]
         out = torch.empty(
-            (self.groups, len(numbers), columns), dtype=weight.dtype, device=weight.device
+            (self.groups, len(numbers), columns), dtype=plain.dtype, device=plain.device
         )
         starts = numbers.cpu().numpy().astype(np.int64) * columns
         self._make(weight, out.view(self.groups, -1), starts)
@@ -99,17 +102,18 @@ class Displacement:
         """
         columns = weight.plain.shape[1]
         size = self.groups * rows * columns
-        key = (weight.dtype, weight.device)
+        # What is asked of `weight` itself would be dispatched like any function of it.
+        key = (weight.plain.dtype, weight.plain.device)
         if key not in self._scratch or len(self._scratch[key]) < size:
             self._scratch[key] = torch.empty(size, dtype=key[0], device=key[1])
         out = self._scratch[key][:size].view(self.groups, -1)
-        self._make(weight, out, np.array([begin * columns]))
+        self._make(weight, out, np.array([begin * columns]) if begin else None)
         return out.view(self.groups, rows, columns)
 
     def _make(self, weight: "DisplacedTensor", out: torch.Tensor, starts: Any) -> None:
         self.reached.add(weight.path)
         if weight.block not in self._by_block:
-            own = [steps.block(weight.block) for steps in self.own]
+            own = tuple(steps.block(weight.block) for steps in self.own)
             self._by_block[weight.block] = self.shared.block(weight.block), own
         displace(
             self.sources.get(weight.path, weight.plain),
@@ -200,9 +204,7 @@ def _dispatch(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -
             described = function(*args, **kwargs)
         if not isinstance(described, torch.Tensor):
             return described
-    leaves, _ = tree_flatten((args, kwargs))
-    displaced = (leaf for leaf in leaves if isinstance(leaf, (DisplacedTensor, GroupedTensor)))
-    displacement = next(displaced).displacement
+    displacement = _displacement_of(args, kwargs)
     if displacement is None:
         # Outside of probes it is the parameter's data and nothing else.
         with torch._C.DisableTorchFunctionSubclass():
@@ -213,6 +215,17 @@ def _dispatch(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -
         if result is not None:
             return result
     return _by_groups(displacement, function, args, kwargs)
+
+
+def _displacement_of(args: Any, kwargs: dict[str, Any]) -> Displacement | None:
+    """That of the first displaced or grouped argument."""
+    for leaf in args:
+        if isinstance(leaf, (DisplacedTensor, GroupedTensor)):
+            return leaf.displacement
+    # Inside of lists or among the keywords.
+    leaves, _ = tree_flatten((args, kwargs))
+    displaced = (leaf for leaf in leaves if isinstance(leaf, (DisplacedTensor, GroupedTensor)))
+    return next(displaced).displacement
 
 
 def _by_groups(
@@ -253,15 +266,19 @@ def _linear(
     """x Wᵀ + b by tiles of W's rows."""
     if type(weight) is not DisplacedTensor or not _carries(displacement, x):
         return None
-    count = len(weight.plain)
+    count = weight.plain.shape[0]
     flat = x.reshape(displacement.groups, -1, x.shape[-1])
-    out = flat.new_empty((*flat.shape[:2], count))
     rows = tile_rows(weight.plain)
-    for begin in range(0, count, rows):
-        part = slice(begin, min(begin + rows, count))
-        tile = displacement.tile(weight, begin, part.stop - begin)
-        for g in range(displacement.groups):
-            torch.mm(flat[g], tile[g].T, out=out[g, :, part])
+    if rows == count and x.is_cuda:
+        # One launch for all groups: between small matrices the host sets the pace.
+        out = torch.bmm(flat, displacement.tile(weight, 0, count).transpose(1, 2))
+    else:
+        out = flat.new_empty((*flat.shape[:2], count))
+        for begin in range(0, count, rows):
+            part = slice(begin, min(begin + rows, count))
+            tile = displacement.tile(weight, begin, part.stop - begin)
+            for g in range(displacement.groups):
+                torch.mm(flat[g], tile[g].T, out=out[g, :, part])
     if bias is not None:
         for g, own in enumerate(displacement.parts(bias)[0]):
             out[g] += own
@@ -308,14 +325,33 @@ def _embedding(
     return torch.cat([rows[g][own[g]] for g in range(displacement.groups)])
 
 
+def _product(displacement: Displacement, *factors: Any, **options: Any) -> Any:
+    """A vector times what holds the rows of all groups, or the other way round: a norm's scale."""
+    if options or len(factors) != 2:
+        return None
+    weight, x = factors if type(factors[0]) is DisplacedTensor else factors[::-1]
+    if type(weight) is not DisplacedTensor or weight.plain.dim() != 1:
+        return None
+    if not isinstance(x, torch.Tensor) or x.dim() < 2 or not _carries(displacement, x):
+        return None
+    if x.shape[-1] != len(weight.plain):
+        return None
+    flat = x.reshape(displacement.groups, -1, x.shape[-1])
+    return (displacement.values(weight)[:, None] * flat).view(x.shape)
+
+
 def _carries(displacement: Displacement, x: torch.Tensor) -> bool:
     """Whether a plain tensor holds the rows of all groups."""
     plain = not isinstance(x, (DisplacedTensor, GroupedTensor))
-    return plain and x.dim() > 0 and len(x) in displacement.rows
+    return plain and x.dim() > 0 and x.shape[0] in displacement.rows
 
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {
     functional.linear: _linear,
     torch.addmm: _addmm,
     functional.embedding: _embedding,
+    torch.Tensor.mul: _product,
+    torch.Tensor.__mul__: _product,
+    torch.Tensor.__rmul__: _product,
+    torch.mul: _product,
 }

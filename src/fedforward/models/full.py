@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from fedforward.core.errors import FedForwardError
-from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps
+from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 from fedforward.directions import Distribution
-from fedforward.directions.ops import accumulate
+from fedforward.directions.ops import commit_all
 from fedforward.models.base import Arrays, CausalModel, Measure, fingerprint
 from fedforward.models.blocks import class_heads, names_in_blocks
 from fedforward.models.displaced_tensor import DisplacedTensor, Displacement
@@ -173,16 +173,14 @@ class FullModel(CausalModel):
         missing = trajectory[len(self._copied) :]
         # Until it is whole again, the copy is nobody's: an interruption must not leave a mixture.
         copies, self._copy = self._copy, {}
-        for name, copy in copies.items() if len(missing) else ():
-            own = missing.block(weights[name].block)
-            accumulate(
-                copy,
-                own.seeds,
-                own.coefficients,
-                first_tile=weights[name].first_tile,
-                distribution=self.distribution,
-                out=copy,
-            )
+        if len(missing):
+            # Float32 is not rounded: a commit is the sum alone.
+            by_block = [Update(missing.block(b), 0) for b in range(len(self.layout.blocks))]
+            parts = [
+                (copy, self._weights[name].first_tile, [by_block[self._weights[name].block]])
+                for name, copy in copies.items()
+            ]
+            commit_all(parts, self.distribution)
         self._copy, self._copied = copies, trajectory
 
     def save(self, folder: Path) -> None:

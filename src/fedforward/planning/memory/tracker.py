@@ -80,6 +80,9 @@ class _Tracker(TorchDispatchMode):
 def peak_bytes(action: Callable[[], object], device: torch.device | str | None = None) -> int:
     """Bytes of tensors alive at the worst moment of `action`, those from before included.
 
+    On CUDA it is what the allocator has given out at most. The matrix library's workspace (8 to
+    34 MB) is in it, as the device has to have it, and predictions have it too.
+
     Args:
         device: on which `action` works: on an accelerator, its allocator is asked. None is CUDA if
             this process has used it, and the CPU if not.
