@@ -29,6 +29,7 @@ from fedforward.directions.ops import accumulate, displace
 from fedforward.models.base import Arrays, CausalModel, Measure, cut, fingerprint
 from fedforward.models.blocks import class_heads, names_in_blocks, transformer_blocks
 from fedforward.models.loading import dequantize, draw_normal, input_device, is_quantized, weights
+from fedforward.models.pretrained import loaded
 
 ADAPTER = "default"
 #: Activations that an adapter works on at once, by device: what fits a cache, or fills a GPU.
@@ -168,6 +169,71 @@ class LoraModel(CausalModel):
                 self._replace_forward(name, layer, bool(heads) and id(layer) not in inside)
             elif f"{name}.".endswith(saved):
                 self._replace_head(name.removesuffix(saved[:-1]), layer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        rank: int = 8,
+        alpha: float = 16.0,
+        targets: str | Sequence[str] = "all-linear",
+        factors: str = "both",
+        dtype: str = "float32",
+        device: str = "auto",
+        quantization: str = "none",
+        distribution: str = "gaussian",
+        seed: int = 0,
+    ) -> "LoraModel":
+        """A model with new adapters, from a folder in Hugging Face format or a hub name.
+
+        Args:
+            path: the base model; its tokenizer comes along.
+            rank: LoRA r.
+            alpha: LoRA α; the product BA is scaled by α / r.
+            targets: "all-linear" or names of modules.
+            factors: "both" tunes A and B, "B" freezes A.
+            dtype: of the frozen base: "float32", "bfloat16" or "float16".
+            device: "auto", "cpu", "cuda" or "cuda:N".
+            quantization: "nf4" holds the base's linear layers in 4 bits.
+            distribution: of the directions, "gaussian" or "rademacher".
+            seed: of the initial A, and of the run that is made with the model.
+
+        Raises:
+            FedForwardError: there is no such model, or it does not fit.
+
+        Example:
+            >>> from importlib.resources import files
+            >>> folder = files("fedforward.demo").joinpath("model")
+            >>> LoraModel.from_pretrained(folder, rank=2, device="cpu").layout.parameters
+            14784
+        """
+        network, tokenizer, plan, device = loaded(
+            path, dtype, device, seed, quantization=quantization
+        )
+        model = cls(
+            network,
+            rank=rank,
+            alpha=alpha,
+            targets=targets,
+            factors=factors,
+            run_seed=seed,
+            distribution=Distribution(distribution),
+            plan=plan,
+        )
+        model.tokenizer = tokenizer
+        model.settings = {
+            "model": {"path": str(path), "dtype": dtype, "quantization": quantization},
+            "lora": {
+                "rank": rank,
+                "alpha": float(alpha),
+                "targets": targets if isinstance(targets, str) else list(targets),
+                "factors": factors,
+            },
+            "method": {"distribution": distribution},
+            "run": {"seed": seed, "device": device},
+        }
+        return model
 
     def _measured(self, probes: Sequence[Probe], measure: Measure) -> list[Arrays]:
         """See `CausalModel`. A batch too long for a forward pass is cut by rows.
