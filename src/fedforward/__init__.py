@@ -13,7 +13,7 @@ Example:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fedforward.core.version import __version__
 
 if TYPE_CHECKING:
     from fedforward.core.errors import FedForwardError

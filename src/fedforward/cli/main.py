@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fedforward import __version__
 from fedforward.cli import deploy, inspect, train
 from fedforward.cli.console import friendly, out_console, set_up_logging
+from fedforward.core.version import __version__
 
 # PyTorch's threads spin for long before they sleep; on a busy machine that takes the cores from
 # those that work. It must be said before PyTorch is loaded (docs/architecture.md, "Threads").

@@ -20,13 +20,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fedforward import __version__
 from fedforward.config.loading import load, renamed
 from fedforward.config.schema import Config
 from fedforward.config.template import to_toml
 from fedforward.core.errors import FedForwardError
 from fedforward.core.machine import processor_name
 from fedforward.core.steps import ProbePlan
+from fedforward.core.version import __version__
 
 #: Keys that may change on resume: no committed step depends on them.
 FREE_KEYS = {"run.patience", "run.evaluate_every"}
