@@ -36,7 +36,8 @@ from fedforward.core.batches import TokenBatch
 from fedforward.methods.estimators import TwoPoint
 from fedforward.models.base import CausalModel
 from fedforward.models.blocks import transformer_blocks
-from fedforward.planning.memory.model import MemoryModel, calibrate
+from fedforward.planning.memory.calibrate import calibrate
+from fedforward.planning.memory.model import MemoryModel
 from fedforward.planning.memory.tracker import peak_bytes
 from fedforward.planning.probe_grouping import step_probes
 

@@ -34,7 +34,7 @@ from fedforward.models.loading import load
 from fedforward.models.masks import random_mask, small_weights_mask
 from fedforward.models.offload import place_the_rest
 from fedforward.planning.budgets import memory_there
-from fedforward.planning.memory.model import calibrate
+from fedforward.planning.memory.calibrate import calibrate
 from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
 from fedforward.planning.probe_grouping import fit, step_probes
 from fedforward.training import build as experiment

@@ -20,7 +20,7 @@ from fedforward.models.base import CausalModel
 from fedforward.models.blocks import transformer_blocks
 from fedforward.models.full import FullModel
 from fedforward.models.offload import place_the_rest
-from fedforward.planning.memory.model import calibrate
+from fedforward.planning.memory.calibrate import calibrate
 from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
 from fedforward.planning.probe_grouping import step_probes
 from tests.models.test_models import PERTURBATION, TRAJECTORY, batch, lora, plan

@@ -18,7 +18,8 @@ from fedforward.methods.estimators import TwoPoint
 from fedforward.models.base import CausalModel
 from fedforward.models.blocks import transformer_blocks
 from fedforward.models.full import FullModel
-from fedforward.planning.memory.model import Activations, MemoryModel, calibrate
+from fedforward.planning.memory.calibrate import calibrate
+from fedforward.planning.memory.model import Activations, MemoryModel
 from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
 from fedforward.planning.probe_grouping import step_probes
 from tests.models.test_models import lora
@@ -137,13 +138,13 @@ def test_what_blocks_that_rest_on_the_host_would_save(
 
 def test_what_is_kept_beside_the_step_is_told_apart() -> None:
     model, _ = build("lora")
-    once = calibrate(model, SEEN, carries=False)
+    once = calibrate(model, SEEN, caches_trajectory=False)
     based = calibrate(model, SEEN, from_base=True)
     active = np.ones(2, np.bool_)
     flat = once.adapters
     assert based.peak(active, 2, 40) - once.peak(active, 2, 40) == flat + model.state_bytes
     model, _ = build("full cache")
-    assert not any(calibrate(model, SEEN, carries=False).copies)
+    assert not any(calibrate(model, SEEN, caches_trajectory=False).copies)
     assert calibrate(model, SEEN).copies == tuple(4 * n for n in model.layout.block_sizes)
 
 
