@@ -216,23 +216,23 @@ def losses_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     rows = max(16, at_once // flat.shape[1])
     parts = []
     for part, target in zip(flat.split(rows), wanted.split(rows), strict=True):
-        wide = part.float()
-        chosen = wide.gather(1, target.clamp(min=0)[:, None])[:, 0]
-        parts.append(torch.logsumexp(wide, dim=1) - chosen)
+        float32 = part.float()
+        chosen = float32.gather(1, target.clamp(min=0)[:, None])[:, 0]
+        parts.append(torch.logsumexp(float32, dim=1) - chosen)
     return torch.cat(parts).view(targets.shape)
 
 
 def _absorb(
-    wide: torch.Tensor, local: torch.Tensor, total: torch.Tensor, chosen: torch.Tensor
+    logits: torch.Tensor, local: torch.Tensor, total: torch.Tensor, chosen: torch.Tensor
 ) -> None:
     """Take a tile of logits (used up) into the running log-sum-exp and the chosen logits."""
-    size = wide.shape[1]
-    found = wide.gather(1, local.clamp(0, size - 1)[:, None])[:, 0]
+    size = logits.shape[1]
+    found = logits.gather(1, local.clamp(0, size - 1)[:, None])[:, 0]
     inside = (local >= 0) & (local < size)
     chosen.copy_(torch.where(inside, found, chosen))
     # A finite maximum, so that a row of nothing but -inf stays -inf.
-    top = wide.amax(dim=1).clamp_(min=torch.finfo(torch.float32).min)
-    sums = wide.sub_(top[:, None]).exp_().sum(dim=1).log_().add_(top)
+    top = logits.amax(dim=1).clamp_(min=torch.finfo(torch.float32).min)
+    sums = logits.sub_(top[:, None]).exp_().sum(dim=1).log_().add_(top)
     torch.logaddexp(total, sums, out=total)
 
 
