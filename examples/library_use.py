@@ -13,12 +13,11 @@ from importlib.resources import files
 
 from fedforward import Probe, Steps, Update
 from fedforward.core.seeds import direction_seed, dither_seed
-from fedforward.core.steps import NO_STEPS
+from fedforward.core.steps import NO_STEPS, ProbePlan
 from fedforward.data.sampler import Batches
 from fedforward.data.templates import tokenise
 from fedforward.demo.text import ANSWER, PROMPT, site_examples
 from fedforward.methods.estimators import TwoPoint
-from fedforward.models.base import ProbePlan
 from fedforward.models.loading import load
 from fedforward.models.lora import LoraModel
 

@@ -523,7 +523,7 @@ def test_another_list_of_merges_is_another_tokenizer(tmp_path: Path) -> None:
     """With the same vocabulary, and the same pieces of the sentences that it is tried on."""
     from transformers import AutoTokenizer
 
-    from fedforward.training.build import _PROBE_TEXTS, tokenizer_fingerprint
+    from fedforward.models.fingerprints import PROBE_TEXTS, tokenizer_fingerprint
 
     shutil.copytree(DEMO_MODEL, tmp_path / "model")
     file = tmp_path / "model" / "tokenizer.json"
@@ -533,5 +533,5 @@ def test_another_list_of_merges_is_another_tokenizer(tmp_path: Path) -> None:
     file.write_text(json.dumps(content), encoding="utf-8")
     other = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert other.get_vocab() == mine.get_vocab()
-    assert all(mine(text)["input_ids"] == other(text)["input_ids"] for text in _PROBE_TEXTS)
+    assert all(mine(text)["input_ids"] == other(text)["input_ids"] for text in PROBE_TEXTS)
     assert tokenizer_fingerprint(other) != tokenizer_fingerprint(mine)

@@ -20,7 +20,8 @@ from fedforward.data import labels
 from fedforward.data.templates import Example
 from fedforward.directions import Distribution
 from fedforward.evaluation.objectives import ClassError, ClassLoss, Objective
-from fedforward.models.base import CausalModel, fingerprint
+from fedforward.models.base import CausalModel
+from fedforward.models.fingerprints import fingerprint
 from fedforward.models.full import FullModel
 from fedforward.models.loading import load, weights
 from fedforward.models.lora import LoraModel

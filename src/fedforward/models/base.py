@@ -4,12 +4,10 @@ How a probe's displacement reaches the weights is left to `lora` (a batched adap
 `full` (tiles beside the weights).
 """
 
-import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -25,26 +23,12 @@ from fedforward.core.errors import FedForwardError, MessageError
 from fedforward.core.steps import Evaluation, Probe, ProbePlan, Update
 from fedforward.directions import Distribution, Layout
 from fedforward.directions.ops import commit_all
+from fedforward.models.batching import Arrays, Measure, height_and_length, stack
 from fedforward.models.blocks import Prefix, class_heads, names_by_block
+from fedforward.models.fingerprints import fingerprint
 from fedforward.models.lm_head import Head, VocabularyTile, losses_of
 from fedforward.models.loading import input_device
 from fedforward.models.offload import Residency
-
-
-def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the order given; hexadecimal."""
-    state = hashlib.sha256()
-    for name, tensor in tensors:
-        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        state.update(flat.numpy().data)
-    return state.hexdigest()
-
-
-#: What a forward pass yields: arrays with a row for each row of a probe's batch.
-Arrays = tuple[NDArray[Any], ...]
-#: From tokens, labels and probes of one forward pass to tensors in main memory, a row for each.
-Measure = Callable[[torch.Tensor, torch.Tensor, Sequence[Probe]], tuple[torch.Tensor, ...]]
 
 
 class CausalModel(ABC):
@@ -178,7 +162,7 @@ class CausalModel(ABC):
 
     def _fit(self, probes: Sequence[Probe]) -> bool:
         """Whether the plan lets these probes share a forward pass."""
-        tokens = len(probes) * prod(_height_and_length([probe.batch for probe in probes]))
+        tokens = len(probes) * prod(height_and_length([probe.batch for probe in probes]))
         most = self.plan.tokens_per_call or tokens
         return len(probes) <= self.plan.probes_per_call and tokens <= most
 
@@ -236,7 +220,7 @@ class CausalModel(ABC):
             if self.head.module is None:
                 losses = losses_of(given, targets.to(given.device))
             elif self.head.sliceable and (sliced := self._vocabulary_tiles()):
-                losses = self._losses_by_tiles(given, targets, counted, *sliced)
+                losses = self.head.losses_of_counted(given, targets, counted, *sliced)
             else:
                 losses = self.head.losses_whole(given, targets.to(given.device))
         per_token = losses.cpu().double().view(counted.shape).masked_fill(~counted, 0.0)
@@ -282,28 +266,6 @@ class CausalModel(ABC):
         (logits,) = self.class_logits([Probe(TokenBatch(tokens[None], labels))])
         name: str = self.classes[int(logits.argmax())]
         return name
-
-    def _losses_by_tiles(
-        self,
-        given: torch.Tensor,
-        targets: torch.Tensor,
-        counted: torch.Tensor,
-        groups: int,
-        tiles: Iterator[VocabularyTile],
-    ) -> torch.Tensor:
-        """Float32 [rows * positions]; 0 where nothing is counted. The masks are in main memory."""
-        assert isinstance(self.head.module, nn.Linear)
-        device = self.head.module.weight.device
-        flat, wanted = given.flatten(0, 1).to(device), targets.flatten()
-        sizes = counted.view(groups, -1).sum(dim=1).tolist()
-        places = counted.flatten().nonzero()[:, 0]
-        some = len(places) < len(wanted)
-        if some:
-            flat, wanted = flat.index_select(0, places.to(device)), wanted[places]
-        losses = self.head.losses(flat.split(sizes), wanted.to(device).split(sizes), tiles)
-        if some:
-            return losses.new_zeros(counted.numel()).index_copy_(0, places.to(device), losses)
-        return losses
 
     @torch.inference_mode()
     def generate(self, probes: Sequence[Probe]) -> list[NDArray[np.int64]]:
@@ -476,37 +438,3 @@ class CausalModel(ABC):
             logits = logits[:, positions]
         losses = losses_of(logits, targets[:, positions]).double() * counted[:, positions]
         return losses.sum() / counted.sum()
-
-
-def stack(batches: Sequence[TokenBatch]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels of several batches as one, int64 [batches * rows, length].
-
-    Every batch gets as many rows, and as long ones, as the largest; what is added does not count.
-    """
-    rows, length = _height_and_length(batches)
-    tokens = np.zeros((len(batches), rows, length), np.int64)
-    labels = np.full((len(batches), rows, length), IGNORED, np.int64)
-    for place, batch in enumerate(batches):
-        height, width = batch.tokens.shape
-        tokens[place, :height, :width] = batch.tokens
-        labels[place, :height, :width] = batch.labels
-    flat = (len(batches) * rows, length)
-    return torch.from_numpy(tokens.reshape(flat)), torch.from_numpy(labels.reshape(flat))
-
-
-def _height_and_length(batches: Sequence[TokenBatch]) -> tuple[int, int]:
-    return (
-        max(len(batch.tokens) for batch in batches),
-        max(batch.tokens.shape[1] for batch in batches),
-    )
-
-
-def cut(batch: TokenBatch, rows: int) -> list[TokenBatch]:
-    """A batch as several of so many rows, each without the padding that it does not need."""
-    parts = []
-    for begin in range(0, len(batch.tokens), rows):
-        tokens, labels = batch.tokens[begin : begin + rows], batch.labels[begin : begin + rows]
-        used = np.flatnonzero((labels != IGNORED).any(axis=0))
-        length = max(2, int(used[-1]) + 1) if len(used) else tokens.shape[1]
-        parts.append(replace(batch, tokens=tokens[:, :length], labels=labels[:, :length]))
-    return parts

@@ -16,9 +16,11 @@ from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 from fedforward.directions import Distribution
 from fedforward.directions.ops import commit_all
-from fedforward.models.base import Arrays, CausalModel, Measure, fingerprint
+from fedforward.models.base import CausalModel
+from fedforward.models.batching import Arrays, Measure
 from fedforward.models.blocks import class_heads, names_in_blocks
 from fedforward.models.displaced_tensor import DisplacedTensor, Displacement
+from fedforward.models.fingerprints import fingerprint
 from fedforward.models.lm_head import VocabularyTile, tile_rows
 
 

@@ -5,7 +5,6 @@ verifies a run builds them here.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from fedforward.directions import Distribution
 from fedforward.evaluation.objectives import Context, build_objective, needs_answers, texts
 from fedforward.methods.base import Method
 from fedforward.models.base import CausalModel
+from fedforward.models.fingerprints import tokenizer_fingerprint
 from fedforward.models.full import FullModel
 from fedforward.models.loading import load, longest_sequence
 from fedforward.models.lora import LoraModel
@@ -358,27 +358,6 @@ def identity(model: CausalModel, tokenizer: Any = None) -> ModelIdentity:
         state_bytes=model.state_bytes,
         tokenizer="" if tokenizer is None else tokenizer_fingerprint(tokenizer),
     )
-
-
-#: About how many of a tokenizer's own tokens it is tried on.
-_OWN_TOKENS = 4000
-#: What a tokenizer is tried on, beside its vocabulary.
-_PROBE_TEXTS = ("Hello, world! 3.14 = 22/7", "Größe  naïve\tℝ 你好 🙂", "def f(x):\n    return x")
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of a tokenizer's vocabulary and of what it makes of texts, hexadecimal.
-
-    The texts are a few sentences and some thousand of its own tokens, which another list of merges
-    puts together in another way.
-    """
-    vocabulary = sorted(tokenizer.get_vocab())
-    own = [tokenizer.convert_tokens_to_string([token]) for token in vocabulary]
-    step = max(1, len(own) // _OWN_TOKENS)
-    tried = [tokenizer(text)["input_ids"] for text in (*_PROBE_TEXTS, *own[::step])]
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    content = json.dumps([sorted(tokenizer.get_vocab().items()), tried, special])
-    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def collate_of(config: Config, tokenizer: Any, classes: Sequence[str]) -> Collate:

@@ -315,8 +315,8 @@ def _logit_tile(model: CausalModel) -> tuple[int, int]:
     at_once = LOGITS_AT_ONCE.get(weight.device.type, LOGITS_AT_ONCE["cuda"])
     size = weight.element_size()
     # A soft cap takes a tile before and one after it; half precision is widened beside the tile.
-    copies, wide = (3, 2) if model.head._after is not None else (1, 1)
-    return rows * max(copies * size, wide * size + (4 if size < 4 else 0)), max(1, at_once // rows)
+    copies, casts = (3, 2) if model.head.after is not None else (1, 1)
+    return rows * max(copies * size, casts * size + (4 if size < 4 else 0)), max(1, at_once // rows)
 
 
 def _weights(model: CausalModel) -> tuple[int, tuple[int, ...]]:
