@@ -13,6 +13,7 @@ from fedforward.config.loading import validate, validate_as
 from fedforward.config.schema import SECTIONS, Config, sections_of
 from fedforward.config.site import LimitsSection, SiteConfig, join, refusals, terms
 from fedforward.core.errors import FedForwardError
+from fedforward.data.corpus import Rows
 from fedforward.demo.text import ANSWER, PROMPT, site_examples
 from fedforward.deployment.site import build
 from fedforward.training import build as experiment
@@ -507,15 +508,23 @@ def test_two_fields_can_change_places(renamed: Any) -> None:
     assert texts(renamed(swapped, fields)) == texts(renamed(ROWS, None))
 
 
+def read_rows(config: Config) -> Rows:
+    return experiment.corpus_reader(config).rows
+
+
 def test_the_configuration_of_a_simulation_has_fields_too(configure: Any, tmp_path: Path) -> None:
     config = configure(data__fields={"question": "answer"}, data__answer="{question}")
-    rows, _ = experiment._read_rows(configure(data__prompt="{question}", data__answer="{answer}"))
-    read, _ = experiment._read_rows(configure(data__prompt="{question}", data__answer="{question}"))
+    rows, _ = experiment.corpus_reader(
+        configure(data__prompt="{question}", data__answer="{answer}")
+    ).rows
+    read, _ = experiment.corpus_reader(
+        configure(data__prompt="{question}", data__answer="{question}")
+    ).rows
     assert [row["question"] for row in read] == [row["question"] for row in rows]
     with pytest.raises(FedForwardError, match="answer"):
         # The field went to another name.
-        experiment._read_rows(configure(data__fields={"question": "answer"}))
-    moved, _ = experiment._read_rows(config)
+        read_rows(configure(data__fields={"question": "answer"}))
+    moved, _ = read_rows(config)
     assert [row["question"] for row in moved] == [row["answer"] for row in rows]
 
 

@@ -336,7 +336,7 @@ def test_generation_at_displaced_weights(tiny_network: Make, tune: str) -> None:
     for probe, found in zip(probes, generated, strict=True):
         for name, tensor in model.tensors.items():
             tensor.copy_(originals[name])
-        model.forget()
+        model.clear_cache()
         both = probe.trajectory + probe.perturbation
         displace(model.tensors, model.layout, both, Distribution.GAUSSIAN)
         (expected,) = model.generate([Probe(data)])

@@ -71,9 +71,9 @@ def sets(blocks: int) -> Iterator[np.ndarray[Any, np.dtype[np.bool_]]]:
 def counted(model: CausalModel, active: Any, rows: int, length: int) -> int:
     tokens = np.arange(rows * length).reshape(rows, length) % 97
     probes = step_probes([TokenBatch(tokens, tokens)], 2, TwoPoint(1, 1e-3), active)
-    model.forget()
+    model.clear_cache()
     peak = peak_bytes(lambda: model.evaluate(probes))
-    model.forget()
+    model.clear_cache()
     return peak
 
 
@@ -119,10 +119,10 @@ def test_more_blocks_never_take_less_and_the_sum_of_costs_is_a_bound(
                 assert memory.peak(active | (np.arange(len(active)) == place), rows, length) >= peak
 
 
-def test_what_blocks_that_rest_on_the_host_would_save(
+def test_what_offloading_blocks_would_save(
     calibrated: tuple[CausalModel, int, MemoryModel],
 ) -> None:
-    """A prediction, from a model that is whole; one that is not is in `test_residency.py`."""
+    """A prediction, from a model that is whole; one that is not is in `models/test_offload.py`."""
     model, _, memory = calibrated
     count = len(transformer_blocks(model.network))
     assert len(memory.residents) == count == 2 and not memory.streams

@@ -28,7 +28,7 @@ from fedforward.models.blocks import Prefix, class_heads, names_by_block
 from fedforward.models.fingerprints import fingerprint
 from fedforward.models.lm_head import Head, VocabularyTile, losses_of
 from fedforward.models.loading import input_device
-from fedforward.models.offload import Residency
+from fedforward.models.offload import Offload
 
 
 class CausalModel(ABC):
@@ -44,7 +44,7 @@ class CausalModel(ABC):
         plan: how probes are grouped.
         base_fingerprint: of all weights as loaded, hexadecimal; parties must agree on it.
         masks: bool, by tensor, which coordinates may move at all; empty is all of them.
-        residency: of the transformer blocks, where those that rest wait in host memory.
+        offload: of the transformer blocks, where inactive ones are offloaded; else None.
         changed_share: of the tuned weights, how many the last update changed; None in float32,
             where it says nothing.
     """
@@ -75,29 +75,29 @@ class CausalModel(ABC):
         self.prefix = Prefix(network, self.layout.blocks)
         self._base: dict[str, torch.Tensor] = {}
         self.masks: dict[str, torch.Tensor] = {}
-        self.residency: Residency | None = None
+        self.offload: Offload | None = None
 
-    def rest_on_host(self) -> None:
-        """From now on the transformer blocks that probes do not move wait in host memory.
+    def offload_to_host(self) -> None:
+        """From now on transformer blocks that probes do not move are offloaded to host memory.
 
-        They come to the device while they run. Those that the last probes moved stay there.
+        They come to the device while they run. Those that the last probes moved are pinned there.
         """
-        self.residency = Residency(self.network, self.device, self._staying())
-        self._moved_house()
+        self.offload = Offload(self.network, self.device, self._not_offloaded())
+        self._rebind()
         # Only now does a network run whose blocks were left in host memory when it was loaded.
         self.head = Head(self.network)
 
-    def _staying(self) -> Collection[int]:
+    def _not_offloaded(self) -> Collection[int]:
         """`data_ptr` of storages within blocks that do not move with them."""
         return ()
 
     @abstractmethod
-    def _moved_house(self) -> None:
-        """Look again where the tuned tensors are, now that blocks have come or gone."""
+    def _rebind(self) -> None:
+        """Rebind the tuned tensors, now that blocks have been pinned or offloaded."""
 
-    def _hold(self, probes: Sequence[Probe]) -> None:
-        """Have the blocks that probes move on the device, and the others off it."""
-        if self.residency is None:
+    def _pin_moved(self, probes: Sequence[Probe]) -> None:
+        """Pin the blocks that probes move, and offload the others."""
+        if self.offload is None:
             return
         steps = {id(s): s for p in probes for s in (p.trajectory, p.perturbation) if len(s)}
         if not steps:
@@ -108,12 +108,21 @@ class CausalModel(ABC):
             for place, name in enumerate(self.layout.blocks)
             if name.isdigit() and any(s.moves(place) for s in steps.values())
         }
-        before = self.residency.held
+        self.pin_blocks(moved)
+
+    def pin_blocks(self, numbers: Collection[int]) -> None:
+        """Keep these transformer blocks on the device, and offload the others.
+
+        Raises:
+            RuntimeError: the device is full; `offload.pinned` says which blocks are there.
+        """
+        assert self.offload is not None
+        before = self.offload.pinned
         try:
-            self.residency.hold(moved)
+            self.offload.pin(numbers)
         finally:
-            if self.residency.held != before:
-                self._moved_house()
+            if self.offload.pinned != before:
+                self._rebind()
 
     def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
         """Measure probes on their batches, as the objectives of these ask for it.
@@ -149,7 +158,7 @@ class CausalModel(ABC):
 
     def _measured(self, probes: Sequence[Probe], measure: Measure) -> list[Arrays]:
         """What a pass yields for each probe, a row for each of its batch's."""
-        self._hold(probes)
+        self._pin_moved(probes)
         results: list[Arrays] = []
         begin = 0
         while begin < len(probes):
@@ -274,7 +283,7 @@ class CausalModel(ABC):
         Returns:
             int64 [rows, new tokens] for each probe, padded after the end of a continuation.
         """
-        self._hold(probes)
+        self._pin_moved(probes)
         continuations = []
         for probe in probes:
             prompts: PromptBatch = probe.batch
@@ -318,7 +327,7 @@ class CausalModel(ABC):
         Float32 is rounded to nearest, half precision stochastically, after each update. What
         comes before an update from the base is not applied: nothing of it would be left.
         """
-        self.forget()
+        self.clear_cache()
         begin = max((n for n, update in enumerate(updates) if update.from_base), default=0)
         updates = updates[begin:]
         if updates and updates[0].from_base:
@@ -330,10 +339,10 @@ class CausalModel(ABC):
             place = self.layout.names.index(name)
             own = [update.block(self.layout.owners[place]) for update in updates]
             tensor = self.tensors[name]
-            resting = tensor.clone()
+            before = tensor.clone()
             part = (tensor, self.layout.first_tiles[place], own)
             changed += commit_all([part], self.distribution)
-            tensor.copy_(torch.where(mask.to(tensor.device), tensor, resting))
+            tensor.copy_(torch.where(mask.to(tensor.device), tensor, before))
         if updates and any(t.dtype is not torch.float32 for t in self.tensors.values()):
             self.changed_share = changed / self.layout.parameters
 
@@ -350,7 +359,7 @@ class CausalModel(ABC):
                 self.tensors[name].copy_(base)
         else:
             self._start_again()
-        self.forget()
+        self.clear_cache()
 
     @abstractmethod
     def _start_again(self) -> None:
@@ -362,7 +371,7 @@ class CausalModel(ABC):
             self._base = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
 
     @abstractmethod
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Drop what is kept between calls: sums of local steps, adapters of the last probes."""
 
     def tuned_parameters(self) -> list[torch.nn.Parameter]:
@@ -401,7 +410,7 @@ class CausalModel(ABC):
         sizes = [tensor.numel() * tensor.element_size() for tensor in self.tensors.values()]
         for tensor, part in zip(self.tensors.values(), flat.split(sizes), strict=True):
             tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
-        self.forget()
+        self.clear_cache()
 
     @property
     def state_bytes(self) -> int:
@@ -419,7 +428,7 @@ class CausalModel(ABC):
         parts = torch.from_numpy(state).split(list(self.layout.sizes))
         for tensor, part in zip(self.tensors.values(), parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
-        self.forget()
+        self.clear_cache()
 
     def loss(self, batch: TokenBatch) -> torch.Tensor:
         """Mean loss per counted token with gradients to the tuned tensors (first-order methods)."""

@@ -205,16 +205,16 @@ class LoraModel(CausalModel):
         fitting = max(1, most // (length * min(probes, self.plan.probes_per_call)))
         return [batch] if fitting >= rows else cut(batch, fitting)
 
-    def forget(self) -> None:
-        """See `CausalModel.forget`."""
+    def clear_cache(self) -> None:
+        """See `CausalModel.clear_cache`."""
         self.trajectory_cache, self._filled, self._last_factors = [], [], {}
         self._buffer = self.flat.new_empty(0)
 
-    def _staying(self) -> Collection[int]:
+    def _not_offloaded(self) -> Collection[int]:
         return (self.flat.untyped_storage().data_ptr(),)
 
-    def _moved_house(self) -> None:
-        """The adapters have stayed."""
+    def _rebind(self) -> None:
+        """The adapters are not offloaded, so they are where they were."""
 
     def _start_again(self) -> None:
         initialise(self._adapters, self._run_seed)
@@ -337,8 +337,8 @@ class LoraModel(CausalModel):
 
     def merge(self) -> Any:
         """The base with the adapters added in, a plain transformers model; this one is used up."""
-        if self.residency is not None:
-            self.residency.end()
+        if self.offload is not None:
+            self.offload.end()
             self.peft.to("cpu")
         for head in class_heads(self.network):
             wrapper = self.network.get_submodule(head)

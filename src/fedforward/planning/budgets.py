@@ -116,7 +116,7 @@ def sensitivity(
             evaluations = model.evaluate(estimator.probes(batch, NO_STEPS, [own]))
             gradients, _ = estimator.gradients(evaluations)
             squares[block] += float(np.nan_to_num(gradients[0])) ** 2
-    model.forget()
+    model.clear_cache()
     squares = np.maximum(squares, 1e-6 * max(squares.sum(), 1e-30))
     weights: NDArray[np.float64] = squares / squares.sum()
     return weights

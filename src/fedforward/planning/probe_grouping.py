@@ -112,5 +112,5 @@ def fit(
             count = max(1, count * 3 // 4)
     finally:
         model.plan = plan
-        model.forget()
+        model.clear_cache()
     return replace(plan, probes_per_call=count)

@@ -48,7 +48,7 @@ def calibrate(
 
     The shortest and the longest rows are measured: one of them, as many as the largest pass takes,
     and a number between. So at most six passes are run with adapters, and eighteen where weights
-    are displaced. The model is left as it was, but for what it keeps between calls (`forget`).
+    are displaced. The model is left as it was, but for what it keeps between calls (`clear_cache`).
     Where inactive blocks are offloaded to host memory, one block is moved and measured for all, so
     that no more than that has to fit.
 
@@ -67,10 +67,10 @@ def calibrate(
         raise FedForwardError("Calibrating memory needs the shape of at least one batch.")
     derived = _derive(model, probes_per_step, caches_trajectory, from_base)
     plan = model.plan
-    model.forget()
+    model.clear_cache()
     try:
         _peaks(model, derived, 1, 1, 2)
-        model.forget()
+        model.clear_cache()
         derived = replace(derived, library=_library(model.device))
         tables = {
             f"{stage} {mode}": table
@@ -79,7 +79,7 @@ def calibrate(
         }
     finally:
         model.plan = plan
-        model.forget()
+        model.clear_cache()
     return replace(derived, activations=tables)
 
 
@@ -142,7 +142,7 @@ def _peaks(
         Probe(TokenBatch(tokens, tokens), NO_STEPS, NO_STEPS if mode == UNDISPLACED else move)
         for move in moves
     ]
-    model.forget()
+    model.clear_cache()
     model.plan = replace(
         model.plan, probes_per_call=groups, tokens_per_call=0, trajectory="recompute"
     )
@@ -174,7 +174,7 @@ def _measure(model: CausalModel, probes: Sequence[Probe]) -> dict[str, int]:
     """Peak bytes of each stage of one forward pass above what was there before."""
     found = dict.fromkeys(STAGES, 0)
     blocks = transformer_blocks(model.network)
-    residency = model.residency
+    offload = model.offload
     with _meter(model.device) as take:
 
         def ended(stage: str, number: int | None = None, once: bool = False) -> Any:
@@ -183,8 +183,8 @@ def _measure(model: CausalModel, probes: Sequence[Probe]) -> dict[str, int]:
                 if once and found[stage]:
                     return
                 passing = 0
-                if residency is not None and number is not None:
-                    passing = 0 if number in residency.held else residency.sizes[number]
+                if offload is not None and number is not None:
+                    passing = 0 if number in offload.pinned else offload.sizes[number]
                 found[stage] = max(found[stage], take() - passing)
 
             return hook
@@ -278,7 +278,7 @@ def _derive(
         probes=min(plan.probes_per_call, probes_per_step),
         tokens_per_call=plan.tokens_per_call,
         cuts_rows=isinstance(model, LoraModel),
-        streams=model.residency is not None,
+        streams=model.offload is not None,
         activations={},
     )
 
@@ -336,9 +336,9 @@ def _weights(model: CausalModel) -> tuple[int, tuple[int, ...]]:
                 size += storage.nbytes()
         return size
 
-    if model.residency is not None:
-        seen.update(tensor.untyped_storage().data_ptr() for tensor in model.residency.moving())
-        return fresh(model.network), model.residency.sizes
+    if model.offload is not None:
+        seen.update(tensor.untyped_storage().data_ptr() for tensor in model.offload.moving())
+        return fresh(model.network), model.offload.sizes
     blocks = tuple(fresh(block) for block in transformer_blocks(model.network))
     return fresh(model.network), blocks
 
