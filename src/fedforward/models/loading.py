@@ -175,15 +175,15 @@ def _name_classes(path: str, stored: Any, classes: Sequence[str]) -> None:
 def _without_report(hidden: bool) -> Iterator[None]:
     """Leave out transformers' table of the head's missing tensors; they are looked at here."""
 
-    def wanted(record: logging.LogRecord) -> bool:
+    def is_shown(record: logging.LogRecord) -> bool:
         return not (hidden and "LOAD REPORT" in record.getMessage())
 
     logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(wanted)
+    logger.addFilter(is_shown)
     try:
         yield
     finally:
-        logger.removeFilter(wanted)
+        logger.removeFilter(is_shown)
 
 
 def _initialise_head(network: Any, missing: Collection[str], run_seed: int) -> None:
