@@ -22,9 +22,10 @@ def test_the_example_configuration_is_valid() -> None:
 def test_the_library_example_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["library_use.py", "--steps", "2"])
+    monkeypatch.setattr("sys.argv", ["library_use.py", "--steps", "2", "--rounds", "1"])
     runpy.run_path(str(ROOT / "examples/library_use.py"), run_name="__main__")
-    assert "loss of one batch at the end" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "after 1 rounds" in shown and "loss of one batch after 2 steps" in shown
 
 
 def test_the_readme_names_keys_that_exist() -> None:

@@ -2,9 +2,8 @@
 
 import json
 import shlex
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +17,10 @@ from fedforward.cli.train import (
     RunArgument,
 )
 from fedforward.core.errors import FedForwardError
+from fedforward.core.registry import RUNTIMES
+
+if TYPE_CHECKING:
+    from fedforward.deployment.runtime import Runtime
 
 TlsOption = Annotated[
     Path | None, typer.Option("--tls", help="folder of certificates", show_default=False)
@@ -25,6 +28,7 @@ TlsOption = Annotated[
 InsecureOption = Annotated[
     bool, typer.Option("--insecure", help="no certificates, no keys: to try out on one machine")
 ]
+RuntimeOption = Annotated[str, typer.Option("--runtime", help="engine that carries the messages")]
 
 
 def server(
@@ -33,13 +37,13 @@ def server(
     listen: Annotated[str, typer.Option("--listen", help="HOST:PORT")] = "0.0.0.0:9400",
     tls: TlsOption = None,
     insecure: InsecureOption = False,
+    runtime: RuntimeOption = "flower",
     out: OutOption = None,
     resume: ResumeOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Carry out a run over sites on other machines; needs no model and no data."""
     from fedforward.config.site import load_terms
-    from fedforward.deployment import supervisor as supervision
 
     out = out or Path("runs") / config.stem
     again = ["fedforward", "server", str(config), *(overrides or []), "--listen", listen]
@@ -47,13 +51,17 @@ def server(
     again += ["--out", str(out), "--resume"]
     with friendly(f"Continue with: {shlex.join(again)}"):
         settings = load_terms(config, overrides or [])
-        _check_flower()
-        from fedforward.deployment.flower.server import ListenAddress, serve
-
-        address = ListenAddress.parse(listen, tls, insecure)
-        supervision.end_on_sigterm()
+        engine: Runtime = RUNTIMES.get(runtime)
         with display() as progress:
-            summary = serve(settings, out, address, resume=resume, progress=progress.progress)
+            summary = engine.serve(
+                settings,
+                out,
+                listen=listen,
+                tls=tls,
+                insecure=insecure,
+                resume=resume,
+                progress=progress.progress,
+            )
     from fedforward.training.plots import draw
     from fedforward.training.run_directory import RunDirectory
 
@@ -77,18 +85,14 @@ def client(
     ] = None,
     insecure: InsecureOption = False,
     once: Annotated[bool, typer.Option("--once", help="end with the first run")] = False,
+    runtime: RuntimeOption = "flower",
 ) -> None:
     """Take part in a server's runs with this site's own data and model, until interrupted."""
     from fedforward.config.site import load_site
-    from fedforward.deployment import supervisor as supervision
 
     settings = load_site(config)
-    _check_flower()
-    from fedforward.deployment.flower import client as site
-
-    site.check(tls, key, insecure)
-    supervision.end_on_sigterm()
-    site.take_part(config, settings, server, tls=tls, key=key, once=once)
+    engine: Runtime = RUNTIMES.get(runtime)
+    engine.take_part(config, settings, server, tls=tls, key=key, insecure=insecure, once=once)
 
 
 def certs(
@@ -102,7 +106,7 @@ def certs(
     ] = None,
 ) -> None:
     """Make certificates for a server and keys for its sites, or what is missing of them."""
-    _check_flower()
+    RUNTIMES.get("flower").check()
     from fedforward.deployment.flower import certificates
 
     if not host and not site:
@@ -134,7 +138,7 @@ def submit(
 
     out = out or Path("runs") / config.stem
     settings = load_terms(config, overrides or [])
-    _check_flower()
+    RUNTIMES.get("flower").check()
     from fedforward.deployment.flower.engine import hand_over
 
     if insecure == (authority is not None):
@@ -179,19 +183,3 @@ def _read_status(run: Path) -> dict[str, Any]:
             f"{run} has no status: it is not the --out folder of a `fedforward server` that has "
             "begun its run."
         ) from error
-
-
-def _check_flower() -> None:
-    """Refuse a system or an installation that runs across machines cannot use."""
-    from importlib.util import find_spec
-
-    if sys.platform == "win32":
-        raise FedForwardError(
-            "Federations across machines need Unix sockets and process groups, which Windows "
-            "lacks. Use Linux or macOS, or WSL on this machine; `fedforward run` works here."
-        )
-    if find_spec("flwr") is None:
-        raise FedForwardError(
-            "Federations across machines run on Flower, which is not installed. Install it with: "
-            "pip install 'fedforward[flower]'"
-        )

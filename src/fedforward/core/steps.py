@@ -22,6 +22,11 @@ class Steps:
     Attributes:
         seeds: uint64 [K].
         coefficients: float32 [K], or [B, K] with a row for each block of the layout.
+
+    Example:
+        >>> z = Steps.of(seeds=[7], coefficients=[1.0])
+        >>> len(z + -0.5 * z)
+        2
     """
 
     seeds: NDArray[np.uint64]
@@ -71,6 +76,17 @@ class Steps:
         """Every coefficient times a number, rounded to float32 once."""
         with np.errstate(over="ignore"):
             return Steps(self.seeds, (self.coefficients * np.float64(factor)).astype(np.float32))
+
+    def __mul__(self, factor: float) -> "Steps":
+        """Every coefficient times a number; see `scaled`.
+
+        Example:
+            >>> (2 * Steps.of([7], [0.5])).coefficients.tolist()
+            [1.0]
+        """
+        return self.scaled(factor)
+
+    __rmul__ = __mul__
 
     def within(self, active: NDArray[np.bool_]) -> "Steps":
         """The same steps in the active blocks alone.

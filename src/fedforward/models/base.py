@@ -20,7 +20,7 @@ from torch import nn
 
 from fedforward.core.batches import IGNORED, Batch, PromptBatch, TokenBatch
 from fedforward.core.errors import FedForwardError, MessageError
-from fedforward.core.steps import Evaluation, Probe, ProbePlan, Update
+from fedforward.core.steps import Evaluation, Probe, ProbePlan, Steps, Update
 from fedforward.directions import Distribution, Layout
 from fedforward.directions.ops import commit_all
 from fedforward.models.batching import Arrays, Measure, height_and_length, stack
@@ -47,7 +47,13 @@ class CausalModel(ABC):
         offload: of the transformer blocks, where inactive ones are offloaded; else None.
         changed_share: of the tuned weights, how many the last update changed; None in float32,
             where it says nothing.
+        tokenizer: that came with the model; None unless it was loaded by `from_pretrained`.
+        settings: what a configuration says of the model, by section; likewise.
     """
+
+    tokenizer: Any = None
+    settings: Mapping[str, Mapping[str, Any]] = {}
+    _applied = 0
 
     def __init__(
         self,
@@ -351,6 +357,17 @@ class CausalModel(ABC):
         by_block = [[update.block(b) for update in updates] for b in range(len(self.layout.blocks))]
         places = zip(self.layout.names, self.layout.first_tiles, self.layout.owners, strict=True)
         return [(self.tensors[name], tile, by_block[owner]) for name, tile, owner in places]
+
+    def apply(self, steps: Steps) -> None:
+        """θ ← round(θ + Σ_k c_k z(s_k)): one update, for loops that are written by hand.
+
+        In half precision it is rounded stochastically, each call in another way.
+
+        Example:
+            >>> model.apply(-1e-3 * Steps.of([7], [1.0]))  # doctest: +SKIP
+        """
+        self._applied += 1
+        self.commit([Update(steps, self._applied)])
 
     def reset(self) -> None:
         """Back to the base: the tuned tensors as they were when the model was built."""

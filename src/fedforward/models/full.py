@@ -22,6 +22,7 @@ from fedforward.models.blocks import class_heads, names_in_blocks
 from fedforward.models.displaced_tensor import DisplacedTensor, Displacement
 from fedforward.models.fingerprints import fingerprint
 from fedforward.models.lm_head import VocabularyTile, tile_rows
+from fedforward.models.pretrained import loaded
 
 
 class FullModel(CausalModel):
@@ -61,6 +62,49 @@ class FullModel(CausalModel):
         self._reached: set[str] = set()
         self._cache: dict[str, torch.Tensor] = {}
         self._cached = NO_STEPS
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str = "float32",
+        device: str = "auto",
+        distribution: str = "gaussian",
+        seed: int = 0,
+    ) -> "FullModel":
+        """A model whose weights are all tuned, from a folder in Hugging Face format or a hub name.
+
+        Args:
+            path: the base model; its tokenizer comes along.
+            dtype: of the weights: "float32", "bfloat16" or "float16".
+            device: "auto", "cpu", "cuda" or "cuda:N".
+            distribution: of the directions, "gaussian" or "rademacher".
+            seed: of the run that is made with the model.
+
+        Raises:
+            FedForwardError: there is no such model, or it does not fit.
+
+        Example:
+            >>> from importlib.resources import files
+            >>> folder = files("fedforward.demo").joinpath("model")
+            >>> FullModel.from_pretrained(folder, device="cpu").layout.blocks[0]
+            'embeddings'
+        """
+        network, tokenizer, plan, device = loaded(path, dtype, device, seed)
+        model = cls(
+            network,
+            distribution=Distribution(distribution),
+            plan=plan,
+            tokenizer=tokenizer,
+            reload=lambda: loaded(path, dtype, device, seed)[0],
+        )
+        model.settings = {
+            "model": {"path": str(path), "dtype": dtype, "tune": "full"},
+            "method": {"distribution": distribution},
+            "run": {"seed": seed, "device": device},
+        }
+        return model
 
     def _rebind(self) -> None:
         parameters = dict(self.network.named_parameters())

@@ -20,22 +20,25 @@ from numpy.typing import NDArray
 
 from fedforward.core.batches import TokenBatch
 from fedforward.core.errors import FedForwardError
-from fedforward.core.seeds import derive
 from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 from fedforward.directions import TILE, Distribution, Layout
 from fedforward.directions.ops import accumulate, displace
 from fedforward.models.base import CausalModel
 from fedforward.models.batching import Arrays, Measure, cut
-from fedforward.models.blocks import class_heads, names_in_blocks, transformer_blocks
+from fedforward.models.blocks import class_heads, transformer_blocks
 from fedforward.models.fingerprints import fingerprint
-from fedforward.models.loading import dequantize, draw_normal, input_device, is_quantized, weights
+from fedforward.models.loading import dequantize, input_device, is_quantized, weights
 from fedforward.models.lora_layers import (
     ADAPTER,
     AdapterBank,
+    find_targets,
+    initialise,
     is_linear,
     replace_forward,
     replace_head,
+    views_of,
 )
+from fedforward.models.pretrained import loaded
 
 
 class LoraModel(CausalModel):
@@ -101,7 +104,7 @@ class LoraModel(CausalModel):
             modules_to_save=others or None,
         )
         try:
-            settings.target_modules = _targets(network, targets, blocks, heads)
+            settings.target_modules = find_targets(network, targets, blocks, heads)
             self.peft = get_peft_model(network, settings, autocast_adapter_dtype=True)
             if not all(ADAPTER in m.lora_A for m in self.peft.modules() if hasattr(m, "lora_A")):
                 raise ValueError("a target is not a linear module")
@@ -143,7 +146,7 @@ class LoraModel(CausalModel):
         layout = Layout.of({name: tuple(p.shape) for name, p in tuned.items()})
         self.flat = torch.zeros(layout.tiles * TILE, dtype=torch.float32, device=device)
         self.peft.requires_grad_(False)
-        for name, view in _views(layout, [(0, self.flat)]).items():
+        for name, view in views_of(layout, [(0, self.flat)]).items():
             view.copy_(tuned[name].data)
             tuned[name].data = view
         super().__init__(network, tuned, distribution, plan, base)
@@ -163,6 +166,71 @@ class LoraModel(CausalModel):
                 replace_forward(self._bank, name, layer, bool(heads) and id(layer) not in inside)
             elif f"{name}.".endswith(saved):
                 replace_head(self._bank, name.removesuffix(saved[:-1]), layer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        rank: int = 8,
+        alpha: float = 16.0,
+        targets: str | Sequence[str] = "all-linear",
+        factors: str = "both",
+        dtype: str = "float32",
+        device: str = "auto",
+        quantization: str = "none",
+        distribution: str = "gaussian",
+        seed: int = 0,
+    ) -> "LoraModel":
+        """A model with new adapters, from a folder in Hugging Face format or a hub name.
+
+        Args:
+            path: the base model; its tokenizer comes along.
+            rank: LoRA r.
+            alpha: LoRA α; the product BA is scaled by α / r.
+            targets: "all-linear" or names of modules.
+            factors: "both" tunes A and B, "B" freezes A.
+            dtype: of the frozen base: "float32", "bfloat16" or "float16".
+            device: "auto", "cpu", "cuda" or "cuda:N".
+            quantization: "nf4" holds the base's linear layers in 4 bits.
+            distribution: of the directions, "gaussian" or "rademacher".
+            seed: of the initial A, and of the run that is made with the model.
+
+        Raises:
+            FedForwardError: there is no such model, or it does not fit.
+
+        Example:
+            >>> from importlib.resources import files
+            >>> folder = files("fedforward.demo").joinpath("model")
+            >>> LoraModel.from_pretrained(folder, rank=2, device="cpu").layout.parameters
+            14784
+        """
+        network, tokenizer, plan, device = loaded(
+            path, dtype, device, seed, quantization=quantization
+        )
+        model = cls(
+            network,
+            rank=rank,
+            alpha=alpha,
+            targets=targets,
+            factors=factors,
+            run_seed=seed,
+            distribution=Distribution(distribution),
+            plan=plan,
+        )
+        model.tokenizer = tokenizer
+        model.settings = {
+            "model": {"path": str(path), "dtype": dtype, "quantization": quantization},
+            "lora": {
+                "rank": rank,
+                "alpha": float(alpha),
+                "targets": targets if isinstance(targets, str) else list(targets),
+                "factors": factors,
+            },
+            "method": {"distribution": distribution},
+            "run": {"seed": seed, "device": device},
+        }
+        return model
 
     def _measured(self, probes: Sequence[Probe], measure: Measure) -> list[Arrays]:
         """See `CausalModel`. A batch too long for a forward pass is cut by rows.
@@ -266,7 +334,7 @@ class LoraModel(CausalModel):
         for (_, begin, end), bank in banks.items() if self.masks else ():
             still = self.flat[TILE * begin : TILE * end]
             torch.where(self._mask_flat()[TILE * begin : TILE * end], bank, still, out=bank)
-        views = _views(self.layout, [(begin, bank) for (_, begin, _), bank in banks.items()])
+        views = views_of(self.layout, [(begin, bank) for (_, begin, _), bank in banks.items()])
         self._bank.factors = {id(self.tensors[name]): view for name, view in views.items()}
         # The parts of a batch come one after another with the same probes.
         self._filled, self._last_factors = requested, self._bank.factors
@@ -286,7 +354,7 @@ class LoraModel(CausalModel):
         """The masks in the flat storage's order, bool [tiles * 2048]; False in padding."""
         if self._flat_mask is None:
             self._flat_mask = torch.zeros(len(self.flat), dtype=torch.bool, device=self.device)
-            for name, view in _views(self.layout, [(0, self._flat_mask)]).items():
+            for name, view in views_of(self.layout, [(0, self._flat_mask)]).items():
                 view.copy_(self.masks[name])
         return self._flat_mask
 
@@ -363,61 +431,3 @@ def _runs(probes: Sequence[Probe]) -> Iterator[slice]:
         if end == len(probes) or probes[end].trajectory is not probes[begin].trajectory:
             yield slice(begin, end)
             begin = end
-
-
-def _views(layout: Layout, parts: Sequence[tuple[int, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The tuned tensors that lie inside flat buffers, leading dimensions kept.
-
-    Args:
-        parts: (first tile, [..., tiles * 2048]), each for whole tensors.
-    """
-    return {
-        name: storage[..., TILE * (tile - first) :][..., :size].unflatten(-1, shape)
-        for name, shape, size, tile in zip(
-            layout.names, layout.shapes, layout.sizes, layout.first_tiles, strict=True
-        )
-        for first, storage in parts
-        if first <= tile < first + storage.shape[-1] // TILE
-    }
-
-
-def initialise(adapters: dict[str, torch.nn.Parameter], run_seed: int) -> None:
-    """B = 0; A from the initialisation stream, the same on every device and library version."""
-    layout = Layout.of({name: tuple(tensor.shape) for name, tensor in adapters.items()})
-    seed = derive(run_seed, "lora-a")
-    for name, first_tile in zip(layout.names, layout.first_tiles, strict=True):
-        tensor = adapters[name].data
-        if ".lora_B." in name:
-            tensor.zero_()
-            continue
-        draw_normal(tensor, seed, first_tile, (3.0 * tensor.shape[1]) ** -0.5)
-
-
-def _targets(
-    network: Any,
-    targets: str | Sequence[str],
-    blocks: Collection[int] | None,
-    heads: Sequence[str],
-) -> str | list[str]:
-    """What PEFT is to adapt: the targets as given, or full names of those in some blocks.
-
-    Nothing in a sequence classifier's heads is adapted.
-    """
-    if blocks is None and not heads:
-        return targets if isinstance(targets, str) else list(targets)
-    inside = ("",) if blocks is None else tuple(names_in_blocks(network, blocks))
-    outside = tuple(f"{name}." for name in heads)
-
-    def is_target(name: str) -> bool:
-        if isinstance(targets, str):
-            return targets == "all-linear" or re.fullmatch(targets, name) is not None
-        return any(name == target or name.endswith(f".{target}") for target in targets)
-
-    return [
-        name
-        for name, module in network.named_modules()
-        if name.startswith(inside)
-        and not f"{name}.".startswith(outside)
-        and is_linear(module)
-        and is_target(name)
-    ]

@@ -1,9 +1,12 @@
 """Forward passes of LoRA layers, in which each group of rows meets its own adapter.
 
 `replace_forward` and `replace_head` put them in place of PEFT's; they read the `AdapterBank`, which
-a model fills for the probes of a pass.
+a model fills for the probes of a pass. Which modules are adapted, and with what values they start,
+is decided here too.
 """
 
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,6 +15,10 @@ import torch
 from torch import nn
 
 from fedforward.core.errors import FedForwardError
+from fedforward.core.seeds import derive
+from fedforward.directions import TILE, Layout
+from fedforward.models.blocks import names_in_blocks
+from fedforward.models.loading import draw_normal
 
 #: PEFT's name of the adapter that is tuned.
 ADAPTER = "default"
@@ -201,3 +208,61 @@ def in_halves(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def is_linear(module: nn.Module) -> bool:
     """Whether an adapter can stand beside this module."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def views_of(layout: Layout, parts: Sequence[tuple[int, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The tuned tensors that lie inside flat buffers, leading dimensions kept.
+
+    Args:
+        parts: (first tile, [..., tiles * 2048]), each for whole tensors.
+    """
+    return {
+        name: storage[..., TILE * (tile - first) :][..., :size].unflatten(-1, shape)
+        for name, shape, size, tile in zip(
+            layout.names, layout.shapes, layout.sizes, layout.first_tiles, strict=True
+        )
+        for first, storage in parts
+        if first <= tile < first + storage.shape[-1] // TILE
+    }
+
+
+def initialise(adapters: dict[str, torch.nn.Parameter], run_seed: int) -> None:
+    """B = 0; A from the initialisation stream, the same on every device and library version."""
+    layout = Layout.of({name: tuple(tensor.shape) for name, tensor in adapters.items()})
+    seed = derive(run_seed, "lora-a")
+    for name, first_tile in zip(layout.names, layout.first_tiles, strict=True):
+        tensor = adapters[name].data
+        if ".lora_B." in name:
+            tensor.zero_()
+            continue
+        draw_normal(tensor, seed, first_tile, (3.0 * tensor.shape[1]) ** -0.5)
+
+
+def find_targets(
+    network: Any,
+    targets: str | Sequence[str],
+    blocks: Collection[int] | None,
+    heads: Sequence[str],
+) -> str | list[str]:
+    """What PEFT is to adapt: the targets as given, or full names of those in some blocks.
+
+    Nothing in a sequence classifier's heads is adapted.
+    """
+    if blocks is None and not heads:
+        return targets if isinstance(targets, str) else list(targets)
+    inside = ("",) if blocks is None else tuple(names_in_blocks(network, blocks))
+    outside = tuple(f"{name}." for name in heads)
+
+    def is_target(name: str) -> bool:
+        if isinstance(targets, str):
+            return targets == "all-linear" or re.fullmatch(targets, name) is not None
+        return any(name == target or name.endswith(f".{target}") for target in targets)
+
+    return [
+        name
+        for name, module in network.named_modules()
+        if name.startswith(inside)
+        and not f"{name}.".startswith(outside)
+        and is_linear(module)
+        and is_target(name)
+    ]

@@ -25,6 +25,12 @@ class Quadratic:
     Attributes:
         layout: the tunable space, one tensor of shape (d,).
         theta: float32 [d], the weights.
+
+    Example:
+        >>> model = Quadratic([2.0, 1.0], dimension=10)
+        >>> (evaluation,) = model.evaluate([Probe(None)])
+        >>> round(evaluation.mean, 6)
+        0.75
     """
 
     def __init__(

@@ -56,6 +56,11 @@ class Verification:
     replayed: bool
     differences: list[str]
 
+    @property
+    def ok(self) -> bool:
+        """Whether all bits agree."""
+        return not self.differences
+
 
 @dataclass(frozen=True)
 class Rebuilt:
@@ -120,8 +125,12 @@ def rebuild(
     return Rebuilt(model, tokenizer, ledger, proofs, differences)
 
 
-def verify(path: Path, base: str | None = None, on_round: RoundCallback = _ignore) -> Verification:
+def verify(path: Path | str, base: str | None = None, on_round: RoundCallback = _ignore) -> Verification:
     """Rebuild the tuned state and compare it, bit for bit, with all that the run left.
+
+    Example:
+        >>> verify(Path("runs/first")).ok  # doctest: +SKIP
+        True
 
     Args:
         base: see `rebuild`.
@@ -130,7 +139,7 @@ def verify(path: Path, base: str | None = None, on_round: RoundCallback = _ignor
     Raises:
         FedForwardError: this is not a run, or its ledger or base model cannot be used.
     """
-    directory = RunDirectory(path)
+    directory = RunDirectory(Path(path))
     config = directory.config()
     rebuilt = rebuild(directory, base, on_round)
     differences = list(rebuilt.differences)
@@ -228,6 +237,9 @@ def export(
     on_round: RoundCallback = _ignore,
 ) -> Path:
     """Write the adapter, or with `merge` (or full tuning) a whole model, rebuilt from the ledger.
+
+    Example:
+        >>> export(Path("runs/first"), Path("merged"), merge=True)  # doctest: +SKIP
 
     Args:
         base: see `rebuild`.

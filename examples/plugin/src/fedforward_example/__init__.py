@@ -1,0 +1,1 @@
+"""A method and an objective for fedforward, in a package of their own."""

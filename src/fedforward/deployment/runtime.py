@@ -1,0 +1,52 @@
+"""What an engine that carries messages offers to the commands: the seam of the runtimes.
+
+An engine is one package under `deployment/`, or of its own with an entry point of the group
+`fedforward.runtimes`. It starts processes and moves bytes; rounds are the coordinator's.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedforward.config.schema import Config
+from fedforward.config.site import SiteConfig
+from fedforward.training.metrics import ProgressCallback
+
+
+class Runtime(Protocol):
+    """An engine, as `fedforward server` and `fedforward client` use it."""
+
+    def check(self) -> None:
+        """Refuse a system or an installation that the engine cannot use.
+
+        Raises:
+            FedForwardError: with what to install, or where to run it.
+        """
+        ...
+
+    def serve(
+        self,
+        config: Config,
+        out: Path,
+        *,
+        listen: str,
+        tls: Path | None,
+        insecure: bool,
+        resume: bool,
+        progress: ProgressCallback | None,
+    ) -> dict[str, Any]:
+        """Carry out a run with whatever sites come; returns its summary."""
+        ...
+
+    def take_part(
+        self,
+        path: Path,
+        settings: SiteConfig,
+        server: str,
+        *,
+        tls: Path | None,
+        key: Path | None,
+        insecure: bool,
+        once: bool,
+    ) -> None:
+        """Take part in a server's runs with this site's data and model, until interrupted."""
+        ...

@@ -1,0 +1,229 @@
+"""The run of the public face: a model, data and a method in, a run directory and a result out.
+
+It writes down a configuration of what it is given and carries that out, so that a run that was
+made in Python resumes, verifies and exports like one that began with a file.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fedforward.config.loading import validate
+from fedforward.config.schema import Config
+from fedforward.core.errors import FedForwardError
+from fedforward.core.registry import AGGREGATORS, ESTIMATORS, METHODS
+from fedforward.data.sampler import Batches
+from fedforward.methods.base import Method
+from fedforward.methods.parameters import parameters_of
+from fedforward.models.base import CausalModel
+from fedforward.models.full import FullModel
+from fedforward.models.loading import longest_sequence
+from fedforward.models.lora import LoraModel
+from fedforward.training import build
+from fedforward.training.metrics import ProgressCallback
+from fedforward.training.run import Run
+from fedforward.training.summary import RunSummary
+
+Model = LoraModel | FullModel
+#: Tokens of an example, unless it is said.
+MAX_SEQUENCE = 512
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows of a file or hub data set, how they become text, and how clients share them.
+
+    Attributes:
+        data: the keys of the section `[data]`.
+        federation: the keys of the section `[federation]` that divide the rows.
+
+    Example:
+        >>> rows = Dataset.from_file("rows.jsonl", prompt="Q: {q}\\nA:", answer=" {a}")
+        >>> rows.partition(clients=4, by="site").federation["partition"]
+        'by-field'
+    """
+
+    data: Mapping[str, Any]
+    federation: Mapping[str, Any]
+
+    @classmethod
+    def from_file(
+        cls, source: str | Path, *, prompt: str, answer: str, heldout: float = 0.01, **more: Any
+    ) -> "Dataset":
+        """Rows of a file (.jsonl .json .csv .tsv .parquet) or a hub data set.
+
+        Args:
+            source: path or hub name.
+            prompt: template; {name} stands for a field.
+            answer: template; only its tokens count in the loss.
+            heldout: share of the rows (below 1) or their number, kept for evaluation.
+            more: other keys of the section `[data]`, such as `label_words` or `sequence_length`.
+        """
+        data = {"source": str(source), "prompt": prompt, "answer": answer}
+        return cls({**data, "heldout": float(heldout), **more}, {"clients": 1})
+
+    def partition(
+        self, clients: int, *, by: str | None = None, alpha: float | None = None
+    ) -> "Dataset":
+        """The rows divided among clients.
+
+        Args:
+            clients: how many.
+            by: field whose values are kept together, or, with `alpha`, drawn unevenly; None
+                divides the rows at random.
+            alpha: of a Dirichlet partition by that field; small is uneven.
+        """
+        federation: dict[str, Any] = {"clients": clients}
+        if by is not None:
+            federation |= {"partition": "by-field", "field": by}
+        if alpha is not None:
+            federation |= {"partition": "dirichlet", "alpha": float(alpha)}
+        return replace(self, federation=federation)
+
+    def section(self, model: Model) -> dict[str, Any]:
+        """The section `[data]`; sequences are as long as the model takes, and at most 512."""
+        longest = longest_sequence(model.network) or MAX_SEQUENCE
+        return {"sequence_length": min(MAX_SEQUENCE, longest), **self.data}
+
+    def batches(self, model: Model, batch_size: int = 8) -> Batches:
+        """The endless stream of batches of all training rows, addressable by step.
+
+        Raises:
+            FedForwardError: for whatever is wrong with the data.
+        """
+        sections = {**model.settings, "data": self.section(model)}
+        config = validate({**sections, "federation": {"clients": 1}})
+        corpus = build.corpus_reader(config).corpus(model.tokenizer, None)
+        seed = config.run.seed
+        return Batches(corpus.clients[0], batch_size=batch_size, run_seed=seed, client=0)
+
+
+class Simulation:
+    """A federation on one machine.
+
+    Example:
+        See `examples/library_use.py`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        data: Dataset,
+        method: Method,
+        *,
+        learning_rate: float,
+        out: str | Path,
+        batch_size: int = 1,
+        **sections: Mapping[str, Any],
+    ) -> None:
+        """Note what is to be run; nothing is read or written before `fit`.
+
+        Args:
+            model: of `from_pretrained`, at its base weights.
+            data: partitioned rows.
+            method: its run seed is the model's.
+            learning_rate: η_0.
+            out: the run directory.
+            batch_size: examples of a step.
+            sections: further keys of a configuration, by section, as in
+                `run={"evaluate_every": 5}`.
+
+        Raises:
+            FedForwardError: a key or value is not legal, or the parts do not fit.
+        """
+        if not getattr(model, "settings", None):
+            raise FedForwardError(
+                "ff.Simulation takes a model of LoraModel.from_pretrained or "
+                "FullModel.from_pretrained, which knows where it came from."
+            )
+        self.model = model
+        self.out = Path(out)
+        own = _method_section(method) | {"learning_rate": learning_rate, "batch_size": batch_size}
+        self._content: dict[str, dict[str, Any]] = {}
+        own_parts = {"data": data.section(model), "federation": data.federation, "method": own}
+        for part in (model.settings, own_parts, sections):
+            for section, values in part.items():
+                self._content.setdefault(section, {}).update(values)
+        self._config(1)
+
+    def _config(self, rounds: int) -> Config:
+        federation = self._content["federation"] | {"rounds": rounds}
+        return validate({**self._content, "federation": federation}, "ff.Simulation")
+
+    def fit(
+        self, rounds: int, *, resume: bool = False, progress: ProgressCallback | None = None
+    ) -> "Result":
+        """Carry the run out to so many rounds, and write the run directory.
+
+        Args:
+            rounds: T, those of an earlier `fit` that is resumed included.
+            resume: go on with the run that is in the directory.
+            progress: called after each round with its number, all rounds and its metrics line.
+
+        Raises:
+            FedForwardError: for whatever is wrong with the data; the directory is in use.
+            DivergenceError: after the results so far have been written.
+        """
+        self.model.reset()
+        built: tuple[CausalModel, Any] = (self.model, self.model.tokenizer)
+        run = Run(self._config(rounds), self.out, resume, progress, built)
+        summary = run.fit()
+        lines = run.directory.read_metrics(summary.rounds)
+        return Result(self.model, self.out, summary, _history(lines))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has led to.
+
+    Attributes:
+        model: at the tuned weights.
+        directory: of the run.
+        summary: as in `summary.json`.
+        history: by name of a figure, one value for each round that has it, the base model first;
+            `history["round"]` numbers all lines.
+    """
+
+    model: Model
+    directory: Path
+    summary: RunSummary
+    history: Mapping[str, Sequence[Any]]
+
+    def save_adapter(self, folder: str | Path) -> Path:
+        """Write what was tuned: a PEFT adapter, or the whole model under full tuning."""
+        path = Path(folder)
+        self.model.save(path)
+        return path
+
+    def answer(self, prompt: str, most_tokens: int = 48) -> str:
+        """The tuned model's greedy answer to a prompt."""
+        return build.answer(self.model, self.model.tokenizer, prompt, most_tokens)
+
+
+def _method_section(method: Method) -> dict[str, Any]:
+    """The keys of `[method]` that make the same method."""
+    kind, estimator = METHODS.name_of(type(method)), method.estimator
+    if kind not in METHODS:
+        raise FedForwardError(
+            f"{type(method).__name__} has no name that a run could be replayed with. Register it: "
+            "@METHODS.register('my-method'), or an entry point of the group fedforward.methods."
+        )
+    section = {
+        "name": kind,
+        "local_steps": method.local_steps,
+        "estimator": ESTIMATORS.name_of(type(estimator)),
+        "directions": estimator.directions,
+        "aggregator": AGGREGATORS.name_of(method.aggregator),
+    }
+    if any(field.name == "mu" for field in fields(estimator)):  # type: ignore[arg-type]
+        section["mu"] = float(estimator.mu)  # type: ignore[attr-defined]
+    return section | {name: getattr(method, name) for name in parameters_of(type(method))}
+
+
+def _history(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    history: dict[str, list[Any]] = {}
+    for line in lines:
+        for name, value in {**line, **line.get("metrics", {})}.items():
+            history.setdefault(name, []).append(value)
+    return history
