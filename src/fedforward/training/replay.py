@@ -125,7 +125,9 @@ def rebuild(
     return Rebuilt(model, tokenizer, ledger, proofs, differences)
 
 
-def verify(path: Path | str, base: str | None = None, on_round: RoundCallback = _ignore) -> Verification:
+def verify(
+    path: Path | str, base: str | None = None, on_round: RoundCallback = _ignore
+) -> Verification:
     """Rebuild the tuned state and compare it, bit for bit, with all that the run left.
 
     Example:
