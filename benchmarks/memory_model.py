@@ -36,7 +36,8 @@ from fedforward.core.batches import TokenBatch
 from fedforward.methods.estimators import TwoPoint
 from fedforward.models.base import CausalModel
 from fedforward.models.blocks import transformer_blocks
-from fedforward.planning.memory.model import MemoryModel, calibrate
+from fedforward.planning.memory.calibrate import calibrate
+from fedforward.planning.memory.model import MemoryModel
 from fedforward.planning.memory.tracker import peak_bytes
 from fedforward.planning.probe_grouping import step_probes
 
@@ -149,14 +150,14 @@ def compare(arguments: argparse.Namespace, tune: str, trajectory: str, offload: 
     model = make(network, "rademacher", common.make_plan(arguments, 2, trajectory))
     waiting = 0
     if offload == "host":
-        model.rest_on_host()
-        assert model.residency is not None
-        waiting = sum(model.residency.sizes) if device == "cpu" else 0
+        model.offload_to_host()
+        assert model.offload is not None
+        waiting = sum(model.offload.sizes) if device == "cpu" else 0
     memory = calibrate(model, BATCHES)
     weights = memory.outside + memory.adapters
     weights += sum(memory.residents) if offload == "none" else 0
     kind = tune if tune == "lora" else f"{tune} {trajectory}"
-    kind += ", rest on host" if offload == "host" else ""
+    kind += ", offloaded" if offload == "host" else ""
     vocabulary = network.get_input_embeddings().weight.shape[0]
     results: list[Row] = []
     for rows, length in (*BATCHES, *OTHERS):
@@ -187,12 +188,12 @@ def compare(arguments: argparse.Namespace, tune: str, trajectory: str, offload: 
 def measure(model: CausalModel, batch: TokenBatch, active: NDArray[np.bool_]) -> int:
     """Peak bytes of the two probes of a step in the middle of a round."""
     probes = step_probes([batch], 2, TwoPoint(1, common.MU), active)
-    if model.residency is not None:
+    if model.offload is not None:
         # The blocks of the last choice leave, and those of this one come.
         model.evaluate(probes)
-    model.forget()
+    model.clear_cache()
     peak = peak_bytes(lambda: model.evaluate(probes))
-    model.forget()
+    model.clear_cache()
     return peak
 
 

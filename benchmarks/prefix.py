@@ -3,7 +3,7 @@
     python benchmarks/prefix.py [--json] [--check]
 
 Below the first active block both signs of a direction have the same activations, so that it runs
-once in place of twice; blocks that rest are not displaced either. The shape has blocks that are at
+once in place of twice; inactive blocks are not displaced either. The shape has blocks that are at
 least 80 % of the forward pass (`block_share` is measured: the pass without its output layer over
 the whole pass). Mean over a trajectory of H = 30 (LoRA), and H = 1 without commit (full tuning).
 """

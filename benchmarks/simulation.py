@@ -133,7 +133,7 @@ def measure_round(
     for way, (_, lockstep) in ways(arguments).items():
         together = clients if lockstep else 1
         warm = runtime(models[way], clients, together, 2, longest, folder)
-        models[way].forget()
+        models[way].clear_cache()
         tensors[way] = common.peak_above(warm.run_round, arguments.device)
         warm.server.ledger.close()
         timed = runtime(models[way], clients, together, arguments.steps, batches, folder)

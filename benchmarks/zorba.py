@@ -89,8 +89,8 @@ def fall(arguments: argparse.Namespace, name: str, rate: float, seed: int) -> fl
 def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Predicted and measured bytes of every client's step."""
     settings = configure(arguments, "zorba", RATES[arguments.tune][0], 0)
-    model, tokenizer = experiment.build_model(settings, experiment.resolve_plan(settings))
-    corpus = experiment.read_corpus(settings, tokenizer, None)
+    model, tokenizer = experiment.build_model(settings, experiment.resolve_plan(settings), ())
+    corpus = experiment.read_corpus(settings, experiment.corpus_reader(settings), tokenizer, None)
     steps = experiment.widest_steps(settings, corpus)
     resources = survey(settings, model, steps)
     planner = allocator(settings, model, [len(part) for part in corpus.clients], None)
@@ -99,7 +99,7 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     others = bytes_alive() - own_bytes(model)
     for client, batch in enumerate(steps):
         shape = batch.tokens.shape
-        model.forget()
+        model.clear_cache()
         probes = step_probes([batch], 2, TwoPoint(1, 1e-3), matrix[client])
         measured = peak_bytes(lambda probes=probes: model.evaluate(probes)) - others  # type: ignore[misc]
         everything = resources.memory.peak(np.ones(blocks, np.bool_), *shape)

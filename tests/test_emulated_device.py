@@ -34,7 +34,7 @@ from fedforward.models.loading import load
 from fedforward.models.masks import random_mask, small_weights_mask
 from fedforward.models.offload import place_the_rest
 from fedforward.planning.budgets import memory_there
-from fedforward.planning.memory.model import calibrate
+from fedforward.planning.memory.calibrate import calibrate
 from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
 from fedforward.planning.probe_grouping import fit, step_probes
 from fedforward.training import build as experiment
@@ -190,19 +190,19 @@ def test_a_commit_has_the_bits_of_the_cpu(
 # Models.
 
 
-@pytest.mark.parametrize("rests", [False, True])
+@pytest.mark.parametrize("offloads", [False, True])
 @pytest.mark.parametrize("tune", ["lora", "full"])
-def test_a_model_is_loaded_to_the_device(tune: str, rests: bool) -> None:
-    network, _ = load(str(DEMO_MODEL), "bfloat16", DEVICE, rests_on_host=rests)
+def test_a_model_is_loaded_to_the_device(tune: str, offloads: bool) -> None:
+    network, _ = load(str(DEMO_MODEL), "bfloat16", DEVICE, offload=offloads)
     inside = [p for block in transformer_blocks(network) for p in block.parameters()]
-    assert {p.device.type for p in inside} == {"cpu" if rests else DEVICE}
+    assert {p.device.type for p in inside} == {"cpu" if offloads else DEVICE}
     own = {id(p) for p in inside}
     assert {p.device.type for p in network.parameters() if id(p) not in own} == {DEVICE}
     model: CausalModel = lora(network) if tune == "lora" else FullModel(network, plan=plan())
-    if rests:
-        model.rest_on_host()
-        assert model.residency is not None
-        assert all(waiting.is_pinned() for waiting in model.residency.moving())
+    if offloads:
+        model.offload_to_host()
+        assert model.offload is not None
+        assert all(waiting.is_pinned() for waiting in model.offload.moving())
     assert model.device.type == DEVICE
     assert model.head.module is not None
     on_cpu, _ = load(str(DEMO_MODEL), "bfloat16", "cpu")
@@ -216,7 +216,7 @@ CASES = [(family, kind) for family in FAMILIES for kind in KINDS]
 FEW = {"llama", "gpt2"}
 
 
-@pytest.mark.parametrize("rests", [False, True])
+@pytest.mark.parametrize("offloads", [False, True])
 @pytest.mark.parametrize(
     ("family", "kind"),
     [
@@ -226,23 +226,23 @@ FEW = {"llama", "gpt2"}
     ],
 )
 def test_probes_commits_and_answers_have_the_bits_of_the_cpu(
-    family: str, kind: str, rests: bool
+    family: str, kind: str, offloads: bool
 ) -> None:
     """Steps, commits, generation, snapshots and a reset."""
-    if family == "mamba" and rests:
+    if family == "mamba" and offloads:
         # Its states are made once on the device of its blocks.
         expected = life(build(kind, family, "cpu", True))
     else:
         expected = life(build(kind, family, "cpu", False))
-    assert life(build(kind, family, DEVICE, rests)) == expected
+    assert life(build(kind, family, DEVICE, offloads)) == expected
 
 
-@pytest.mark.parametrize("rests", [False, True])
+@pytest.mark.parametrize("offloads", [False, True])
 @pytest.mark.parametrize("kind", ["lora", "full cache"])
 @pytest.mark.parametrize("mask", ["random", "small"])
-def test_masks_have_the_bits_of_the_cpu(mask: str, kind: str, rests: bool) -> None:
+def test_masks_have_the_bits_of_the_cpu(mask: str, kind: str, offloads: bool) -> None:
     found = []
-    for place, waits in (("cpu", False), (DEVICE, rests)):
+    for place, waits in (("cpu", False), (DEVICE, offloads)):
         model = build(kind, "llama", place, waits)
         if mask == "random":
             model.masks = random_mask(model.tensors, model.layout, 0.2, 7)
@@ -252,14 +252,14 @@ def test_masks_have_the_bits_of_the_cpu(mask: str, kind: str, rests: bool) -> No
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("rests", [False, True])
+@pytest.mark.parametrize("offloads", [False, True])
 @pytest.mark.parametrize("tune", ["lora", "full"])
 @pytest.mark.parametrize(
     "kind", ["llama", "bert", *(pytest.param(k, marks=pytest.mark.slow) for k in ("distilbert",))]
 )
-def test_classifiers_have_the_bits_of_the_cpu(kind: str, tune: str, rests: bool) -> None:
+def test_classifiers_have_the_bits_of_the_cpu(kind: str, tune: str, offloads: bool) -> None:
     found = []
-    for place, waits in (("cpu", False), (DEVICE, rests)):
+    for place, waits in (("cpu", False), (DEVICE, offloads)):
         network = test_classification.classifier(kind)
         if waits:
             place_the_rest(network, place)
@@ -267,7 +267,7 @@ def test_classifiers_have_the_bits_of_the_cpu(kind: str, tune: str, rests: bool)
             network.to(place)
         model: CausalModel = lora(network) if tune == "lora" else FullModel(network, plan=plan())
         if waits:
-            model.rest_on_host()
+            model.offload_to_host()
         answers: list[Any] = []
         for objective in (ClassLoss(), ClassError()):
             batches = [test_classification.batch(n, n + 2, objective) for n in (1, 2)]
@@ -280,10 +280,10 @@ def test_classifiers_have_the_bits_of_the_cpu(kind: str, tune: str, rests: bool)
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("rests", [False, True])
-def test_what_is_saved_and_merged_is_that_of_the_cpu(rests: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("offloads", [False, True])
+def test_what_is_saved_and_merged_is_that_of_the_cpu(offloads: bool, tmp_path: Path) -> None:
     found = []
-    for place, waits in (("cpu", False), (DEVICE, rests)):
+    for place, waits in (("cpu", False), (DEVICE, offloads)):
         model = build("lora", "llama", place, waits)
         model.commit([Update(TRAJECTORY, 3)])
         model.save(tmp_path / place)
@@ -300,21 +300,20 @@ def test_what_is_saved_and_merged_is_that_of_the_cpu(rests: bool, tmp_path: Path
 
 
 @pytest.mark.usefixtures("own_kernels")
-@pytest.mark.parametrize("rests", [False, True])
+@pytest.mark.parametrize("offloads", [False, True])
 @pytest.mark.parametrize(
     "kind",
     ["lora", "full cache", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[1::2])],
 )
-def test_a_full_device_leaves_a_model_that_goes_on(kind: str, rests: bool) -> None:
+def test_a_full_device_leaves_a_model_that_goes_on(kind: str, offloads: bool) -> None:
     """Wherever in a step memory ends, the next step has the same losses, and nothing is left."""
-    model = build(kind, "llama", DEVICE, rests)
+    model = build(kind, "llama", DEVICE, offloads)
     wanted = [e.sums.tolist() for e in step(model, ["1"])]
 
     def start_again() -> int:
-        model.forget()
-        if model.residency is not None:
-            model.residency.hold(())
-            model._moved_house()
+        model.clear_cache()
+        if model.offload is not None:
+            model.pin_blocks(())
         gc.collect()
         return devices.allocated(DEVICE)
 
@@ -365,9 +364,9 @@ def test_what_a_step_takes_is_what_is_predicted(kind: str) -> None:
             tokens = np.arange(rows * length).reshape(rows, length) % 97
             probes = step_probes([TokenBatch(tokens, tokens)], 2, TwoPoint(), active)
             model.evaluate(probes)
-            model.forget()
+            model.clear_cache()
             measured = peak_bytes(lambda probes=probes: model.evaluate(probes), DEVICE) - before
-            model.forget()
+            model.clear_cache()
             assert memory.peak(active, rows, length) == pytest.approx(measured, rel=0.01)
 
 
@@ -380,7 +379,7 @@ def test_the_peak_of_a_step_is_that_of_its_device() -> None:
         before = bytes_alive(place)
         model = build("full cache", "llama", place, False)
         step(model, ["0", "1"])
-        model.forget()
+        model.clear_cache()
         peaks[place] = peak_bytes(lambda model=model: step(model, ["0", "1"]), place) - before
         del model
     assert peaks[DEVICE] == pytest.approx(peaks["cpu"], rel=0.01)
@@ -409,8 +408,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "fedmezo full recompute": FULL | {"run__trajectory": "recompute"},
     "decomfl": {"method__name": "decomfl"},
     "zorba": ZORBA,
-    "zorba resting": ZORBA | {"model__offload": "host"},
-    "zorba full resting": ZORBA | FULL | {"planning__active": [3, 5], "model__offload": "host"},
+    "zorba offload": ZORBA | {"model__offload": "host"},
+    "zorba full offload": ZORBA | FULL | {"planning__active": [3, 5], "model__offload": "host"},
     "zorba measured": {
         "method__name": "zorba",
         "planning__budgets": "measured",

@@ -55,7 +55,7 @@ def simulated(
         shares = [float(count) for count in examples]
         names = [settings.site.name for settings in all_settings]
         allocate = counted(config.planning, layout, shares, active, names, "test")
-        assert not allocate.plan(range(len(names))).matrix.all(), "some block rests somewhere"
+        assert not allocate.plan(range(len(names))).matrix.all(), "some block is inactive somewhere"
     settings = assembly.server_settings(config, first.identity, examples, allocate)
     ledger = Ledger.create(path, {})
     server = Server(settings, build_method(config), ledger)

@@ -13,6 +13,7 @@ from fedforward.config.loading import validate, validate_as
 from fedforward.config.schema import SECTIONS, Config, sections_of
 from fedforward.config.site import LimitsSection, SiteConfig, join, refusals, terms
 from fedforward.core.errors import FedForwardError
+from fedforward.data.corpus import Rows
 from fedforward.demo.text import ANSWER, PROMPT, site_examples
 from fedforward.deployment.site import build
 from fedforward.training import build as experiment
@@ -507,15 +508,23 @@ def test_two_fields_can_change_places(renamed: Any) -> None:
     assert texts(renamed(swapped, fields)) == texts(renamed(ROWS, None))
 
 
+def read_rows(config: Config) -> Rows:
+    return experiment.corpus_reader(config).rows
+
+
 def test_the_configuration_of_a_simulation_has_fields_too(configure: Any, tmp_path: Path) -> None:
     config = configure(data__fields={"question": "answer"}, data__answer="{question}")
-    rows, _ = experiment._read_rows(configure(data__prompt="{question}", data__answer="{answer}"))
-    read, _ = experiment._read_rows(configure(data__prompt="{question}", data__answer="{question}"))
+    rows, _ = experiment.corpus_reader(
+        configure(data__prompt="{question}", data__answer="{answer}")
+    ).rows
+    read, _ = experiment.corpus_reader(
+        configure(data__prompt="{question}", data__answer="{question}")
+    ).rows
     assert [row["question"] for row in read] == [row["question"] for row in rows]
     with pytest.raises(FedForwardError, match="answer"):
         # The field went to another name.
-        experiment._read_rows(configure(data__fields={"question": "answer"}))
-    moved, _ = experiment._read_rows(config)
+        read_rows(configure(data__fields={"question": "answer"}))
+    moved, _ = read_rows(config)
     assert [row["question"] for row in moved] == [row["answer"] for row in rows]
 
 
@@ -523,7 +532,7 @@ def test_another_list_of_merges_is_another_tokenizer(tmp_path: Path) -> None:
     """With the same vocabulary, and the same pieces of the sentences that it is tried on."""
     from transformers import AutoTokenizer
 
-    from fedforward.training.build import _PROBE_TEXTS, tokenizer_fingerprint
+    from fedforward.models.fingerprints import PROBE_TEXTS, tokenizer_fingerprint
 
     shutil.copytree(DEMO_MODEL, tmp_path / "model")
     file = tmp_path / "model" / "tokenizer.json"
@@ -533,5 +542,5 @@ def test_another_list_of_merges_is_another_tokenizer(tmp_path: Path) -> None:
     file.write_text(json.dumps(content), encoding="utf-8")
     other = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert other.get_vocab() == mine.get_vocab()
-    assert all(mine(text)["input_ids"] == other(text)["input_ids"] for text in _PROBE_TEXTS)
+    assert all(mine(text)["input_ids"] == other(text)["input_ids"] for text in PROBE_TEXTS)
     assert tokenizer_fingerprint(other) != tokenizer_fingerprint(mine)

@@ -41,7 +41,7 @@ by_distribution = pytest.mark.parametrize("distribution", Distribution)
 
 @pytest.fixture(scope="module")
 def cuda() -> Any:
-    from fedforward.directions import triton_kernels as cuda
+    from fedforward.directions import triton_launch as cuda
 
     return cuda
 

@@ -27,7 +27,7 @@ from fedforward.directions.spec import (
     philox_4x32_10,
     tile_words,
 )
-from fedforward.models.lora import initialise
+from fedforward.models.lora_layers import initialise
 from tests.support.exact import FORMATS, accumulated
 
 PAGE = (Path(__file__).parents[2] / "docs" / "directions.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from fedforward.core.batches import TokenBatch
 from fedforward.core.steps import Probe, ProbePlan, Steps
 from fedforward.directions import Distribution
 from fedforward.directions.ops import accumulate
-from fedforward.models import lora
+from fedforward.models import lora_layers
 from fedforward.models.lora import LoraModel
 
 pytestmark = [
@@ -70,8 +70,8 @@ def test_adapters_of_half_precision_activations(
     wanted = x.double() @ plus.double().transpose(1, 2)
     moved = x.double() @ (plus.double() - minus.double()).transpose(1, 2)
     for pays in (0, 1 << 62):
-        monkeypatch.setattr(lora, "HALVES_PAY", pays)
-        found = lora._inner(x, plus).double()
+        monkeypatch.setattr(lora_layers, "HALVES_PAY", pays)
+        found = lora_layers.inner_product(x, plus).double()
         assert float((found - wanted).norm() / wanted.norm()) < 2e-5
-        difference = found - lora._inner(x, minus).double()
+        difference = found - lora_layers.inner_product(x, minus).double()
         assert float((difference - moved).norm() / moved.norm()) < 2e-5

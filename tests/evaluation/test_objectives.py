@@ -336,7 +336,7 @@ def test_generation_at_displaced_weights(tiny_network: Make, tune: str) -> None:
     for probe, found in zip(probes, generated, strict=True):
         for name, tensor in model.tensors.items():
             tensor.copy_(originals[name])
-        model.forget()
+        model.clear_cache()
         both = probe.trajectory + probe.perturbation
         displace(model.tensors, model.layout, both, Distribution.GAUSSIAN)
         (expected,) = model.generate([Probe(data)])
@@ -367,7 +367,7 @@ def test_sums_of_absent_clients_are_dropped(tiny_network: Make) -> None:
     assert isinstance(model, LoraModel)
     for seed in range(5):
         model.generate([Probe(prompts(), Steps.of([seed], [0.01]), PERTURBATION)])
-        assert len(model._carried) <= 1
+        assert len(model.trajectory_cache) <= 1
 
 
 OBJECTIVES = ["accuracy", "exact-match", "f1", "rougeL", "own_scores:length"]

@@ -42,7 +42,7 @@ METHODS: dict[str, Method] = {
 
 
 def allocate(participants: Any) -> np.ndarray:
-    """Client i rests in block i modulo 4."""
+    """Client i does not perturb block i modulo 4."""
     rows = [np.arange(BLOCKS) != client % BLOCKS for client in participants]
     return np.array(rows, np.bool_)
 

@@ -30,7 +30,7 @@ def build(tune: str, network: Any, together: int = 4, trajectory: str = "recompu
         model = lora(network, plan=plan(together))
     else:
         model = FullModel(network, plan=plan(together, trajectory), reload=lambda: make("llama"))
-    # Somewhere else than at the base, so that resting blocks are not neutral either.
+    # Somewhere else than at the base, so that inactive blocks are not neutral either.
     model.commit([Update(Steps.of([77], [0.02]), 0)])
     return model
 
@@ -162,7 +162,7 @@ def test_fewer_active_blocks_take_less_memory(tune: str) -> None:
         active = np.array([name in blocks for name in model.layout.blocks])
         probes = step_probes([batch(1, 1, 5)], 2, TwoPoint(1, 1e-3), active)
         model.evaluate(probes)
-        model.forget()
+        model.clear_cache()
         peaks.append(peak_bytes(lambda probes=probes: model.evaluate(probes)))  # type: ignore[misc]
     assert peaks[0] < peaks[1]
     assert (peaks[1] < peaks[2]) == (tune == "full")
@@ -185,7 +185,7 @@ def test_a_mask_lets_the_rest_rest(kind: str, tune: str, trajectory: str) -> Non
     along, across = Steps.of([5, 6], [0.1, 0.1]), Steps.of([11], [0.2])
     data = batch(1, 2)
     (free,) = model.evaluate([Probe(data, along, across)])
-    model.forget()
+    model.clear_cache()
     model.masks = masks
     probes = [Probe(data, along, across), Probe(data, along, Steps.of([11], [-0.2]))]
     found, other = model.evaluate(probes)

@@ -16,11 +16,12 @@ from fedforward.config.template import to_toml
 from fedforward.core.batches import IGNORED, TokenBatch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import NO_STEPS, Probe, Steps, Update
-from fedforward.data import labels
+from fedforward.data import labels, sources
 from fedforward.data.templates import Example
 from fedforward.directions import Distribution
 from fedforward.evaluation.objectives import ClassError, ClassLoss, Objective
-from fedforward.models.base import CausalModel, fingerprint
+from fedforward.models.base import CausalModel
+from fedforward.models.fingerprints import fingerprint
 from fedforward.models.full import FullModel
 from fedforward.models.loading import load, weights
 from fedforward.models.lora import LoraModel
@@ -351,8 +352,24 @@ def test_a_class_of_held_out_data_alone(
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "The cup is grey.", "stars": 5}\n', encoding="utf-8")
     wanted = classify(evaluation__source=str(other), federation__rounds=1)
-    assert experiment.read_classes(wanted) == ("2", "5", "10")
+    assert experiment.corpus_reader(wanted).classes() == ("2", "5", "10")
     assert carry_out(wanted, tmp_path / "run")["classes"] == ["2", "5", "10"]
+
+
+def test_data_are_read_once(
+    classify: Configure, carry_out: CarryOut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the classes and for the corpus."""
+    seen: list[str] = []
+    read = sources.read
+
+    def counted(*args: Any, key: str, **options: Any) -> Any:
+        seen.append(key)
+        return read(*args, key=key, **options)
+
+    monkeypatch.setattr(sources, "read", counted)
+    carry_out(classify(federation__rounds=1), tmp_path / "run")
+    assert seen == ["data.source"]
 
 
 @pytest.mark.parametrize("tune", TUNES)
@@ -465,9 +482,10 @@ def test_labels_are_part_of_the_data(classify: Configure) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    corpus = experiment.read_corpus(classify(), tokenizer, None, ("2", "10"))
-    swapped = experiment.read_corpus(classify(), tokenizer, None, ("10", "2"))
-    assert experiment.corpus_fingerprint(corpus) != experiment.corpus_fingerprint(swapped)
+    reader = experiment.corpus_reader(classify())
+    corpus = reader.corpus(tokenizer, None, ("2", "10"))
+    swapped = reader.corpus(tokenizer, None, ("10", "2"))
+    assert corpus.fingerprint() != swapped.fingerprint()
     data = CLASS_LOSS.batch(corpus.heldout)
     assert ((data.labels != IGNORED).sum(axis=1) == 1).all()
 

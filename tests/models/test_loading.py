@@ -20,7 +20,7 @@ from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import NO_STEPS, Probe, Steps, Update
 from fedforward.directions import Distribution
 from fedforward.models import loading
-from fedforward.models.base import fingerprint
+from fedforward.models.fingerprints import fingerprint
 from fedforward.models.lora import LoraModel
 from fedforward.training import build as experiment
 from fedforward.training import replay as artefacts

@@ -13,7 +13,8 @@ from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 from fedforward.directions import TILE, Distribution, Layout, reference
 from fedforward.models.base import CausalModel
 from fedforward.models.full import FullModel
-from fedforward.models.lora import PARTS, LoraModel, in_halves
+from fedforward.models.lora import LoraModel
+from fedforward.models.lora_layers import PARTS, in_halves
 
 Make = Callable[..., Any]
 TRAJECTORY = Steps.of([5, 6, 7], [0.02, -0.01, 0.015])

@@ -1,4 +1,4 @@
-"""Blocks that rest in host memory: the bits of a model that is whole, and what it takes.
+"""Blocks offloaded to host memory: the bits of a model that is whole, and what it takes.
 
 On the CPU "the device" is main memory too, so that everything but the saving can be seen there.
 """
@@ -20,7 +20,7 @@ from fedforward.models.base import CausalModel
 from fedforward.models.blocks import transformer_blocks
 from fedforward.models.full import FullModel
 from fedforward.models.offload import place_the_rest
-from fedforward.planning.memory.model import calibrate
+from fedforward.planning.memory.calibrate import calibrate
 from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
 from fedforward.planning.probe_grouping import step_probes
 from tests.models.test_models import PERTURBATION, TRAJECTORY, batch, lora, plan
@@ -34,10 +34,10 @@ GPU = pytest.param(
 )
 
 
-def build(kind: str, family: str, device: str, rests: bool) -> CausalModel:
+def build(kind: str, family: str, device: str, offloads: bool) -> CausalModel:
     tune, _, how = kind.partition(" ")
     network = make(family)
-    if rests:
+    if offloads:
         # As they are loaded.
         place_the_rest(network, device)
     else:
@@ -47,8 +47,8 @@ def build(kind: str, family: str, device: str, rests: bool) -> CausalModel:
         model = lora(network, factors=how or "both", plan=plan(2))
     else:
         model = FullModel(network, plan=plan(2, how), reload=lambda: make(family))
-    if rests:
-        model.rest_on_host()
+    if offloads:
+        model.offload_to_host()
     return model
 
 
@@ -92,7 +92,7 @@ def test_where_blocks_wait_changes_no_bit(kind: str, family: str, device: str) -
 def test_what_blocks_share_stays(tune: str) -> None:
     """A weight of two blocks, and one of a block and the head, are on the device all the time."""
 
-    def shared(rests: bool) -> CausalModel:
+    def shared(offloads: bool) -> CausalModel:
         network = make("llama")
         first, second = transformer_blocks(network)
         second.mlp.down_proj.weight = first.mlp.down_proj.weight
@@ -102,17 +102,17 @@ def test_what_blocks_share_stays(tune: str) -> None:
             if tune == "lora"
             else FullModel(network, plan=plan(2), reload=lambda: None)
         )
-        if rests:
-            model.rest_on_host()
+        if offloads:
+            model.offload_to_host()
         return model
 
-    models = [shared(rests) for rests in (True, False)]
-    residency = models[0].residency
-    assert residency is not None
+    models = [shared(offloads) for offloads in (True, False)]
+    offload = models[0].offload
+    assert offload is not None
     block = transformer_blocks(models[0].network)[0]
     down = block.mlp.down_proj.base_layer if tune == "lora" else block.mlp.down_proj
     stays = {id(down.weight), id(models[0].network.lm_head.weight)}
-    moving = {tensor.data_ptr() for tensor in residency.moving()}
+    moving = {tensor.data_ptr() for tensor in offload.moving()}
     for weight in models[0].network.parameters():
         assert not (id(weight) in stays and weight.data_ptr() in moving)
     found = []
@@ -127,25 +127,25 @@ def test_what_blocks_share_stays(tune: str) -> None:
 def test_a_device_that_is_full_leaves_a_model_that_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    models = [build("full cache", "llama", "cpu", rests) for rests in (True, False)]
-    residency = models[0].residency
-    assert residency is not None
+    models = [build("full cache", "llama", "cpu", offloads) for offloads in (True, False)]
+    offload = models[0].offload
+    assert offload is not None
     step(models[0], ["1"])
     with monkeypatch.context() as full:
 
         def fail(*_: Any) -> None:
             raise RuntimeError("out of memory")
 
-        full.setattr(residency._blocks[0], "fetch", fail)
+        full.setattr(offload._blocks[0], "fetch", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             step(models[0], ["0"])
-    assert residency.held == set()
+    assert offload.pinned == set()
     assert life(models[0]) == life(models[1])
 
 
 def test_an_interrupted_pass_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C is no `Exception`: what had been fetched is dropped when blocks move next."""
-    models = [build("full recompute", "llama", "cpu", rests) for rests in (True, False)]
+    models = [build("full recompute", "llama", "cpu", offloads) for offloads in (True, False)]
     block = transformer_blocks(models[0].network)[0]
     with monkeypatch.context() as broken:
 
@@ -163,7 +163,7 @@ def test_an_interrupted_pass_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_committed_where_it_waits(tiny_network: Make, dtype: str) -> None:
     models = [FullModel(tiny_network(dtype), plan=plan(2)) for _ in range(2)]
-    models[0].rest_on_host()
+    models[0].offload_to_host()
     for model in models:
         step(model, ["1"])
         model.commit([Update(TRAJECTORY, 3), Update(PERTURBATION, 4)])
@@ -174,10 +174,10 @@ def test_half_precision_is_committed_where_it_waits(tiny_network: Make, dtype: s
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_is_there_while_it_runs(kind: str) -> None:
     model = build(kind, "llama", "cpu", True)
-    residency = model.residency
-    assert residency is not None
+    offload = model.offload
+    assert offload is not None
     step(model, ["1"])
-    assert residency.held == {1}
+    assert offload.pinned == {1}
     blocks = transformer_blocks(model.network)
     waiting = [weight.data_ptr() for weight in blocks[0].parameters()]
     held = [weight.data_ptr() for weight in blocks[1].parameters()]
@@ -202,20 +202,20 @@ def test_a_block_is_there_while_it_runs(kind: str) -> None:
     assert [weight.data_ptr() for weight in blocks[0].parameters()] == waiting
     assert [weight.data_ptr() for weight in blocks[1].parameters()] == held
     step(model, ["norm"])
-    assert residency.held == set()
+    assert offload.pinned == set()
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_a_merged_model_is_whole_again(device: str) -> None:
     """In host memory, with nothing left of what moved its blocks."""
-    models = [build("lora", "llama", device, rests) for rests in (True, False)]
+    models = [build("lora", "llama", device, offloads) for offloads in (True, False)]
     for model in models:
         step(model, ["1"])
         model.commit([Update(TRAJECTORY, 3)])
-    rested, whole = (model.merge() for model in models)
-    assert not any(m._forward_hooks for m in transformer_blocks(rested))
+    offloaded, whole = (model.merge() for model in models)
+    assert not any(m._forward_hooks for m in transformer_blocks(offloaded))
     for (name, one), (_, other) in zip(
-        rested.named_parameters(), whole.named_parameters(), strict=True
+        offloaded.named_parameters(), whole.named_parameters(), strict=True
     ):
         assert one.device.type == "cpu"
         assert torch.allclose(one, other.cpu(), atol=0 if device == "cpu" else 1e-6), name
@@ -248,10 +248,10 @@ def test_what_it_takes_is_what_is_predicted(kind: str, device: str) -> None:
     # On CUDA the tensors of before, without the matrix library's workspace: the prediction has it.
     before = bytes_alive(device if device == "cuda" else None)
     model = large(kind, device)
-    assert model.residency is not None
-    waiting = sum(model.residency.sizes) if device == "cpu" else 0
+    assert model.offload is not None
+    waiting = sum(model.offload.sizes) if device == "cpu" else 0
     memory = calibrate(model, shapes)
-    assert memory.streams and model.residency.sizes == memory.residents
+    assert memory.streams and model.offload.sizes == memory.residents
     depth = len(memory.residents)
     peaks = []
     for count in (0, 1, depth // 2, depth):
@@ -260,15 +260,15 @@ def test_what_it_takes_is_what_is_predicted(kind: str, device: str) -> None:
             tokens = np.arange(rows * length).reshape(rows, length) % 97
             probes = step_probes([TokenBatch(tokens, tokens)], 2, TwoPoint(1, 1e-3), active)
             model.evaluate(probes)
-            model.forget()
+            model.clear_cache()
             measured = peak_bytes(lambda probes=probes: model.evaluate(probes)) - before - waiting
-            model.forget()
+            model.clear_cache()
             predicted = memory.peak(active, rows, length)
             if count:
                 assert predicted == pytest.approx(measured, rel=0.1)
             assert memory.fixed(rows, length) + memory.cost[active].sum() >= predicted
         peaks.append(memory.peak(active, *shapes[0]))
-    # What rests costs one block at most.
+    # Offloaded blocks cost one block at most.
     assert peaks[1] - peaks[0] < peaks[3] - peaks[2]
     assert peaks[3] - peaks[2] > 0.9 * sum(memory.residents[: depth // 2]) - memory.residents[0]
 
@@ -294,7 +294,7 @@ def large(kind: str, device: str) -> CausalModel:
         model = lora(network, factors=how or "both", plan=ProbePlan(2, 1, "cache", 4))
     else:
         model = FullModel(network, plan=ProbePlan(2, 1, how, 4))
-    model.rest_on_host()
+    model.offload_to_host()
     return model
 
 
@@ -312,17 +312,17 @@ def test_a_run_has_the_same_ledger(
         planning__active=[2, 3] if tune == "lora" else [3, 5],
     )
     carry_out(settings, tmp_path / "whole")
-    rested: list[CausalModel] = []
-    rest = CausalModel.rest_on_host
-    monkeypatch.setattr(experiment, "_rests_on_host", lambda *_: True)
+    offloaded: list[CausalModel] = []
+    original = CausalModel.offload_to_host
+    monkeypatch.setattr(experiment, "_offloads", lambda *_: True)
     monkeypatch.setattr(
-        CausalModel, "rest_on_host", lambda self: (rested.append(self), rest(self))[1]
+        CausalModel, "offload_to_host", lambda self: (offloaded.append(self), original(self))[1]
     )
-    carry_out(settings, tmp_path / "rests")
-    assert rested
-    whole, rests = (Ledger(tmp_path / name / "ledger.sqlite") for name in ("whole", "rests"))
-    assert whole.length and whole.chain == rests.chain
-    assert artefacts.verify(tmp_path / "rests").differences == []
+    carry_out(settings, tmp_path / "offloads")
+    assert offloaded
+    whole, offloads = (Ledger(tmp_path / name / "ledger.sqlite") for name in ("whole", "offloads"))
+    assert whole.length and whole.chain == offloads.chain
+    assert artefacts.verify(tmp_path / "offloads").differences == []
 
 
 @pytest.mark.parametrize(

@@ -215,18 +215,18 @@ def test_blocks_that_are_not_there_are_refused(tiny_network: Make) -> None:
         lora(tiny_network(), blocks=[0, 40])
 
 
-def test_a_carried_sum_has_the_bits_of_one_made_at_once(tiny_network: Make) -> None:
+def test_a_cached_sum_has_the_bits_of_one_made_at_once(tiny_network: Make) -> None:
     """LoRA: the local steps that a client has taken are added once, not in every probe."""
     model = lora(tiny_network(), plan=plan(2))
     for length in range(4):
         trajectory = TRAJECTORY[:length]
         other = TRAJECTORY[: max(0, length - 1)] + Steps.of([99], [0.03])
         probes = [Probe(batch(), t, PERTURBATION) for t in (trajectory, other)]
-        carried = model.evaluate(probes)
+        cached = model.evaluate(probes)
         fresh = lora(tiny_network(), plan=plan(2)).evaluate(probes)
-        for one, same in zip(carried, fresh, strict=True):
+        for one, same in zip(cached, fresh, strict=True):
             assert one.sums.tobytes() == same.sums.tobytes()
-    assert len(model._carried) == 2
+    assert len(model.trajectory_cache) == 2
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])

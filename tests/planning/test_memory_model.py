@@ -18,7 +18,8 @@ from fedforward.methods.estimators import TwoPoint
 from fedforward.models.base import CausalModel
 from fedforward.models.blocks import transformer_blocks
 from fedforward.models.full import FullModel
-from fedforward.planning.memory.model import Activations, MemoryModel, calibrate
+from fedforward.planning.memory.calibrate import calibrate
+from fedforward.planning.memory.model import Activations, MemoryModel
 from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
 from fedforward.planning.probe_grouping import step_probes
 from tests.models.test_models import lora
@@ -70,9 +71,9 @@ def sets(blocks: int) -> Iterator[np.ndarray[Any, np.dtype[np.bool_]]]:
 def counted(model: CausalModel, active: Any, rows: int, length: int) -> int:
     tokens = np.arange(rows * length).reshape(rows, length) % 97
     probes = step_probes([TokenBatch(tokens, tokens)], 2, TwoPoint(1, 1e-3), active)
-    model.forget()
+    model.clear_cache()
     peak = peak_bytes(lambda: model.evaluate(probes))
-    model.forget()
+    model.clear_cache()
     return peak
 
 
@@ -118,10 +119,10 @@ def test_more_blocks_never_take_less_and_the_sum_of_costs_is_a_bound(
                 assert memory.peak(active | (np.arange(len(active)) == place), rows, length) >= peak
 
 
-def test_what_blocks_that_rest_on_the_host_would_save(
+def test_what_offloading_blocks_would_save(
     calibrated: tuple[CausalModel, int, MemoryModel],
 ) -> None:
-    """A prediction, from a model that is whole; one that is not is in `test_residency.py`."""
+    """A prediction, from a model that is whole; one that is not is in `models/test_offload.py`."""
     model, _, memory = calibrated
     count = len(transformer_blocks(model.network))
     assert len(memory.residents) == count == 2 and not memory.streams
@@ -137,13 +138,13 @@ def test_what_blocks_that_rest_on_the_host_would_save(
 
 def test_what_is_kept_beside_the_step_is_told_apart() -> None:
     model, _ = build("lora")
-    once = calibrate(model, SEEN, carries=False)
+    once = calibrate(model, SEEN, caches_trajectory=False)
     based = calibrate(model, SEEN, from_base=True)
     active = np.ones(2, np.bool_)
     flat = once.adapters
     assert based.peak(active, 2, 40) - once.peak(active, 2, 40) == flat + model.state_bytes
     model, _ = build("full cache")
-    assert not any(calibrate(model, SEEN, carries=False).copies)
+    assert not any(calibrate(model, SEEN, caches_trajectory=False).copies)
     assert calibrate(model, SEEN).copies == tuple(4 * n for n in model.layout.block_sizes)
 
 

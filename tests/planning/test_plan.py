@@ -42,7 +42,7 @@ def test_a_plan_follows_the_participants() -> None:
     part = planner([0, 1])
     assert part.sum(axis=0).tolist() == [1, 1, 1, 1]
     np.testing.assert_array_equal(planner([0, 1, 2]), whole)
-    # One of them cannot: it keeps the blocks of the whole plan, and the others rest.
+    # One of them cannot: it keeps the blocks of the whole plan, and the others are inactive.
     np.testing.assert_array_equal(planner([1]), whole[[1]])
     with pytest.raises(FedForwardError, match=r"client|block"):
         planner.plan([1])
@@ -142,8 +142,8 @@ def test_sensitivity_is_the_squared_norm_of_a_blocks_gradient(configure: Any) ->
     """Against backpropagation, as a share; eight directions leave a good deal of noise."""
     settings = configure(**ZORBA, method__mu=1e-3)
     plan = experiment.resolve_plan(settings)
-    model, tokenizer = experiment.build_model(settings, plan)
-    corpus = experiment.read_corpus(settings, tokenizer, None)
+    model, tokenizer = experiment.build_model(settings, plan, ())
+    corpus = experiment.read_corpus(settings, experiment.corpus_reader(settings), tokenizer, None)
     batches = experiment.widest_steps(settings, corpus)
     before = model.digest()
     found = np.mean([sensitivity(model, batches, 1e-3, seed) for seed in range(12)], axis=0)
@@ -166,8 +166,8 @@ def test_sensitivity_is_the_squared_norm_of_a_blocks_gradient(configure: Any) ->
 
 def test_a_survey_predicts_what_is_measured(configure: Any) -> None:
     settings = configure(**ZORBA, planning__active=[1, 2, 3])
-    model, tokenizer = experiment.build_model(settings, experiment.resolve_plan(settings))
-    corpus = experiment.read_corpus(settings, tokenizer, None)
+    model, tokenizer = experiment.build_model(settings, experiment.resolve_plan(settings), ())
+    corpus = experiment.read_corpus(settings, experiment.corpus_reader(settings), tokenizer, None)
     steps = experiment.widest_steps(settings, corpus)
     resources = survey(settings, model, steps)
     assert resources.shapes == tuple(batch.tokens.shape for batch in steps)

@@ -169,7 +169,7 @@ def memory(total: int) -> Iterator[None]:
 
 
 class Kernels:
-    """Stands in for `directions.triton_kernels`: kernels that need no memory beside their result.
+    """Stands in for `directions.triton_launch`: kernels that need no memory beside their result.
 
     They are those of the CPU, on the device's memory. The PyTorch reference, which any other device
     takes, makes large temporary tensors on it.

@@ -35,9 +35,9 @@ class Steps:
     @classmethod
     def of(cls, seeds: Iterable[int], coefficients: Iterable[float]) -> "Steps":
         """Steps from plain numbers; coefficients are rounded to float32 once, here."""
-        wide = np.array(list(coefficients), dtype=np.float64)
+        float64 = np.array(list(coefficients), dtype=np.float64)
         with np.errstate(over="ignore"):
-            return cls(np.array(list(seeds), dtype=np.uint64), wide.astype(np.float32))
+            return cls(np.array(list(seeds), dtype=np.uint64), float64.astype(np.float32))
 
     def __len__(self) -> int:
         return len(self.seeds)

@@ -14,6 +14,7 @@ from fedforward.config.schema import Config
 from fedforward.config.site import SiteConfig, join, refusals
 from fedforward.core.errors import FedForwardError, MessageError, out_of_memory
 from fedforward.core.identity import ModelIdentity
+from fedforward.data.corpus import Corpus
 from fedforward.data.sampler import Batches, Collate
 from fedforward.evaluation import heldout as evaluation
 from fedforward.federation.client import Client, Replica
@@ -43,7 +44,7 @@ class Tuning:
     run: bytes
     terms: dict[str, Any]
     config: Config
-    corpus: experiment.Corpus
+    corpus: Corpus
     collate: Collate
     heldout: evaluation.HeldOut
     replica: Replica
@@ -83,9 +84,12 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
         FedForwardError: for whatever is wrong with either, or with the terms.
     """
     config = join(terms, settings)
-    model, tokenizer = experiment.build_model(config, experiment.resolve_plan(config))
+    reader = experiment.corpus_reader(config)
+    plan = experiment.resolve_plan(config)
+    classes = experiment.read_classes(config, reader)
+    model, tokenizer = experiment.build_model(config, plan, classes)
     corpus = experiment.read_corpus(
-        config, tokenizer, longest_sequence(model.network), model.classes
+        config, reader, tokenizer, longest_sequence(model.network), model.classes
     )
     collate = experiment.collate_of(config, tokenizer, model.classes)
     if config.run.memory_budget:

@@ -426,7 +426,7 @@ def commit(
 ) -> int:
     """Rounds of `fedforward.directions.ops.accumulate`, one after another, in one pass.
 
-    Args beyond those of `kernels.accumulate`:
+    Args beyond those of `ops.accumulate`:
         weights, out: flat; FLOAT32 arrays are float32, the half precisions uint16 arrays of
             their bits.
         codes: dtypes of `weights` and `out`.

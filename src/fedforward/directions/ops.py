@@ -200,7 +200,7 @@ def _elsewhere(device: str) -> Any:
     """The implementation for tensors on a kind of device other than main memory."""
     if device == "cuda":
         try:
-            from fedforward.directions import triton_kernels as cuda
+            from fedforward.directions import triton_launch as cuda
         except ImportError:
             return reference
         return cuda

@@ -160,7 +160,7 @@ def commit(
     first_tile: int,
     distribution: Distribution,
 ) -> int:
-    """The oracle behind `kernels.commit`: one pass over the weights for every update."""
+    """The oracle behind `ops.commit`: one pass over the weights for every update."""
     changed = 0
     for update in updates:
         before = weights.clone()
@@ -188,7 +188,7 @@ def displace(
     out: torch.Tensor,
     starts: NDArray[np.int64] | None = None,
 ) -> None:
-    """The oracle behind `kernels.displace`: the whole tensor is displaced and cut."""
+    """The oracle behind `ops.displace`: the whole tensor is displaced and cut."""
     begins = [0] if starts is None else starts.tolist()
     length = out.shape[1] // max(1, len(begins))
     for g, steps in enumerate(own):

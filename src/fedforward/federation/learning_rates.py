@@ -157,7 +157,7 @@ def update_differences(
 def _squared_distances(
     updates: NDArray[np.float32], weights: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    wide = updates.astype(np.float64)
-    away = wide - weights @ wide
+    float64 = updates.astype(np.float64)
+    away = float64 - weights @ float64
     squares: NDArray[np.float64] = np.einsum("ij,ij->i", away, away)
     return squares

@@ -4,12 +4,10 @@ How a probe's displacement reaches the weights is left to `lora` (a batched adap
 `full` (tiles beside the weights).
 """
 
-import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -25,26 +23,12 @@ from fedforward.core.errors import FedForwardError, MessageError
 from fedforward.core.steps import Evaluation, Probe, ProbePlan, Steps, Update
 from fedforward.directions import Distribution, Layout
 from fedforward.directions.ops import commit_all
+from fedforward.models.batching import Arrays, Measure, height_and_length, stack
 from fedforward.models.blocks import Prefix, class_heads, names_by_block
+from fedforward.models.fingerprints import fingerprint
 from fedforward.models.lm_head import Head, VocabularyTile, losses_of
 from fedforward.models.loading import input_device
-from fedforward.models.offload import Residency
-
-
-def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the order given; hexadecimal."""
-    state = hashlib.sha256()
-    for name, tensor in tensors:
-        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        state.update(flat.numpy().data)
-    return state.hexdigest()
-
-
-#: What a forward pass yields: arrays with a row for each row of a probe's batch.
-Arrays = tuple[NDArray[Any], ...]
-#: From tokens, labels and probes of one forward pass to tensors in main memory, a row for each.
-Measure = Callable[[torch.Tensor, torch.Tensor, Sequence[Probe]], tuple[torch.Tensor, ...]]
+from fedforward.models.offload import Offload
 
 
 class CausalModel(ABC):
@@ -60,7 +44,7 @@ class CausalModel(ABC):
         plan: how probes are grouped.
         base_fingerprint: of all weights as loaded, hexadecimal; parties must agree on it.
         masks: bool, by tensor, which coordinates may move at all; empty is all of them.
-        residency: of the transformer blocks, where those that rest wait in host memory.
+        offload: of the transformer blocks, where inactive ones are offloaded; else None.
         changed_share: of the tuned weights, how many the last update changed; None in float32,
             where it says nothing.
         tokenizer: that came with the model; None unless it was loaded by `from_pretrained`.
@@ -97,29 +81,29 @@ class CausalModel(ABC):
         self.prefix = Prefix(network, self.layout.blocks)
         self._base: dict[str, torch.Tensor] = {}
         self.masks: dict[str, torch.Tensor] = {}
-        self.residency: Residency | None = None
+        self.offload: Offload | None = None
 
-    def rest_on_host(self) -> None:
-        """From now on the transformer blocks that probes do not move wait in host memory.
+    def offload_to_host(self) -> None:
+        """From now on transformer blocks that probes do not move are offloaded to host memory.
 
-        They come to the device while they run. Those that the last probes moved stay there.
+        They come to the device while they run. Those that the last probes moved are pinned there.
         """
-        self.residency = Residency(self.network, self.device, self._staying())
-        self._moved_house()
+        self.offload = Offload(self.network, self.device, self._not_offloaded())
+        self._rebind()
         # Only now does a network run whose blocks were left in host memory when it was loaded.
         self.head = Head(self.network)
 
-    def _staying(self) -> Collection[int]:
+    def _not_offloaded(self) -> Collection[int]:
         """`data_ptr` of storages within blocks that do not move with them."""
         return ()
 
     @abstractmethod
-    def _moved_house(self) -> None:
-        """Look again where the tuned tensors are, now that blocks have come or gone."""
+    def _rebind(self) -> None:
+        """Rebind the tuned tensors, now that blocks have been pinned or offloaded."""
 
-    def _hold(self, probes: Sequence[Probe]) -> None:
-        """Have the blocks that probes move on the device, and the others off it."""
-        if self.residency is None:
+    def _pin_moved(self, probes: Sequence[Probe]) -> None:
+        """Pin the blocks that probes move, and offload the others."""
+        if self.offload is None:
             return
         steps = {id(s): s for p in probes for s in (p.trajectory, p.perturbation) if len(s)}
         if not steps:
@@ -130,12 +114,21 @@ class CausalModel(ABC):
             for place, name in enumerate(self.layout.blocks)
             if name.isdigit() and any(s.moves(place) for s in steps.values())
         }
-        before = self.residency.held
+        self.pin_blocks(moved)
+
+    def pin_blocks(self, numbers: Collection[int]) -> None:
+        """Keep these transformer blocks on the device, and offload the others.
+
+        Raises:
+            RuntimeError: the device is full; `offload.pinned` says which blocks are there.
+        """
+        assert self.offload is not None
+        before = self.offload.pinned
         try:
-            self.residency.hold(moved)
+            self.offload.pin(numbers)
         finally:
-            if self.residency.held != before:
-                self._moved_house()
+            if self.offload.pinned != before:
+                self._rebind()
 
     def evaluate(self, probes: Sequence[Probe]) -> list[Evaluation]:
         """Measure probes on their batches, as the objectives of these ask for it.
@@ -171,7 +164,7 @@ class CausalModel(ABC):
 
     def _measured(self, probes: Sequence[Probe], measure: Measure) -> list[Arrays]:
         """What a pass yields for each probe, a row for each of its batch's."""
-        self._hold(probes)
+        self._pin_moved(probes)
         results: list[Arrays] = []
         begin = 0
         while begin < len(probes):
@@ -184,7 +177,7 @@ class CausalModel(ABC):
 
     def _fit(self, probes: Sequence[Probe]) -> bool:
         """Whether the plan lets these probes share a forward pass."""
-        tokens = len(probes) * prod(_height_and_length([probe.batch for probe in probes]))
+        tokens = len(probes) * prod(height_and_length([probe.batch for probe in probes]))
         most = self.plan.tokens_per_call or tokens
         return len(probes) <= self.plan.probes_per_call and tokens <= most
 
@@ -242,7 +235,7 @@ class CausalModel(ABC):
             if self.head.module is None:
                 losses = losses_of(given, targets.to(given.device))
             elif self.head.sliceable and (sliced := self._vocabulary_tiles()):
-                losses = self._losses_by_tiles(given, targets, counted, *sliced)
+                losses = self.head.losses_of_counted(given, targets, counted, *sliced)
             else:
                 losses = self.head.losses_whole(given, targets.to(given.device))
         per_token = losses.cpu().double().view(counted.shape).masked_fill(~counted, 0.0)
@@ -289,28 +282,6 @@ class CausalModel(ABC):
         name: str = self.classes[int(logits.argmax())]
         return name
 
-    def _losses_by_tiles(
-        self,
-        given: torch.Tensor,
-        targets: torch.Tensor,
-        counted: torch.Tensor,
-        groups: int,
-        tiles: Iterator[VocabularyTile],
-    ) -> torch.Tensor:
-        """Float32 [rows * positions]; 0 where nothing is counted. The masks are in main memory."""
-        assert isinstance(self.head.module, nn.Linear)
-        device = self.head.module.weight.device
-        flat, wanted = given.flatten(0, 1).to(device), targets.flatten()
-        sizes = counted.view(groups, -1).sum(dim=1).tolist()
-        places = counted.flatten().nonzero()[:, 0]
-        some = len(places) < len(wanted)
-        if some:
-            flat, wanted = flat.index_select(0, places.to(device)), wanted[places]
-        losses = self.head.losses(flat.split(sizes), wanted.to(device).split(sizes), tiles)
-        if some:
-            return losses.new_zeros(counted.numel()).index_copy_(0, places.to(device), losses)
-        return losses
-
     @torch.inference_mode()
     def generate(self, probes: Sequence[Probe]) -> list[NDArray[np.int64]]:
         """Greedy continuations of `PromptBatch`es, a probe at a time.
@@ -318,7 +289,7 @@ class CausalModel(ABC):
         Returns:
             int64 [rows, new tokens] for each probe, padded after the end of a continuation.
         """
-        self._hold(probes)
+        self._pin_moved(probes)
         continuations = []
         for probe in probes:
             prompts: PromptBatch = probe.batch
@@ -362,7 +333,7 @@ class CausalModel(ABC):
         Float32 is rounded to nearest, half precision stochastically, after each update. What
         comes before an update from the base is not applied: nothing of it would be left.
         """
-        self.forget()
+        self.clear_cache()
         begin = max((n for n, update in enumerate(updates) if update.from_base), default=0)
         updates = updates[begin:]
         if updates and updates[0].from_base:
@@ -374,10 +345,10 @@ class CausalModel(ABC):
             place = self.layout.names.index(name)
             own = [update.block(self.layout.owners[place]) for update in updates]
             tensor = self.tensors[name]
-            resting = tensor.clone()
+            before = tensor.clone()
             part = (tensor, self.layout.first_tiles[place], own)
             changed += commit_all([part], self.distribution)
-            tensor.copy_(torch.where(mask.to(tensor.device), tensor, resting))
+            tensor.copy_(torch.where(mask.to(tensor.device), tensor, before))
         if updates and any(t.dtype is not torch.float32 for t in self.tensors.values()):
             self.changed_share = changed / self.layout.parameters
 
@@ -405,7 +376,7 @@ class CausalModel(ABC):
                 self.tensors[name].copy_(base)
         else:
             self._start_again()
-        self.forget()
+        self.clear_cache()
 
     @abstractmethod
     def _start_again(self) -> None:
@@ -417,7 +388,7 @@ class CausalModel(ABC):
             self._base = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
 
     @abstractmethod
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Drop what is kept between calls: sums of local steps, adapters of the last probes."""
 
     def tuned_parameters(self) -> list[torch.nn.Parameter]:
@@ -456,7 +427,7 @@ class CausalModel(ABC):
         sizes = [tensor.numel() * tensor.element_size() for tensor in self.tensors.values()]
         for tensor, part in zip(self.tensors.values(), flat.split(sizes), strict=True):
             tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
-        self.forget()
+        self.clear_cache()
 
     @property
     def state_bytes(self) -> int:
@@ -474,7 +445,7 @@ class CausalModel(ABC):
         parts = torch.from_numpy(state).split(list(self.layout.sizes))
         for tensor, part in zip(self.tensors.values(), parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
-        self.forget()
+        self.clear_cache()
 
     def loss(self, batch: TokenBatch) -> torch.Tensor:
         """Mean loss per counted token with gradients to the tuned tensors (first-order methods)."""
@@ -493,37 +464,3 @@ class CausalModel(ABC):
             logits = logits[:, positions]
         losses = losses_of(logits, targets[:, positions]).double() * counted[:, positions]
         return losses.sum() / counted.sum()
-
-
-def stack(batches: Sequence[TokenBatch]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels of several batches as one, int64 [batches * rows, length].
-
-    Every batch gets as many rows, and as long ones, as the largest; what is added does not count.
-    """
-    rows, length = _height_and_length(batches)
-    tokens = np.zeros((len(batches), rows, length), np.int64)
-    labels = np.full((len(batches), rows, length), IGNORED, np.int64)
-    for place, batch in enumerate(batches):
-        height, width = batch.tokens.shape
-        tokens[place, :height, :width] = batch.tokens
-        labels[place, :height, :width] = batch.labels
-    flat = (len(batches) * rows, length)
-    return torch.from_numpy(tokens.reshape(flat)), torch.from_numpy(labels.reshape(flat))
-
-
-def _height_and_length(batches: Sequence[TokenBatch]) -> tuple[int, int]:
-    return (
-        max(len(batch.tokens) for batch in batches),
-        max(batch.tokens.shape[1] for batch in batches),
-    )
-
-
-def cut(batch: TokenBatch, rows: int) -> list[TokenBatch]:
-    """A batch as several of so many rows, each without the padding that it does not need."""
-    parts = []
-    for begin in range(0, len(batch.tokens), rows):
-        tokens, labels = batch.tokens[begin : begin + rows], batch.labels[begin : begin + rows]
-        used = np.flatnonzero((labels != IGNORED).any(axis=0))
-        length = max(2, int(used[-1]) + 1) if len(used) else tokens.shape[1]
-        parts.append(replace(batch, tokens=tokens[:, :length], labels=labels[:, :length]))
-    return parts

@@ -36,20 +36,20 @@ def class_heads(network: nn.Module) -> list[str]:
     return [name for name, part in children if part is not base and list(part.parameters())]
 
 
-def names_in_blocks(network: nn.Module, wanted: Collection[int]) -> list[str]:
+def names_in_blocks(network: nn.Module, requested: Collection[int]) -> list[str]:
     """Prefixes of the names of everything in some blocks, such as "model.layers.3.".
 
     Raises:
         FedForwardError: the network has no such block.
     """
     blocks = transformer_blocks(network)
-    missing = sorted(number for number in wanted if number >= len(blocks))
+    missing = sorted(number for number in requested if number >= len(blocks))
     if missing:
         raise FedForwardError(
             f"model.blocks names block {missing[0]}, but this model has {len(blocks)} blocks, "
             "numbered from 0."
         )
-    places = {id(blocks[number]) for number in wanted}
+    places = {id(blocks[number]) for number in requested}
     return [f"{name}." for name, module in network.named_modules() if id(module) in places]
 
 

@@ -16,9 +16,11 @@ from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 from fedforward.directions import Distribution
 from fedforward.directions.ops import commit_all
-from fedforward.models.base import Arrays, CausalModel, Measure, fingerprint
+from fedforward.models.base import CausalModel
+from fedforward.models.batching import Arrays, Measure
 from fedforward.models.blocks import class_heads, names_in_blocks
 from fedforward.models.displaced_tensor import DisplacedTensor, Displacement
+from fedforward.models.fingerprints import fingerprint
 from fedforward.models.lm_head import VocabularyTile, tile_rows
 from fedforward.models.pretrained import loaded
 
@@ -55,11 +57,11 @@ class FullModel(CausalModel):
         self._reload = reload
         self._weights: dict[str, DisplacedTensor] = {}
         self._places: list[tuple[nn.Module, str, nn.Parameter, DisplacedTensor]] = []
-        self._moved_house()
+        self._rebind()
         self._moved: set[str] = set()
         self._reached: set[str] = set()
-        self._copy: dict[str, torch.Tensor] = {}
-        self._copied = NO_STEPS
+        self._cache: dict[str, torch.Tensor] = {}
+        self._cached = NO_STEPS
 
     @classmethod
     def from_pretrained(
@@ -104,7 +106,7 @@ class FullModel(CausalModel):
         }
         return model
 
-    def _moved_house(self) -> None:
+    def _rebind(self) -> None:
         parameters = dict(self.network.named_parameters())
         self.tensors = {name: parameters[name].data for name in self.layout.names}
         places = zip(self.layout.names, self.layout.first_tiles, self.layout.owners, strict=True)
@@ -143,9 +145,9 @@ class FullModel(CausalModel):
             )
         return results
 
-    def forget(self) -> None:
-        """See `CausalModel.forget`."""
-        self._copy, self._copied = {}, NO_STEPS
+    def clear_cache(self) -> None:
+        """See `CausalModel.clear_cache`."""
+        self._cache, self._cached = {}, NO_STEPS
 
     def _start_again(self) -> None:
         if self._reload is None:
@@ -162,8 +164,8 @@ class FullModel(CausalModel):
         if any(probe.trajectory is not trajectory for probe in probes):
             shared, own = NO_STEPS, [probe.trajectory + probe.perturbation for probe in probes]
         elif len(trajectory) and self.plan.trajectory == "cache":
-            self._carry(trajectory)
-            shared, sources = NO_STEPS, self._copy
+            self._update_cache(trajectory)
+            shared, sources = NO_STEPS, self._cache
         displacement = Displacement(
             shared, own, self.distribution, shape, sources, self._reached, self.masks
         )
@@ -199,24 +201,24 @@ class FullModel(CausalModel):
 
         return displacement.groups, tiles()
 
-    def _carry(self, trajectory: Steps) -> None:
-        """Bring the float32 copy to θ + trajectory by adding only the steps it lacks.
+    def _update_cache(self, trajectory: Steps) -> None:
+        """Bring the float32 copies to θ + trajectory by adding only the steps it lacks.
 
         Blocks that the trajectory does not move are not copied.
         """
         weights = {n: w for n, w in self._weights.items() if trajectory.moves(w.block)}
-        if weights.keys() != self._copy.keys() or not trajectory.starts_with(self._copied):
-            # What is no longer needed is given back before its successor is made.
-            self._copy = {n: copy for n, copy in self._copy.items() if n in weights}
+        if weights.keys() != self._cache.keys() or not trajectory.starts_with(self._cached):
+            # What is no longer needed is freed before its successor is made.
+            self._cache = {n: copy for n, copy in self._cache.items() if n in weights}
             for name, weight in weights.items():
-                if name not in self._copy:
-                    self._copy[name] = torch.empty_like(weight.plain, dtype=torch.float32)
-            for name, copy in self._copy.items():
+                if name not in self._cache:
+                    self._cache[name] = torch.empty_like(weight.plain, dtype=torch.float32)
+            for name, copy in self._cache.items():
                 copy.copy_(self.tensors[name])
-            self._copied = NO_STEPS
-        missing = trajectory[len(self._copied) :]
+            self._cached = NO_STEPS
+        missing = trajectory[len(self._cached) :]
         # Until it is whole again, the copy is nobody's: an interruption must not leave a mixture.
-        copies, self._copy = self._copy, {}
+        copies, self._cache = self._cache, {}
         if len(missing):
             # Float32 is not rounded: a commit is the sum alone.
             by_block = [Update(missing.block(b), 0) for b in range(len(self.layout.blocks))]
@@ -225,7 +227,7 @@ class FullModel(CausalModel):
                 for name, copy in copies.items()
             ]
             commit_all(parts, self.distribution)
-        self._copy, self._copied = copies, trajectory
+        self._cache, self._cached = copies, trajectory
 
     def save(self, folder: Path) -> None:
         """Write the whole model, and its tokenizer if there is one, in Hugging Face format."""

@@ -45,6 +45,7 @@ class Head:
     Attributes:
         module: the head, or None if the network has none that can be taken apart: then its logits
             are computed whole.
+        after: what the network does to logits, float [..., vocabulary]; None if nothing.
     """
 
     def __init__(self, network: Any) -> None:
@@ -53,12 +54,12 @@ class Head:
         self._body: nn.Module = network.base_model
         self._stub: Any = None
         self._given: torch.Tensor | None = None
-        self._after: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.after: Callable[[torch.Tensor], torch.Tensor] | None = None
         if self.module is not None:
-            self._look()
+            self._inspect()
 
     @torch.inference_mode()
-    def _look(self) -> None:
+    def _inspect(self) -> None:
         """One token through the network tells whether the head is called, and what follows it."""
         outputs: list[Any] = []
         handle = self._body.register_forward_hook(lambda *call: outputs.append(call[-1]))
@@ -90,7 +91,7 @@ class Head:
                 self.module = None
                 return
             self._stub = outputs[0]
-            self._after = self._through_network
+            self.after = self._through_network
 
     @contextmanager
     def _replaced(self, forward: Forward) -> Iterator[None]:
@@ -159,11 +160,44 @@ class Head:
                     torch.mm(x[part], weight.T, out=logits)
                     if tile.biases:
                         logits += tile.biases[g % len(tile.biases)]
-                    if self._after is not None:
-                        logits = self._after(logits[None])[0]
+                    if self.after is not None:
+                        logits = self.after(logits[None])[0]
                     local = targets[g][part] - tile.begin
                     _absorb(logits.float(), local, total[g][part], chosen[g][part])
         return torch.cat(total) - torch.cat(chosen)
+
+    def losses_of_counted(
+        self,
+        given: torch.Tensor,
+        targets: torch.Tensor,
+        counted: torch.Tensor,
+        groups: int,
+        tiles: Iterator[VocabularyTile],
+    ) -> torch.Tensor:
+        """-log p of the counted targets, by tiles of the vocabulary; 0 of the others.
+
+        Args:
+            given: what the head is given, [rows, positions, hidden].
+            targets: int64 [rows, positions], in main memory, as is `counted`.
+            counted: bool [rows, positions].
+            groups: of rows, equally large, that meet different heads.
+            tiles: see `losses`.
+
+        Returns:
+            float32 [rows * positions].
+        """
+        assert isinstance(self.module, nn.Linear)
+        device = self.module.weight.device
+        flat, chosen = given.flatten(0, 1).to(device), targets.flatten()
+        sizes = counted.view(groups, -1).sum(dim=1).tolist()
+        places = counted.flatten().nonzero()[:, 0]
+        some = len(places) < len(chosen)
+        if some:
+            flat, chosen = flat.index_select(0, places.to(device)), chosen[places]
+        losses = self.losses(flat.split(sizes), chosen.to(device).split(sizes), tiles)
+        if some:
+            return losses.new_zeros(counted.numel()).index_copy_(0, places.to(device), losses)
+        return losses
 
     def losses_whole(self, given: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """-log p of every target through the head's own forward pass, some positions at a time.
@@ -182,10 +216,10 @@ class Head:
         parts = []
         for begin in range(0, given.shape[1], step):
             logits = self.module(given[:, begin : begin + step])
-            if self._after is not None:
-                logits = self._after(logits)
-            wanted = targets[:, begin : begin + step].to(logits.device)
-            parts.append(losses_of(logits, wanted).to(targets.device))
+            if self.after is not None:
+                logits = self.after(logits)
+            own = targets[:, begin : begin + step].to(logits.device)
+            parts.append(losses_of(logits, own).to(targets.device))
         return torch.cat(parts, dim=1) if parts else targets.new_zeros(targets.shape).float()
 
     def frozen_tiles(self) -> Iterator[VocabularyTile]:
@@ -211,28 +245,28 @@ def tile_rows(weight: torch.Tensor, device: str = "") -> int:
 
 def losses_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """-log p of each target, float32, in the shape of `targets`; never all logits in float32."""
-    flat, wanted = logits.flatten(0, -2), targets.flatten()
+    flat, tokens = logits.flatten(0, -2), targets.flatten()
     at_once = LOGITS_AT_ONCE.get(logits.device.type, LOGITS_AT_ONCE["cuda"])
     rows = max(16, at_once // flat.shape[1])
     parts = []
-    for part, target in zip(flat.split(rows), wanted.split(rows), strict=True):
-        wide = part.float()
-        chosen = wide.gather(1, target.clamp(min=0)[:, None])[:, 0]
-        parts.append(torch.logsumexp(wide, dim=1) - chosen)
+    for part, target in zip(flat.split(rows), tokens.split(rows), strict=True):
+        float32 = part.float()
+        chosen = float32.gather(1, target.clamp(min=0)[:, None])[:, 0]
+        parts.append(torch.logsumexp(float32, dim=1) - chosen)
     return torch.cat(parts).view(targets.shape)
 
 
 def _absorb(
-    wide: torch.Tensor, local: torch.Tensor, total: torch.Tensor, chosen: torch.Tensor
+    logits: torch.Tensor, local: torch.Tensor, total: torch.Tensor, chosen: torch.Tensor
 ) -> None:
     """Take a tile of logits (used up) into the running log-sum-exp and the chosen logits."""
-    size = wide.shape[1]
-    found = wide.gather(1, local.clamp(0, size - 1)[:, None])[:, 0]
+    size = logits.shape[1]
+    found = logits.gather(1, local.clamp(0, size - 1)[:, None])[:, 0]
     inside = (local >= 0) & (local < size)
     chosen.copy_(torch.where(inside, found, chosen))
     # A finite maximum, so that a row of nothing but -inf stays -inf.
-    top = wide.amax(dim=1).clamp_(min=torch.finfo(torch.float32).min)
-    sums = wide.sub_(top[:, None]).exp_().sum(dim=1).log_().add_(top)
+    top = logits.amax(dim=1).clamp_(min=torch.finfo(torch.float32).min)
+    sums = logits.sub_(top[:, None]).exp_().sum(dim=1).log_().add_(top)
     torch.logaddexp(total, sums, out=total)
 
 

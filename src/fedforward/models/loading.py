@@ -35,7 +35,7 @@ def load(
     *,
     quantization: str = "none",
     device_map: str = "none",
-    rests_on_host: bool = False,
+    offload: bool = False,
     classes: Sequence[str] = (),
     run_seed: int = 0,
 ) -> tuple[Any, Any]:
@@ -54,7 +54,7 @@ def load(
         classes: their names; none makes a causal language model.
         run_seed: of a head that the folder lacks.
         device_map: "auto" spreads the layers over all CUDA devices and then host memory.
-        rests_on_host: the transformer blocks stay in host memory, for `Residency`; until there is
+        offload: the transformer blocks stay in host memory, for `Offload`; until there is
             one the network cannot run.
 
     Raises:
@@ -144,7 +144,7 @@ def load(
         _settle(path, network, quantization, dtype)
     if device_map == "auto":
         _check_placement(path, network.hf_device_map)
-    elif rests_on_host:
+    elif offload:
         place_the_rest(network, device)
     else:
         network.to(device)
@@ -175,15 +175,15 @@ def _name_classes(path: str, stored: Any, classes: Sequence[str]) -> None:
 def _without_report(hidden: bool) -> Iterator[None]:
     """Leave out transformers' table of the head's missing tensors; they are looked at here."""
 
-    def wanted(record: logging.LogRecord) -> bool:
+    def is_shown(record: logging.LogRecord) -> bool:
         return not (hidden and "LOAD REPORT" in record.getMessage())
 
     logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(wanted)
+    logger.addFilter(is_shown)
     try:
         yield
     finally:
-        logger.removeFilter(wanted)
+        logger.removeFilter(is_shown)
 
 
 def _initialise_head(network: Any, missing: Collection[str], run_seed: int) -> None:

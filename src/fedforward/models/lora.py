@@ -1,15 +1,14 @@
 """LoRA tuning: many probes in one forward pass, each group of rows with its own adapter.
 
 The adapters are PEFT's own layers, so that a run ends in a PEFT folder; only their forward pass is
-replaced while probes run. The frozen base sees one large batch; row group g meets adapter g of the
-bank, a float32 buffer with one row per probe that the direction kernel fills in one pass.
+replaced (see `lora_layers`). The frozen base sees one large batch; row group g meets adapter g of
+the bank, a float32 buffer with one row per probe that the direction kernel fills in one pass.
 """
 
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import groupby
 from operator import is_
 from pathlib import Path
@@ -18,29 +17,28 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from fedforward.core.batches import TokenBatch
 from fedforward.core.errors import FedForwardError
-from fedforward.core.seeds import derive
 from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 from fedforward.directions import TILE, Distribution, Layout
 from fedforward.directions.ops import accumulate, displace
-from fedforward.models.base import Arrays, CausalModel, Measure, cut, fingerprint
-from fedforward.models.blocks import class_heads, names_in_blocks, transformer_blocks
-from fedforward.models.loading import dequantize, draw_normal, input_device, is_quantized, weights
+from fedforward.models.base import CausalModel
+from fedforward.models.batching import Arrays, Measure, cut
+from fedforward.models.blocks import class_heads, transformer_blocks
+from fedforward.models.fingerprints import fingerprint
+from fedforward.models.loading import dequantize, input_device, is_quantized, weights
+from fedforward.models.lora_layers import (
+    ADAPTER,
+    AdapterBank,
+    find_targets,
+    initialise,
+    is_linear,
+    replace_forward,
+    replace_head,
+    views_of,
+)
 from fedforward.models.pretrained import loaded
-
-ADAPTER = "default"
-#: Activations that an adapter works on at once, by device: what fits a cache, or fills a GPU.
-ACTIVATIONS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}
-#: How many half precisions hold a float32, and how much larger than their share the later ones are:
-#: float16 has no exponents for them as they are.
-PARTS = {torch.float16: (2, 2.0**11), torch.bfloat16: (3, 1.0)}
-#: Multiplications from which products of half precisions are worth their launches.
-HALVES_PAY = 1 << 28
-#: Whether PyTorch multiplies half precisions into float32 (from 2.8).
-_WIDE_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
 class LoraModel(CausalModel):
@@ -51,6 +49,7 @@ class LoraModel(CausalModel):
     Attributes:
         peft: the `PeftModel` around the network.
         flat: float32 [tiles * 2048], the storage that all tuned tensors are views of.
+        trajectory_cache: sums of local steps, each with its trajectory: float32, as `flat`.
     """
 
     def __init__(
@@ -105,13 +104,13 @@ class LoraModel(CausalModel):
             modules_to_save=others or None,
         )
         try:
-            settings.target_modules = _targets(network, targets, blocks, heads)
+            settings.target_modules = find_targets(network, targets, blocks, heads)
             self.peft = get_peft_model(network, settings, autocast_adapter_dtype=True)
             if not all(ADAPTER in m.lora_A for m in self.peft.modules() if hasattr(m, "lora_A")):
                 raise ValueError("a target is not a linear module")
         except (ValueError, re.error) as error:
             linear = sorted(
-                {n.rsplit(".", 1)[-1] for n, m in network.named_modules() if _is_linear(m)}
+                {n.rsplit(".", 1)[-1] for n, m in network.named_modules() if is_linear(m)}
             )
             raise FedForwardError(
                 f"lora.targets = {targets!r} does not fit this model. Its linear modules are "
@@ -147,28 +146,26 @@ class LoraModel(CausalModel):
         layout = Layout.of({name: tuple(p.shape) for name, p in tuned.items()})
         self.flat = torch.zeros(layout.tiles * TILE, dtype=torch.float32, device=device)
         self.peft.requires_grad_(False)
-        for name, view in _views(layout, [(0, self.flat)]).items():
+        for name, view in views_of(layout, [(0, self.flat)]).items():
             view.copy_(tuned[name].data)
             tuned[name].data = view
         super().__init__(network, tuned, distribution, plan, base)
-        self._bank: dict[int, torch.Tensor] = {}
+        self._bank = AdapterBank()
         self._buffer = self.flat.new_empty(0)
         self._adapters = adapters
         self._run_seed = run_seed
-        self._rows: tuple[int, int] = (0, 0)
-        self._probing = False
         self._flat_mask: torch.Tensor | None = None
-        self._carried: list[tuple[Steps, torch.Tensor]] = []
-        self._wanted: set[int] = set()
+        self.trajectory_cache: list[tuple[Steps, torch.Tensor]] = []
+        self._live: set[int] = set()
         self._filled: list[Steps] = []
-        self._last_bank = self._bank
+        self._last_factors: dict[int, torch.Tensor] = {}
         inside = {id(m) for block in transformer_blocks(network) for m in block.modules()}
         for name, layer in self.peft.named_modules():
             if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
                 # Beyond its blocks a classifier may have pooled a row's tokens.
-                self._replace_forward(name, layer, bool(heads) and id(layer) not in inside)
+                replace_forward(self._bank, name, layer, bool(heads) and id(layer) not in inside)
             elif f"{name}.".endswith(saved):
-                self._replace_head(name.removesuffix(saved[:-1]), layer)
+                replace_head(self._bank, name.removesuffix(saved[:-1]), layer)
 
     @classmethod
     def from_pretrained(
@@ -248,7 +245,7 @@ class LoraModel(CausalModel):
                 pieces += [replace(probes[place], batch=part) for place in places]
                 owners += places
         results: list[list[Arrays]] = [[] for _ in probes]
-        with self._carrying(probes):
+        with self._bounded_cache(probes):
             measured = super()._measured(pieces, measure)
         for owner, result in zip(owners, measured, strict=True):
             results[owner].append(result)
@@ -256,18 +253,18 @@ class LoraModel(CausalModel):
 
     def generate(self, probes: Sequence[Probe]) -> list[NDArray[np.int64]]:
         """See `CausalModel.generate`."""
-        with self._carrying(probes):
+        with self._bounded_cache(probes):
             return super().generate(probes)
 
     @contextmanager
-    def _carrying(self, probes: Sequence[Probe]) -> Iterator[None]:
+    def _bounded_cache(self, probes: Sequence[Probe]) -> Iterator[None]:
         """Keep one sum for each client of the call, so that their number in it bounds the memory.
 
         What other clients have left is dropped afterwards.
         """
-        self._wanted = {id(probe.trajectory) for probe in probes}
+        self._live = {id(probe.trajectory) for probe in probes}
         yield
-        self._carried = [entry for entry in self._carried if id(entry[0]) in self._wanted]
+        self.trajectory_cache = [e for e in self.trajectory_cache if id(e[0]) in self._live]
 
     def _parts(self, batch: TokenBatch, probes: int) -> list[TokenBatch]:
         """A batch cut by rows, so that the probes that share it keep to the tokens of the plan."""
@@ -276,16 +273,16 @@ class LoraModel(CausalModel):
         fitting = max(1, most // (length * min(probes, self.plan.probes_per_call)))
         return [batch] if fitting >= rows else cut(batch, fitting)
 
-    def forget(self) -> None:
-        """See `CausalModel.forget`."""
-        self._carried, self._filled, self._last_bank = [], [], {}
+    def clear_cache(self) -> None:
+        """See `CausalModel.clear_cache`."""
+        self.trajectory_cache, self._filled, self._last_factors = [], [], {}
         self._buffer = self.flat.new_empty(0)
 
-    def _staying(self) -> Collection[int]:
+    def _not_offloaded(self) -> Collection[int]:
         return (self.flat.untyped_storage().data_ptr(),)
 
-    def _moved_house(self) -> None:
-        """The adapters have stayed."""
+    def _rebind(self) -> None:
+        """The adapters are not offloaded, so they are where they were."""
 
     def _start_again(self) -> None:
         initialise(self._adapters, self._run_seed)
@@ -294,24 +291,24 @@ class LoraModel(CausalModel):
 
     @contextmanager
     def _displaced(self, probes: Sequence[Probe], shape: tuple[int, int]) -> Iterator[None]:
-        self._rows = (shape[0], shape[0] * shape[1])
+        self._bank.rows = (shape[0], shape[0] * shape[1])
         self._fill_bank(probes)
-        self._probing = True
+        self._bank.probing = True
         try:
             yield
         finally:
-            self._bank, self._probing = {}, False
+            self._bank.factors, self._bank.probing = {}, False
 
     def _fill_bank(self, probes: Sequence[Probe]) -> None:
         """One adapter per probe; a trajectory that neighbours share is summed once."""
-        wanted = [steps for probe in probes for steps in (probe.trajectory, probe.perturbation)]
-        if len(wanted) == len(self._filled) and all(map(is_, wanted, self._filled)):
-            self._bank = self._last_bank
+        requested = [steps for probe in probes for steps in (probe.trajectory, probe.perturbation)]
+        if len(requested) == len(self._filled) and all(map(is_, requested, self._filled)):
+            self._bank.factors = self._last_factors
             return
         self._filled = []
         groups = len(probes)
-        segments = self._segments(wanted)
-        moving = {b for b, _, _ in segments if any(steps.moves(b) for steps in wanted)}
+        segments = self._segments(requested)
+        moving = {b for b, _, _ in segments if any(steps.moves(b) for steps in requested)}
         size = groups * TILE * sum(end - begin for b, begin, end in segments if b in moving)
         if len(self._buffer) < size:
             self._buffer = self.flat.new_empty(size)
@@ -324,7 +321,7 @@ class LoraModel(CausalModel):
                 free = free[len(own) :]
                 banks[block, begin, end] = own.view(groups, -1)
         for same in _runs(probes):
-            total = self._carry(probes[same.start].trajectory)
+            total = self._trajectory_sum(probes[same.start].trajectory)
             for (block, begin, end), bank in banks.items():
                 displace(
                     total[TILE * begin : TILE * end],
@@ -337,10 +334,10 @@ class LoraModel(CausalModel):
         for (_, begin, end), bank in banks.items() if self.masks else ():
             still = self.flat[TILE * begin : TILE * end]
             torch.where(self._mask_flat()[TILE * begin : TILE * end], bank, still, out=bank)
-        views = _views(self.layout, [(begin, bank) for (_, begin, _), bank in banks.items()])
-        self._bank = {id(self.tensors[name]): view for name, view in views.items()}
+        views = views_of(self.layout, [(begin, bank) for (_, begin, _), bank in banks.items()])
+        self._bank.factors = {id(self.tensors[name]): view for name, view in views.items()}
         # The parts of a batch come one after another with the same probes.
-        self._filled, self._last_bank = wanted, self._bank
+        self._filled, self._last_factors = requested, self._bank.factors
 
     def _moved_by(self, updates: Sequence[Update]) -> list[tuple[torch.Tensor, int, list[Update]]]:
         """The stretches of the flat storage that are updated alike, in place of its many tensors.
@@ -354,10 +351,10 @@ class LoraModel(CausalModel):
         ]
 
     def _mask_flat(self) -> torch.Tensor:
-        """The masks in the flat storage's order, bool [tiles * 2048]; padding rests."""
+        """The masks in the flat storage's order, bool [tiles * 2048]; False in padding."""
         if self._flat_mask is None:
             self._flat_mask = torch.zeros(len(self.flat), dtype=torch.bool, device=self.device)
-            for name, view in _views(self.layout, [(0, self._flat_mask)]).items():
+            for name, view in views_of(self.layout, [(0, self._flat_mask)]).items():
                 view.copy_(self.masks[name])
         return self._flat_mask
 
@@ -366,24 +363,24 @@ class LoraModel(CausalModel):
         by_block = any(part.by_block for part in steps)
         return self.layout.segments if by_block else ((0, 0, self.layout.tiles),)
 
-    def _carry(self, trajectory: Steps) -> torch.Tensor:
+    def _trajectory_sum(self, trajectory: Steps) -> torch.Tensor:
         """The adapters at θ + trajectory: a sum made before, and the steps that it lacks.
 
         Float32 sums are not rounded on the way, so they are the ones made from θ at once.
         """
         if not len(trajectory):
             return self.flat
-        known = [entry for entry in self._carried if trajectory.starts_with(entry[0])]
+        known = [entry for entry in self.trajectory_cache if trajectory.starts_with(entry[0])]
         steps, total = max(known, key=lambda e: len(e[0]), default=(NO_STEPS, self.flat))
         missing = trajectory[len(steps) :]
         if not len(missing):
             return total
-        others = [entry for entry in self._carried if entry[1] is not total]
+        others = [entry for entry in self.trajectory_cache if entry[1] is not total]
         target = total
-        if total is self.flat or id(steps) in self._wanted:
-            others, target = self._carried, torch.empty_like(self.flat)
+        if total is self.flat or id(steps) in self._live:
+            others, target = self.trajectory_cache, torch.empty_like(self.flat)
         # Until it is whole again, a sum that is extended in place is nobody's.
-        self._carried = others
+        self.trajectory_cache = others
         for block, begin, end in self._segments([missing]):
             part, own = slice(TILE * begin, TILE * end), missing.block(block)
             if len(own) or target is not total:
@@ -395,76 +392,8 @@ class LoraModel(CausalModel):
                     distribution=self.distribution,
                     out=target[part],
                 )
-        self._carried = [*others, (trajectory, target)]
+        self.trajectory_cache = [*others, (trajectory, target)]
         return target
-
-    def _replace_forward(self, name: str, layer: Any, pooled: bool) -> None:
-        """Give one PEFT layer a forward pass that uses the bank while there is one.
-
-        Args:
-            pooled: it may be given one vector for each row.
-        """
-        if not _is_linear(layer.get_base_layer()):
-            raise FedForwardError(
-                f"lora.targets takes in {name}, a {type(layer.get_base_layer()).__name__}, and "
-                "only linear modules can be probed. Name the modules to adapt, as in ['q_proj', "
-                "'v_proj']."
-            )
-        plain = layer.forward
-        factor_a = layer.lora_A[ADAPTER].weight
-        factor_b = layer.lora_B[ADAPTER].weight
-        scaling = layer.scaling[ADAPTER]
-
-        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if not self._probing and x.device == factor_b.device:
-                result: torch.Tensor = plain(x, *args, **kwargs)
-                return result
-            b = self._bank.get(id(factor_b))
-            if b is None:
-                return _adapted(layer.base_layer, x, factor_a[None], factor_b[None], scaling)
-            groups = len(b)
-            expected = self._rows[x.dim() == 2]
-            if groups > 1 and len(x) != expected and not (pooled and len(x) == self._rows[0]):
-                raise FedForwardError(
-                    f"{name} does not see the rows of a batch in their order, so that probes "
-                    "cannot share a forward pass. Set run.probes_per_call = 1."
-                )
-            a = self._bank.get(id(factor_a))
-            if a is None:
-                a = factor_a[None].expand(groups, -1, -1)
-            return _adapted(layer.base_layer, x, a, b, scaling)
-
-        layer.forward = forward
-
-    def _replace_head(self, name: str, head: nn.Module) -> None:
-        """Give the linear maps of a classifier's head a forward pass in float32, with the bank."""
-        for path, part in head.named_modules(prefix=name):
-            if not any(True for _ in part.parameters(recurse=False)):
-                continue
-            if type(part) is not nn.Linear:
-                raise FedForwardError(
-                    f"model.head = 'classification' with model.tune = 'lora' probes heads of "
-                    f"linear layers, and {path} of this model is a {type(part).__name__}. Use "
-                    "model.tune = 'full'."
-                )
-            part.__dict__["forward"] = partial(self._head_forward, path, part)
-
-    def _head_forward(self, path: str, part: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        """x Wᵀ + b in float32, each group of rows with its own W and b while there is a bank."""
-        weight = self._bank.get(id(part.weight))
-        bias = self._bank.get(id(part.bias))
-        x = x.to(part.weight.device, torch.float32)
-        if weight is None:
-            return nn.functional.linear(x, part.weight, part.bias)
-        if len(weight) > 1 and len(x) not in self._rows:
-            raise FedForwardError(
-                f"{path} does not see the rows of a batch in their order, so that probes cannot "
-                "share a forward pass. Set run.probes_per_call = 1."
-            )
-        out = torch.bmm(x.reshape(len(weight), -1, x.shape[-1]), weight.transpose(1, 2))
-        if bias is not None:
-            out += bias[:, None]
-        return out.view(*x.shape[:-1], out.shape[-1])
 
     def save(self, folder: Path) -> None:
         """Write the adapter in PEFT format."""
@@ -476,8 +405,8 @@ class LoraModel(CausalModel):
 
     def merge(self) -> Any:
         """The base with the adapters added in, a plain transformers model; this one is used up."""
-        if self.residency is not None:
-            self.residency.end()
+        if self.offload is not None:
+            self.offload.end()
             self.peft.to("cpu")
         for head in class_heads(self.network):
             wrapper = self.network.get_submodule(head)
@@ -495,91 +424,6 @@ class LoraModel(CausalModel):
         return dequantize(self.peft.unload(), deltas)
 
 
-def _adapted(
-    base: nn.Module, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """base(x) + scaling · B A x, each group of rows with its own factors, summed in float32.
-
-    Args:
-        x: [rows of all groups, ..., inputs].
-        a: float32 [groups, r, inputs].
-        b: float32 [groups, outputs, r].
-    """
-    plain = type(base) is nn.Linear and base.bias is None and "forward" not in base.__dict__
-    plain = plain and not base._forward_hooks and not base._forward_pre_hooks
-    if (
-        plain
-        and isinstance(base.weight, torch.Tensor)
-        and x.dtype is torch.float32
-        and x.device == a.device
-    ):
-        # The small product first: the large one adds to it where it writes anyway.
-        flat = x.reshape(len(b), -1, x.shape[-1])
-        out = torch.bmm(torch.bmm(flat, a.transpose(1, 2)).mul_(scaling), b.transpose(1, 2))
-        out.view(-1, out.shape[-1]).addmm_(flat.reshape(-1, x.shape[-1]), base.weight.T)
-        return out.view(*x.shape[:-1], out.shape[-1])
-    result: torch.Tensor = base(x)
-    a, b = a.to(result.device), b.to(result.device)
-    flat = x.to(result.device).reshape(len(b), -1, x.shape[-1])
-    target = result.view(len(b), -1, result.shape[-1])
-    at_once = ACTIVATIONS_AT_ONCE.get(result.device.type, ACTIVATIONS_AT_ONCE["cuda"])
-    rows = max(16, at_once // (len(b) * max(x.shape[-1], result.shape[-1])))
-    for begin in range(0, flat.shape[1], rows):
-        part = slice(begin, begin + rows)
-        inner = _inner(flat[:, part], a)
-        if result.dtype is torch.float32:
-            target[:, part].baddbmm_(inner, b.transpose(1, 2), alpha=scaling)
-        else:
-            wide = target[:, part].float().baddbmm_(inner, b.transpose(1, 2), alpha=scaling)
-            target[:, part] = wide
-    return result
-
-
-def _inner(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """A x, summed in float32.
-
-    A GPU multiplies half precisions an order of magnitude faster than float32: `x` is one already,
-    and `a` is cut into several.
-
-    Args:
-        x: [groups, tokens, inputs].
-        a: float32 [groups, r, inputs].
-
-    Returns:
-        float32 [groups, tokens, r].
-    """
-    half = x.is_cuda and x.dtype in PARTS
-    if not half or not _WIDE_PRODUCTS or x.numel() * a.shape[1] < HALVES_PAY:
-        return torch.bmm(x.float(), a.transpose(1, 2))
-    parts = in_halves(a, x.dtype)
-    wide = torch.bmm(x, parts.transpose(1, 2), out_dtype=torch.float32)
-    inner: torch.Tensor
-    inner, *others = wide.split(a.shape[1], dim=2)
-    for other in others:
-        inner = torch.add(inner, other, alpha=1.0 / PARTS[x.dtype][1])
-    return inner
-
-
-def in_halves(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A float32 tensor as a sum of half precisions, exact to 22 bits (float16) or 24 (bfloat16).
-
-    Args:
-        a: float32 [groups, r, inputs], finite in `dtype`.
-        dtype: one of `PARTS`.
-
-    Returns:
-        `dtype` [groups, parts * r, inputs]; those after the first are to be divided by the scale.
-    """
-    count, scale = PARTS[dtype]
-    groups, rank, inputs = a.shape
-    parts = torch.empty((groups, count * rank, inputs), dtype=dtype, device=a.device)
-    for number, part in enumerate(parts.split(rank, dim=1)):
-        part.copy_(a)
-        if number < count - 1:
-            a = torch.sub(a, part).mul_(scale)
-    return parts
-
-
 def _runs(probes: Sequence[Probe]) -> Iterator[slice]:
     """Stretches of neighbours that share a trajectory."""
     begin = 0
@@ -587,65 +431,3 @@ def _runs(probes: Sequence[Probe]) -> Iterator[slice]:
         if end == len(probes) or probes[end].trajectory is not probes[begin].trajectory:
             yield slice(begin, end)
             begin = end
-
-
-def _views(layout: Layout, parts: Sequence[tuple[int, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The tuned tensors that lie inside flat buffers, leading dimensions kept.
-
-    Args:
-        parts: (first tile, [..., tiles * 2048]), each for whole tensors.
-    """
-    return {
-        name: storage[..., TILE * (tile - first) :][..., :size].unflatten(-1, shape)
-        for name, shape, size, tile in zip(
-            layout.names, layout.shapes, layout.sizes, layout.first_tiles, strict=True
-        )
-        for first, storage in parts
-        if first <= tile < first + storage.shape[-1] // TILE
-    }
-
-
-def initialise(adapters: dict[str, torch.nn.Parameter], run_seed: int) -> None:
-    """B = 0; A from the initialisation stream, the same on every device and library version."""
-    layout = Layout.of({name: tuple(tensor.shape) for name, tensor in adapters.items()})
-    seed = derive(run_seed, "lora-a")
-    for name, first_tile in zip(layout.names, layout.first_tiles, strict=True):
-        tensor = adapters[name].data
-        if ".lora_B." in name:
-            tensor.zero_()
-            continue
-        draw_normal(tensor, seed, first_tile, (3.0 * tensor.shape[1]) ** -0.5)
-
-
-def _targets(
-    network: Any,
-    targets: str | Sequence[str],
-    blocks: Collection[int] | None,
-    heads: Sequence[str],
-) -> str | list[str]:
-    """What PEFT is to adapt: the targets as given, or full names of those in some blocks.
-
-    Nothing in a sequence classifier's heads is adapted.
-    """
-    if blocks is None and not heads:
-        return targets if isinstance(targets, str) else list(targets)
-    inside = ("",) if blocks is None else tuple(names_in_blocks(network, blocks))
-    outside = tuple(f"{name}." for name in heads)
-
-    def wanted(name: str) -> bool:
-        if isinstance(targets, str):
-            return targets == "all-linear" or re.fullmatch(targets, name) is not None
-        return any(name == target or name.endswith(f".{target}") for target in targets)
-
-    return [
-        name
-        for name, module in network.named_modules()
-        if name.startswith(inside)
-        and not f"{name}.".startswith(outside)
-        and _is_linear(module)
-        and wanted(name)
-    ]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

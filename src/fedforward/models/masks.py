@@ -47,8 +47,8 @@ def small_weights_mask(
 ) -> dict[str, torch.Tensor]:
     """In every tensor, the share of the base weights with the least magnitude.
 
-    After Sparse MeZO (arXiv 2402.15751), which perturbs small weights and lets large ones rest; its
-    thresholds are per layer, ours per tensor.
+    After Sparse MeZO (arXiv 2402.15751), which perturbs small weights alone; its thresholds are per
+    layer, ours per tensor.
 
     Returns:
         bool tensors in the shapes of the tuned ones.

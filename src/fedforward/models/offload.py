@@ -1,8 +1,8 @@
-"""Transformer blocks that wait in host memory and come to the device while they run.
+"""Transformer blocks that are offloaded to host memory and come to the device while they run.
 
 A block that a client does not perturb is read once in a forward pass and never written by it. So
 only the client's own blocks need to be on the device all the time: that is what a block's
-activation costs, and what `planning.memory_model` counts where `model.offload = "host"`.
+activation costs, and what `planning.memory` counts where `model.offload = "host"`.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -16,29 +16,29 @@ from fedforward.models import devices
 from fedforward.models.blocks import transformer_blocks
 
 
-class Residency:
+class Offload:
     """Where the weights of each transformer block are.
 
     What several blocks share, or a block and the rest of the network, stays on the device.
 
     Attributes:
-        held: numbers of the blocks that are on the device all the time.
+        pinned: numbers of the blocks that are on the device all the time.
         sizes: bytes of each block's weights that move.
     """
 
     def __init__(
-        self, network: nn.Module, device: torch.device, staying: Collection[int] = ()
+        self, network: nn.Module, device: torch.device, exempt: Collection[int] = ()
     ) -> None:
         """Move every transformer block to host memory.
 
         Args:
             device: where blocks run.
-            staying: `data_ptr` of storages that do not move (LoRA's adapters).
+            exempt: `data_ptr` of storages that do not move (LoRA's adapters).
         """
         self.device = device
-        self.held: frozenset[int] = frozenset()
+        self.pinned: frozenset[int] = frozenset()
         self._blocks = [
-            _Block([place for place in places if _storage(place.tensor) not in staying])
+            _Block([place for place in places if _storage(place.tensor) not in exempt])
             for places in _places_by_block(network)
         ]
         self.sizes = tuple(block.size for block in self._blocks)
@@ -47,30 +47,30 @@ class Residency:
                 block.leave(devices.is_accelerator(device))
         self._hooks = []
         for number, module in enumerate(transformer_blocks(network)):
-            self._hooks.append(module.register_forward_pre_hook(self._arrives(number)))
+            self._hooks.append(module.register_forward_pre_hook(self._fetch_hook(number)))
             # Also after an error: what the pass had fetched must not stay.
-            leaves = self._leaves(number)
-            self._hooks.append(module.register_forward_hook(leaves, always_call=True))
+            drop = self._drop_hook(number)
+            self._hooks.append(module.register_forward_hook(drop, always_call=True))
 
-    def hold(self, numbers: Collection[int]) -> None:
+    def pin(self, numbers: Collection[int]) -> None:
         """Keep these blocks on the device, and no others.
 
-        After an error (the device is full) `held` says which are there.
+        After an error (the device is full) `pinned` says which are there.
         """
-        wanted = frozenset(numbers)
-        if wanted == self.held:
+        requested = frozenset(numbers)
+        if requested == self.pinned:
             return
         with torch.inference_mode(False):
             for number, block in enumerate(self._blocks):
-                if number not in self.held:
+                if number not in self.pinned:
                     # What an interrupted pass has left.
                     block.drop()
-            for number in sorted(self.held - wanted):
-                self._blocks[number].give_back()
-                self.held -= {number}
-            for number in sorted(wanted - self.held):
+            for number in sorted(self.pinned - requested):
+                self._blocks[number].write_back()
+                self.pinned -= {number}
+            for number in sorted(requested - self.pinned):
                 self._blocks[number].fetch(self.device)
-                self.held |= {number}
+                self.pinned |= {number}
 
     def moving(self) -> Iterator[torch.Tensor]:
         """Every tensor that moves, where it is now."""
@@ -80,21 +80,21 @@ class Residency:
 
     def end(self) -> None:
         """Leave every block in host memory, where it stays."""
-        self.hold(())
+        self.pin(())
         for hook in self._hooks:
             hook.remove()
 
-    def _arrives(self, number: int) -> Any:
+    def _fetch_hook(self, number: int) -> Any:
         def hook(*_: Any) -> None:
-            if number not in self.held:
+            if number not in self.pinned:
                 with torch.inference_mode(False):
                     self._blocks[number].fetch(self.device)
 
         return hook
 
-    def _leaves(self, number: int) -> Any:
+    def _drop_hook(self, number: int) -> Any:
         def hook(*_: Any) -> None:
-            if number not in self.held:
+            if number not in self.pinned:
                 with torch.inference_mode(False):
                     self._blocks[number].drop()
 
@@ -139,11 +139,11 @@ class _Block:
         self._host: Sequence[torch.Tensor] = []
         self.size = sum(p.tensor.numel() * p.tensor.element_size() for p in places)
 
-    def leave(self, pinned: bool) -> None:
-        """To host memory, in pages that the device can read by itself if `pinned`."""
+    def leave(self, page_locked: bool) -> None:
+        """To host memory, in pages that the device can read by itself if `page_locked`."""
         for place in self.places:
             host = place.tensor.cpu()
-            if pinned:
+            if page_locked:
                 # Pages that may not be locked are copied more slowly, and that is all.
                 with suppress(RuntimeError):
                     host = host.pin_memory()
@@ -160,12 +160,12 @@ class _Block:
             raise
 
     def drop(self) -> None:
-        """Forget the copies on the device, which nobody has changed."""
+        """Free the copies on the device, which nobody has changed."""
         for place, host in zip(self.places, self._host, strict=True):
             place.put(host)
 
-    def give_back(self) -> None:
-        """Write what is on the device to the host, and forget it there."""
+    def write_back(self) -> None:
+        """Copy what is on the device to the host, and drop it there."""
         for place, host in zip(self.places, self._host, strict=True):
             host.copy_(place.tensor)
         self.drop()

@@ -81,7 +81,7 @@ class Allocator:
         """The blocks of each participant, bool [participants, B].
 
         Where those who are there cannot cover every block, each keeps the blocks that it has in
-        the plan for all clients; blocks that nobody has rest for the round.
+        the plan for all clients; blocks that nobody has are inactive for the round.
         """
         try:
             return self.plan(participants).matrix

@@ -23,7 +23,8 @@ from fedforward.models import devices
 from fedforward.models.base import CausalModel
 from fedforward.planning.activation import UNLIMITED, Problem
 from fedforward.planning.allocator import Allocator, counted
-from fedforward.planning.memory.model import MemoryModel, calibrate
+from fedforward.planning.memory.calibrate import calibrate
+from fedforward.planning.memory.model import MemoryModel
 
 #: Directions of a sensitivity measurement, on a batch each.
 SENSITIVITY_PASSES = 8
@@ -57,7 +58,7 @@ def survey(config: Config, model: CausalModel, longest: Sequence[Batch]) -> Reso
         model,
         sorted(set(shapes)),
         config.method.probes_per_step,
-        carries=config.method.local_steps > 1,
+        caches_trajectory=config.method.local_steps > 1,
         from_base=METHODS.get(config.method.name).capabilities.from_base,
     )
     sizes = np.array(model.layout.block_sizes, dtype=np.float64)
@@ -115,7 +116,7 @@ def sensitivity(
             evaluations = model.evaluate(estimator.probes(batch, NO_STEPS, [own]))
             gradients, _ = estimator.gradients(evaluations)
             squares[block] += float(np.nan_to_num(gradients[0])) ** 2
-    model.forget()
+    model.clear_cache()
     squares = np.maximum(squares, 1e-6 * max(squares.sum(), 1e-30))
     weights: NDArray[np.float64] = squares / squares.sum()
     return weights

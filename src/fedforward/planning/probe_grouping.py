@@ -1,4 +1,4 @@
-"""The probe plan: how many probes share a forward pass, and how long trajectories are carried.
+"""The probe plan: how many probes share a forward pass, and how trajectories are kept.
 
 It is resolved once, stored with the run and reused on resume, because the grouping changes the
 last bits of a loss.
@@ -36,7 +36,7 @@ def resolve(
     device: str,
     probes_per_step: int,
 ) -> ProbePlan:
-    """The plan from the configuration's wishes, where 0 and "auto" leave the choice to us.
+    """The plan from what the configuration requests, where 0 and "auto" leave the choice to us.
 
     The two signs of one direction go through the network together. With adapters a client's whole
     step does, so that memory does not depend on the number of clients.
@@ -112,5 +112,5 @@ def fit(
             count = max(1, count * 3 // 4)
     finally:
         model.plan = plan
-        model.forget()
+        model.clear_cache()
     return replace(plan, probes_per_call=count)

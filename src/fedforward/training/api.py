@@ -94,7 +94,7 @@ class Dataset:
         """
         sections = {**model.settings, "data": self.section(model)}
         config = validate({**sections, "federation": {"clients": 1}})
-        corpus = build.read_corpus(config, model.tokenizer, None)
+        corpus = build.corpus_reader(config).corpus(model.tokenizer, None)
         seed = config.run.seed
         return Batches(corpus.clients[0], batch_size=batch_size, run_seed=seed, client=0)
 

@@ -4,11 +4,8 @@ The same configuration and probe plan give the same parts, bit for bit; whoever 
 verifies a run builds them here.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,16 +14,15 @@ from fedforward.config.schema import Config
 from fedforward.core.batches import Batch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.identity import ModelIdentity
-from fedforward.core.seeds import derive, generator
 from fedforward.core.steps import Probe, ProbePlan
-from fedforward.data import labels, sources, templates
-from fedforward.data.partition import partition
+from fedforward.data import templates
+from fedforward.data.corpus import Corpus, CorpusReader
 from fedforward.data.sampler import Batches, Collate, collate, collate_prompts
-from fedforward.data.templates import Example
 from fedforward.directions import Distribution
 from fedforward.evaluation.objectives import Context, build_objective, needs_answers, texts
 from fedforward.methods.base import Method
 from fedforward.models.base import CausalModel
+from fedforward.models.fingerprints import tokenizer_fingerprint
 from fedforward.models.full import FullModel
 from fedforward.models.loading import load, longest_sequence
 from fedforward.models.lora import LoraModel
@@ -35,201 +31,33 @@ from fedforward.planning import probe_grouping as probes
 from fedforward.training.faults import Faults
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """The data of a run, tokenised and divided.
-
-    Attributes:
-        clients: each client's training examples.
-        heldout: the examples kept for evaluation.
-        example: the prompt that is answered before and after, and its expected answer if known.
-        classes: of a sequence classifier, in the order of its head; else empty.
-        cut: answers cut at the sequence length.
-        dropped: rows without room for an answer.
-    """
-
-    clients: list[list[Example]]
-    heldout: list[Example]
-    example: tuple[str, str | None]
-    cut: int
-    dropped: int
-    classes: tuple[str, ...] = ()
+def corpus_reader(config: Config) -> CorpusReader:
+    """What reads the data of a run, once, for classes and corpus."""
+    return CorpusReader(config.data, config.evaluation, config.federation, config.run.seed)
 
 
-def read_classes(config: Config) -> tuple[str, ...]:
-    """The classes of a run: those of training and held-out data, or the label words.
-
-    Empty for a causal model.
+def read_classes(config: Config, reader: CorpusReader) -> tuple[str, ...]:
+    """The classes of a run; empty for a causal model, whose data are not read.
 
     Raises:
-        FedForwardError: see `labels.classes`, and for whatever is wrong with the data.
+        FedForwardError: see `CorpusReader.classes`.
     """
-    if config.model.head == "causal":
-        return ()
-    if config.data.label_words:
-        return labels.classes((), config.data.answer, config.data.label_words)
-    rows, heldout_rows = _read_rows(config)
-    return labels.classes([*rows, *heldout_rows], config.data.answer, None)
+    return () if config.model.head == "causal" else reader.classes()
 
 
 def read_corpus(
-    config: Config, tokenizer: Any, positions: int | None, classes: Sequence[str] = ()
+    config: Config,
+    reader: CorpusReader,
+    tokenizer: Any,
+    positions: int | None,
+    classes: Sequence[str] = (),
 ) -> Corpus:
-    """Read, split, tokenise and partition the data.
+    """The corpus of a run, with room for the answers that its objective or metrics generate.
 
-    Args:
-        positions: the longest sequence that the model takes, or None.
-        classes: of a sequence classifier, in the order of its head.
-
-    Raises:
-        FedForwardError: for whatever is wrong with the data or their keys.
+    Args and errors: see `CorpusReader.corpus`.
     """
-    data = config.data
-    if positions is not None and data.sequence_length > positions:
-        raise FedForwardError(
-            f"data.sequence_length = {data.sequence_length} is longer than the {positions} "
-            f"positions that this model takes. Use at most {positions}."
-        )
-    if data.label_words:
-        labels.check_template(data.answer)
-    rows, heldout_rows = _read_rows(config)
-    field = _field(config)
-    heldout = _tokenise(config, heldout_rows, tokenizer, classes)
-    train = _tokenise(config, rows, tokenizer, classes)
-    if not heldout.examples or not train.examples:
-        raise FedForwardError(
-            f"data.sequence_length = {data.sequence_length} leaves no "
-            f"{'held-out' if not heldout.examples else 'training'} example: every prompt fills it, "
-            "or every answer is empty. Raise it, or look at data.prompt and data.answer."
-        )
-    parts = partition(
-        [rows[row][field] if field else 0 for row in train.rows],
-        config.federation.clients,
-        kind=config.federation.partition,
-        field=field,
-        alpha=config.federation.alpha,
-        seed=derive(config.run.seed, "partition"),
-    )
-    _check_room_for_answers(config, [*heldout.examples, *train.examples], positions)
-    shown = templates.fill(data.prompt, heldout_rows[heldout.rows[0]])
-    example = (shown, heldout.examples[0].reference)
-    return Corpus(
-        clients=[[train.examples[index] for index in part] for part in parts],
-        heldout=heldout.examples,
-        example=(data.example, None) if data.example else example,
-        cut=heldout.cut + train.cut,
-        dropped=heldout.dropped + train.dropped,
-        classes=tuple(classes),
-    )
-
-
-def _read_rows(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows to train on and those to evaluate on, each in an order of the run's seed."""
-    data = config.data
-    table = sources.read(data.source, split=data.split, subset=data.subset, key="data.source")
-    table = _with_own_names(config, table)
-    _check_templates(config, table, "")
-    field = _field(config)
-    if field is not None and field not in table.column_names:
-        raise FedForwardError(
-            f"federation.field = {field!r} is not a field of the data. Their fields are "
-            f"{', '.join(table.column_names)}."
-        )
-    order = generator(config.run.seed, "heldout").permutation(len(table)).tolist()
-    rows = [table[index] for index in order[: data.limit]]
-    if config.evaluation.source is not None:
-        return rows, _evaluation_rows(config)
-    kept = _heldout_count(data.heldout, len(rows))
-    return rows[kept:], rows[:kept][: config.evaluation.limit]
-
-
-def _with_own_names(config: Config, table: Any) -> Any:
-    """The data with their fields called what the templates call them."""
-    names = config.data.fields or {}
-    for wanted, found in names.items():
-        if found not in table.column_names:
-            raise FedForwardError(
-                f"data.fields: {wanted} = {found!r} is not a field of {config.data.source}. Their "
-                f"fields are {', '.join(table.column_names)}."
-            )
-    if not names:
-        return table
-    # At once, for two fields may change places; what has a wanted name and no other goes.
-    hidden = [name for name in names if name in table.column_names and name not in names.values()]
-    own = {found: wanted for wanted, found in names.items()}
-    table = table.remove_columns(hidden)
-    return table.rename_columns(own)
-
-
-def _field(config: Config) -> str | None:
-    """The field that the data are divided by, if any."""
-    return config.federation.field if config.federation.partition != "iid" else None
-
-
-def _check_templates(config: Config, table: Any, where: str) -> None:
-    """Refuse templates that name fields which a data set does not have."""
-    for key, template in (("prompt", config.data.prompt), ("answer", config.data.answer)):
-        templates.check_fields(template, table.column_names, f"data.{key}{where}")
-
-
-def _evaluation_rows(config: Config) -> list[dict[str, Any]]:
-    """The examples of `evaluation.source`, in an order of the run's seed."""
-    wish = config.evaluation
-    assert wish.source is not None
-    table = sources.read(wish.source, split=wish.split, subset=wish.subset, key="evaluation.source")
-    _check_templates(config, table, f" (with evaluation.source = {wish.source!r})")
-    order = generator(config.run.seed, "evaluation").permutation(len(table)).tolist()
-    return [table[index] for index in order[: wish.limit]]
-
-
-def _tokenise(
-    config: Config, rows: Sequence[dict[str, Any]], tokenizer: Any, classes: Sequence[str]
-) -> templates.Tokenised:
-    data = config.data
-    options: dict[str, Any] = {
-        "prompt": data.prompt,
-        "answer": data.answer,
-        "sequence_length": data.sequence_length,
-    }
-    if classes:
-        return labels.classify(rows, tokenizer, words=data.label_words, classes=classes, **options)
-    if data.label_words:
-        return labels.tokenise(rows, tokenizer, words=data.label_words, **options)
-    return templates.tokenise(rows, tokenizer, **options)
-
-
-def _check_room_for_answers(
-    config: Config, examples: Sequence[Example], positions: int | None
-) -> None:
-    """Refuse prompts that leave a model fewer positions than a generated answer may take."""
-    wanted = (config.method.objective, *config.evaluation.metrics)
-    if positions is None or not any(map(needs_answers, wanted)):
-        return
-    longest = max(example.prompt_length for example in examples)
-    room = positions - config.data.answer_tokens
-    if longest > room:
-        raise FedForwardError(
-            f"data.answer_tokens = {config.data.answer_tokens} after the longest prompt of "
-            f"{longest} tokens is more than the {positions} positions that this model takes. Lower "
-            f"it, or drop long prompts with data.sequence_length = {max(1, room)}."
-        )
-
-
-def _heldout_count(wish: float, examples: int) -> int:
-    if wish < 1:
-        count = max(1, round(wish * examples))
-    elif wish == int(wish):
-        count = int(wish)
-    else:
-        raise FedForwardError(
-            f"data.heldout = {wish:g} is neither a share below 1 nor a whole number of examples."
-        )
-    if count >= examples:
-        raise FedForwardError(
-            f"data.heldout = {wish:g} keeps {count} examples for evaluation, but the data have "
-            f"only {examples}. Use a smaller share or number."
-        )
-    return count
+    measured = (config.method.objective, *config.evaluation.metrics)
+    return reader.corpus(tokenizer, positions, classes, generates=any(map(needs_answers, measured)))
 
 
 def resolve_plan(config: Config) -> ProbePlan:
@@ -245,7 +73,7 @@ def resolve_plan(config: Config) -> ProbePlan:
     )
 
 
-def resolve_device(wish: str) -> str:
+def resolve_device(requested: str) -> str:
     """A device that is there.
 
     Raises:
@@ -254,23 +82,25 @@ def resolve_device(wish: str) -> str:
     from fedforward.models import devices
 
     there = devices.accelerators()
-    if wish == "auto":
+    if requested == "auto":
         return "cuda" if "cuda" in there else "cpu"
-    kind = wish.split(":")[0]
-    if not re.fullmatch("|".join(["cpu", *(rf"{name}(:\d+)?" for name in {"cuda", *there})]), wish):
+    kind = requested.split(":")[0]
+    names = ["cpu", *(rf"{name}(:\d+)?" for name in {"cuda", *there})]
+    if not re.fullmatch("|".join(names), requested):
         raise FedForwardError(
-            f"run.device = {wish!r} is not allowed: it must be 'auto', 'cpu', 'cuda' or 'cuda:N'."
+            f"run.device = {requested!r} is not allowed: it must be 'auto', 'cpu', 'cuda' or "
+            "'cuda:N'."
         )
     if kind == "cuda" and kind not in there:
         raise FedForwardError(
-            f"run.device = {wish!r}: PyTorch finds no CUDA device here. Use 'cpu' or 'auto'."
+            f"run.device = {requested!r}: PyTorch finds no CUDA device here. Use 'cpu' or 'auto'."
         )
-    if kind in there and int(wish.partition(":")[2] or 0) >= devices.count(kind):
+    if kind in there and int(requested.partition(":")[2] or 0) >= devices.count(kind):
         raise FedForwardError(
-            f"run.device = {wish!r}: there are only {devices.count(kind)} {kind.upper()} devices, "
-            "numbered from 0."
+            f"run.device = {requested!r}: there are only {devices.count(kind)} {kind.upper()} "
+            "devices, numbered from 0."
         )
-    return wish
+    return requested
 
 
 def _load(config: Config, device: str, classes: Sequence[str]) -> tuple[Any, Any]:
@@ -281,29 +111,26 @@ def _load(config: Config, device: str, classes: Sequence[str]) -> tuple[Any, Any
         device,
         quantization=config.model.quantization,
         device_map=config.model.device_map,
-        rests_on_host=_rests_on_host(config, device),
+        offload=_offloads(config, device),
         classes=classes,
         run_seed=config.run.seed,
     )
 
 
-def _rests_on_host(config: Config, device: str) -> bool:
-    """Whether blocks wait in host memory. The processor's own are there anyway."""
+def _offloads(config: Config, device: str) -> bool:
+    """Whether blocks are offloaded to host memory. On the CPU they are there anyway."""
     return config.model.offload == "host" and device != "cpu"
 
 
-def build_model(
-    config: Config, plan: ProbePlan, classes: Sequence[str] | None = None
-) -> tuple[CausalModel, Any]:
+def build_model(config: Config, plan: ProbePlan, classes: Sequence[str]) -> tuple[CausalModel, Any]:
     """The model at its base weights, ready to probe, and its tokenizer.
 
     Args:
-        classes: of a sequence classifier, where they are known; None reads them from the data.
+        classes: of a sequence classifier (see `read_classes`); else empty.
     """
-    classes = read_classes(config) if classes is None else classes
     model, tokenizer = _tuned_model(config, plan, classes)
-    if _rests_on_host(config, resolve_device(config.run.device)):
-        model.rest_on_host()
+    if _offloads(config, resolve_device(config.run.device)):
+        model.offload_to_host()
     density = config.method.density
     if config.method.mask == "random":
         model.masks = random_mask(model.tensors, model.layout, density, config.run.seed)
@@ -360,27 +187,6 @@ def identity(model: CausalModel, tokenizer: Any = None) -> ModelIdentity:
     )
 
 
-#: About how many of a tokenizer's own tokens it is tried on.
-_OWN_TOKENS = 4000
-#: What a tokenizer is tried on, beside its vocabulary.
-_PROBE_TEXTS = ("Hello, world! 3.14 = 22/7", "Größe  naïve\tℝ 你好 🙂", "def f(x):\n    return x")
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of a tokenizer's vocabulary and of what it makes of texts, hexadecimal.
-
-    The texts are a few sentences and some thousand of its own tokens, which another list of merges
-    puts together in another way.
-    """
-    vocabulary = sorted(tokenizer.get_vocab())
-    own = [tokenizer.convert_tokens_to_string([token]) for token in vocabulary]
-    step = max(1, len(own) // _OWN_TOKENS)
-    tried = [tokenizer(text)["input_ids"] for text in (*_PROBE_TEXTS, *own[::step])]
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    content = json.dumps([sorted(tokenizer.get_vocab().items()), tried, special])
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
 def collate_of(config: Config, tokenizer: Any, classes: Sequence[str]) -> Collate:
     """How training examples become the batches of the run's objective."""
     context = Context(tokenizer, config.data.answer_tokens, tuple(classes))
@@ -416,20 +222,6 @@ def faults(config: Config) -> Faults:
         late=given.late_join,
         late_round=given.late_join_round,
     )
-
-
-def corpus_fingerprint(corpus: Corpus) -> str:
-    """SHA-256 of every client's and the held-out examples' tokens and classes, hexadecimal."""
-    state = hashlib.sha256()
-    for part in (*corpus.clients, corpus.heldout):
-        state.update(f"{len(part)}\n".encode())
-        for example in part:
-            state.update(f"{example.prompt_length} {len(example.tokens)}\n".encode())
-            for tokens in (example.tokens, *example.choices):
-                state.update(tokens.astype("<i8").tobytes())
-            if corpus.classes:
-                state.update(f"class {example.right}\n".encode())
-    return state.hexdigest()
 
 
 def client_batches(config: Config, corpus: Corpus, collate: Collate = collate) -> list[Batches]:

@@ -53,12 +53,12 @@ class Faults:
         if self._chance("lying", client) >= self.lying:
             return data
         report = Report.decode(data)
-        way = derive(self.run_seed, "lie", client) % 3
-        if way == 0:
+        mode = derive(self.run_seed, "lie", client) % 3
+        if mode == 0:
             return replace(report, gradients=np.float32(-10.0) * report.gradients).encode()
-        if way == 1 and report.digest:
+        if mode == 1 and report.digest:
             return replace(report, digest=bytes(b ^ 0xFF for b in report.digest)).encode()
-        return data if way == 1 else data[:-1]
+        return data if mode == 1 else data[:-1]
 
     def _chance(self, purpose: str, *where: int) -> float:
         return float(generator(self.run_seed, purpose, *where).random())

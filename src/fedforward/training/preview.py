@@ -102,7 +102,7 @@ class Preview:
                         if on
                     ],
                     "predicted_bytes": self.predicted(client),
-                    "predicted_bytes_resting_on_host": self.predicted(client, streams=True),
+                    "predicted_bytes_offloaded": self.predicted(client, streams=True),
                 }
                 for client, examples in enumerate(self.examples)
             ],
@@ -148,9 +148,10 @@ def preview(config: Config) -> Preview:
             "made of them. `fedforward run` measures what it takes."
         )
     PHASES.info("loading the model")
-    model, tokenizer = experiment.build_model(config, experiment.resolve_plan(config))
+    model, tokenizer = experiment.build_model(config, experiment.resolve_plan(config), ())
     PHASES.info("reading the data")
-    corpus = experiment.read_corpus(config, tokenizer, longest_sequence(model.network))
+    reader = experiment.corpus_reader(config)
+    corpus = experiment.read_corpus(config, reader, tokenizer, longest_sequence(model.network))
     examples = tuple(len(part) for part in corpus.clients)
     PHASES.info("measuring what the model needs")
     resources = survey(config, model, experiment.widest_steps(config, corpus))

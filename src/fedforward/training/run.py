@@ -84,12 +84,18 @@ class Run:
         self.method = assembly.build_method(config)
         self.plan = self._claim(resume)
         PHASES.info("loading the model")
-        self.model, self.tokenizer = built or build.build_model(config, self.plan)
+        reader = build.corpus_reader(config)
+        if built is None:
+            classes = build.read_classes(config, reader)
+            built = build.build_model(config, self.plan, classes)
+        self.model, self.tokenizer = built
         self.model.plan = self.plan
         self._place()
         PHASES.info("reading the data")
         positions = longest_sequence(self.model.network)
-        self.corpus = build.read_corpus(config, self.tokenizer, positions, self.model.classes)
+        self.corpus = build.read_corpus(
+            config, reader, self.tokenizer, positions, self.model.classes
+        )
         self.collate = build.collate_of(config, self.tokenizer, self.model.classes)
         if not self.directory.started and config.run.memory_budget:
             PHASES.info("fitting probes to the memory budget")
@@ -141,13 +147,13 @@ class Run:
                     draw(self.directory.plot, loop.lines, loop.summary.to_json())
 
     def _describe_plan(self) -> str:
-        """How probes are grouped and trajectories carried, with the cost, in words."""
+        """How probes are grouped and trajectories kept, with the cost, in words."""
         parameters = self.model.layout.parameters
         grouped = self.plan.probes_per_call
         shared = min(self.model.prefix.depths)
         words = f"{grouped} probes a forward pass" if grouped > 1 else "one probe a forward pass"
-        if self.model.residency is not None:
-            words += ", blocks that rest in host memory"
+        if self.model.offload is not None:
+            words += ", blocks offloaded to host memory"
         if shared:
             words += f", blocks 0 to {shared - 1} once for all"
         if self.config.model.tune == "lora":
@@ -188,7 +194,7 @@ class Run:
 
     def _open_ledger(self) -> Ledger:
         header = assembly.ledger_header(self.config, build.identity(self.model))
-        header["data"] = build.corpus_fingerprint(self.corpus)
+        header["data"] = self.corpus.fingerprint()
         if not self.directory.ledger.is_file():
             return Ledger.create(self.directory.ledger, header)
         ledger = Ledger(self.directory.ledger)

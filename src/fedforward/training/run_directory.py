@@ -181,13 +181,13 @@ class RunDirectory:
             ) from error
         return config, plan
 
-    def check_same(self, wanted: Config) -> None:
+    def check_same(self, requested: Config) -> None:
         """Refuse to resume a run of another configuration, naming the keys that differ."""
         found = self.config()
         free = set(FREE_KEYS)
-        if found.method.schedule == wanted.method.schedule == "constant":
+        if found.method.schedule == requested.method.schedule == "constant":
             free.add("federation.rounds")
-        old, new = _flat(found), _flat(wanted)
+        old, new = _flat(found), _flat(requested)
         differing = [
             f"{key} is {old.get(key)!r} there and {new.get(key)!r} here"
             for key in sorted(old.keys() | new.keys())

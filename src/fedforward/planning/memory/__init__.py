@@ -1,1 +1,1 @@
-"""Memory of a step: measured, and predicted from a calibrated model."""
+"""Memory of a step: measured (`tracker`, `calibrate`) and predicted (`model`)."""

@@ -33,7 +33,7 @@ def bytes_alive(device: str | None = None) -> int:
     return sum(storages.values())
 
 
-class _Tracker(TorchDispatchMode):
+class Tracker(TorchDispatchMode):
     """Follows every storage that an operation makes until it is freed."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ def peak_bytes(action: Callable[[], object], device: torch.device | str | None =
         action()
         return devices.peak_allocated(device)
     before = bytes_alive()
-    tracker = _Tracker()
+    tracker = Tracker()
     with tracker:
         action()
     return before + tracker.peak
