@@ -67,7 +67,7 @@ def device(
 @pytest.fixture
 def own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device has kernels for directions, as CUDA has."""
-    monkeypatch.setattr(kernels, "_elsewhere", lambda _: emulated_device.Kernels)
+    monkeypatch.setattr(kernels, "kernels_of", lambda _: emulated_device.Kernels)
 
 
 def there(*values: float) -> torch.Tensor:
@@ -485,7 +485,7 @@ def test_a_site_whose_device_is_full_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     site = sites.party(tmp_path, "a", run__device=DEVICE)
-    monkeypatch.setattr(site, "_answer", lambda _: torch.zeros(1000, device=DEVICE))
+    monkeypatch.setattr(site, "enroll", lambda _: torch.zeros(1000, device=DEVICE))
     with emulated_device.memory(1000):
         answer = Envelope.decode(
             site.answer(Envelope(MessageKind.HELLO, b"\0" * 8, b"{}").encode())

@@ -199,9 +199,19 @@ def test_a_changed_ledger_is_refused(ledger: Ledger, column: str) -> None:
         Ledger(ledger.path)
 
 
-def test_a_full_disk_loses_nothing(ledger: Ledger) -> None:
+def test_a_full_disk_loses_nothing(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger.append(record(0, {0: 1.0}))
-    ledger._database.execute("PRAGMA max_page_count = 1")
+    ledger.close()
+    connect = sqlite3.connect
+
+    def limited(*where: Any, **options: Any) -> sqlite3.Connection:
+        database = connect(*where, **options)
+        database.execute("PRAGMA max_page_count = 1")
+        return database
+
+    with monkeypatch.context() as full:
+        full.setattr(sqlite3, "connect", limited)
+        ledger = Ledger(ledger.path)
     big = Round(Entry(1, (Contribution(0, np.ones(60_000, np.float32)),)), ())
     with pytest.raises(sqlite3.OperationalError, match="full"):
         ledger.append(big)

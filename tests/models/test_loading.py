@@ -115,10 +115,10 @@ def test_a_spread_model_needs_cuda(folder: Path) -> None:
 
 def test_places_that_are_refused() -> None:
     with pytest.raises(FedForwardError, match=r"'m' fits neither .* model\.quantization = 'nf4'"):
-        loading._check_placement("m", {"a": 0, "b": "cpu", "c": "disk"})
+        loading.check_placement("m", {"a": 0, "b": "cpu", "c": "disk"})
     with pytest.raises(FedForwardError, match="no room on any CUDA device"):
-        loading._check_placement("m", {"": "cpu"})
-    loading._check_placement("m", {"a": 0, "b": "cpu"})
+        loading.check_placement("m", {"": "cpu"})
+    loading.check_placement("m", {"a": 0, "b": "cpu"})
 
 
 @pytest.mark.parametrize(

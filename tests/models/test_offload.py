@@ -136,7 +136,7 @@ def test_a_device_that_is_full_leaves_a_model_that_goes_on(
         def fail(*_: Any) -> None:
             raise RuntimeError("out of memory")
 
-        full.setattr(offload._blocks[0], "fetch", fail)
+        full.setattr(offload.blocks[0], "fetch", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             step(models[0], ["0"])
     assert offload.pinned == set()
@@ -314,7 +314,7 @@ def test_a_run_has_the_same_ledger(
     carry_out(settings, tmp_path / "whole")
     offloaded: list[CausalModel] = []
     original = CausalModel.offload_to_host
-    monkeypatch.setattr(experiment, "_offloads", lambda *_: True)
+    monkeypatch.setattr(experiment, "offloads", lambda *_: True)
     monkeypatch.setattr(
         CausalModel, "offload_to_host", lambda self: (offloaded.append(self), original(self))[1]
     )

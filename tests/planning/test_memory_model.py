@@ -192,7 +192,7 @@ def test_an_interrupted_calibration_leaves_no_trace(monkeypatch: pytest.MonkeyPa
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model, "_losses", stop)
+    monkeypatch.setattr(model.network, "forward", stop)
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, SEEN)
     assert model.plan is plan

@@ -69,7 +69,7 @@ def accumulate(
             threads=torch.get_num_threads(),
         )
         return
-    _elsewhere(weights.device.type).accumulate(
+    kernels_of(weights.device.type).accumulate(
         weights,
         seeds,
         coefficients,
@@ -118,7 +118,7 @@ def commit(
             dither_seeds=[update.dither_seed for update in updates],
             threads=torch.get_num_threads(),
         )
-    changed = _elsewhere(weights.device.type).commit(
+    changed = kernels_of(weights.device.type).commit(
         weights, updates, first_tile=first_tile, distribution=distribution
     )
     return 0 if weights.dtype is torch.float32 else int(changed)
@@ -144,7 +144,7 @@ def commit_all(
             changed += commit(weights, updates, first_tile=first_tile, distribution=distribution)
     if not on_cuda:
         return changed
-    implementation = _elsewhere("cuda")
+    implementation = kernels_of("cuda")
     if implementation is reference:
         return changed + sum(
             commit(weights, updates, first_tile=first_tile, distribution=distribution)
@@ -189,14 +189,14 @@ def displace(
             threads=torch.get_num_threads(),
         )
         return
-    _elsewhere(weights.device.type).displace(
+    kernels_of(weights.device.type).displace(
         weights, shared, own, first_tile=first_tile, distribution=distribution, out=out,
         starts=starts,
     )  # fmt: skip
 
 
 @cache
-def _elsewhere(device: str) -> Any:
+def kernels_of(device: str) -> Any:
     """The implementation for tensors on a kind of device other than main memory."""
     if device == "cuda":
         try:

@@ -143,7 +143,7 @@ def load(
     if quantization != "none":
         _settle(path, network, quantization, dtype)
     if device_map == "auto":
-        _check_placement(path, network.hf_device_map)
+        check_placement(path, network.hf_device_map)
     elif offload:
         place_the_rest(network, device)
     else:
@@ -300,7 +300,7 @@ def _settle(path: str, network: Any, quantization: str, dtype: str) -> None:
         layer.compute_type_is_set = True
 
 
-def _check_placement(path: str, places: dict[str, Any]) -> None:
+def check_placement(path: str, places: dict[str, Any]) -> None:
     """Refuse a model that found no room on any CUDA device, or too little memory altogether."""
     kinds = {str(place) for place in places.values()}
     if "disk" in kinds:

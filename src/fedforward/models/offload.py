@@ -22,6 +22,7 @@ class Offload:
     What several blocks share, or a block and the rest of the network, stays on the device.
 
     Attributes:
+        blocks: the weights of each block that move.
         pinned: numbers of the blocks that are on the device all the time.
         sizes: bytes of each block's weights that move.
     """
@@ -37,13 +38,13 @@ class Offload:
         """
         self.device = device
         self.pinned: frozenset[int] = frozenset()
-        self._blocks = [
+        self.blocks = [
             _Block([place for place in places if _storage(place.tensor) not in exempt])
             for places in _places_by_block(network)
         ]
-        self.sizes = tuple(block.size for block in self._blocks)
+        self.sizes = tuple(block.size for block in self.blocks)
         with torch.inference_mode(False):
-            for block in self._blocks:
+            for block in self.blocks:
                 block.leave(devices.is_accelerator(device))
         self._hooks = []
         for number, module in enumerate(transformer_blocks(network)):
@@ -61,20 +62,20 @@ class Offload:
         if requested == self.pinned:
             return
         with torch.inference_mode(False):
-            for number, block in enumerate(self._blocks):
+            for number, block in enumerate(self.blocks):
                 if number not in self.pinned:
                     # What an interrupted pass has left.
                     block.drop()
             for number in sorted(self.pinned - requested):
-                self._blocks[number].write_back()
+                self.blocks[number].write_back()
                 self.pinned -= {number}
             for number in sorted(requested - self.pinned):
-                self._blocks[number].fetch(self.device)
+                self.blocks[number].fetch(self.device)
                 self.pinned |= {number}
 
     def moving(self) -> Iterator[torch.Tensor]:
         """Every tensor that moves, where it is now."""
-        for block in self._blocks:
+        for block in self.blocks:
             for place in block.places:
                 yield place.tensor
 
@@ -88,7 +89,7 @@ class Offload:
         def hook(*_: Any) -> None:
             if number not in self.pinned:
                 with torch.inference_mode(False):
-                    self._blocks[number].fetch(self.device)
+                    self.blocks[number].fetch(self.device)
 
         return hook
 
@@ -96,7 +97,7 @@ class Offload:
         def hook(*_: Any) -> None:
             if number not in self.pinned:
                 with torch.inference_mode(False):
-                    self._blocks[number].drop()
+                    self.blocks[number].drop()
 
         return hook
 

@@ -111,13 +111,13 @@ def _load(config: Config, device: str, classes: Sequence[str]) -> tuple[Any, Any
         device,
         quantization=config.model.quantization,
         device_map=config.model.device_map,
-        offload=_offloads(config, device),
+        offload=offloads(config, device),
         classes=classes,
         run_seed=config.run.seed,
     )
 
 
-def _offloads(config: Config, device: str) -> bool:
+def offloads(config: Config, device: str) -> bool:
     """Whether blocks are offloaded to host memory. On the CPU they are there anyway."""
     return config.model.offload == "host" and device != "cpu"
 
@@ -129,7 +129,7 @@ def build_model(config: Config, plan: ProbePlan, classes: Sequence[str]) -> tupl
         classes: of a sequence classifier (see `read_classes`); else empty.
     """
     model, tokenizer = _tuned_model(config, plan, classes)
-    if _offloads(config, resolve_device(config.run.device)):
+    if offloads(config, resolve_device(config.run.device)):
         model.offload_to_host()
     density = config.method.density
     if config.method.mask == "random":
