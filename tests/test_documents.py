@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import importlib.util
 import re
 import runpy
 import sys
@@ -15,6 +14,17 @@ import pytest
 from pydantic import BaseModel, Field, create_model
 
 import fedforward
+from fedforward.config.loading import validate_as
+from fedforward.config.schema import Config
+from fedforward.config.site import SiteConfig
+from fedforward.core.errors import FedForwardError
+from fedforward.core.registry import METHODS
+from fedforward.messages.entry import Contribution, Entry
+from fedforward.messages.envelope import MessageKind
+from fedforward.messages.report import ClientResult, Report
+from fedforward.messages.snapshot import Snapshot
+from fedforward.messages.task import Task
+from fedforward.methods.parameters import Parameter, parameters_of
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -24,14 +34,6 @@ pages = importlib.import_module("pages")
 reference = importlib.import_module("configuration")
 check_prose = runpy.run_path(str(ROOT / "scripts/check_prose.py"))
 
-CONFIG: Any = reference.kind_of("Config")
-SITE: Any = reference.kind_of("SiteConfig")
-_HOME = next(
-    name
-    for name in ("fedforward.config.loading", "fedforward.config.schema")
-    if importlib.util.find_spec(name)
-)
-validate_as: Any = importlib.import_module(_HOME).validate_as
 #: Endings of files that look like keys of a section: `run.toml`, `federation.py`.
 FILE_ENDINGS = ("toml", "crt", "key", "py")
 
@@ -56,7 +58,7 @@ def test_toml_blocks_are_valid(path: Path) -> None:
         content = tomllib.loads(block)
         if "project" in content:
             continue
-        kind = SITE if {"site", "limits"} & set(content) else CONFIG
+        kind = SiteConfig if {"site", "limits"} & set(content) else Config
         validate_as(kind, content, name_of(path))
 
 
@@ -79,29 +81,39 @@ def test_python_blocks_use_names_of_the_public_face(path: Path) -> None:
 
 def keys_named(text: str) -> Iterator[tuple[str, str, str | None]]:
     """(section, key, value as written or None) of each `section.key` in the text."""
-    names = set(sections(CONFIG)) | set(sections(SITE))
+    names = set(sections(Config)) | set(sections(SiteConfig))
     prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
     for section, key, _, value in re.findall(r"`([a-z]+)\.(\w+)( = ([^`]+))?`", prose):
         if section in names and key not in FILE_ENDINGS:
             yield section, key, value or None
 
 
-@pytest.mark.skipif(
-    "client_rates" not in sections(CONFIG)["method"].model_fields,
-    reason="the keys of this tree have other names",
-)
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_keys_and_values_in_the_text_exist(path: Path) -> None:
     for section, key, written in keys_named(path.read_text(encoding="utf-8")):
-        kinds = [sections(kind).get(section) for kind in (CONFIG, SITE)]
-        fields = [kind.model_fields[key] for kind in kinds if kind and key in kind.model_fields]
+        kinds = [sections(kind).get(section) for kind in (Config, SiteConfig)]
+        fields: list[Any] = [
+            kind.model_fields[key] for kind in kinds if kind and key in kind.model_fields
+        ]
+        if section == "method":
+            fields += [own for name in METHODS for own in _settings(name) if own.name == key]
         assert fields, f"{section}.{key}"
         if written is not None:
             value = tomllib.loads(f"value = {written}")["value"]
             assert any(_takes(field, value) for field in fields), f"{section}.{key} = {written}"
 
 
+def _settings(method: str) -> list[Parameter]:
+    return list(parameters_of(METHODS.get(method)).values())
+
+
 def _takes(field: Any, value: Any) -> bool:
+    if isinstance(field, Parameter):
+        try:
+            field.check(value, field.name)
+        except FedForwardError:
+            return False
+        return True
     one = create_model("One", value=(field.annotation, Field(...)))
     try:
         one.model_validate({"value": value})
@@ -113,8 +125,10 @@ def _takes(field: Any, value: Any) -> bool:
 def test_a_wrong_key_or_value_in_the_text_is_found() -> None:
     found = list(keys_named("`model.path`, `run.toml`, `method.mu = 1e-3`\n```\n`run.x`\n```\n"))
     assert found == [("model", "path", None), ("method", "mu", "1e-3")]
-    field = sections(CONFIG)["model"].model_fields["dtype"]
+    field = sections(Config)["model"].model_fields["dtype"]
     assert _takes(field, "bfloat16") and not _takes(field, "int8")
+    (candidates,) = _settings("fedkseed")
+    assert _takes(candidates, 4096) and not _takes(candidates, 0)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
@@ -129,16 +143,22 @@ def test_links_to_files_lead_somewhere(path: Path) -> None:
 def test_the_generated_pages_are_whole() -> None:
     made = pages.generated(ROOT)
     keys = made["reference/configuration.md"]
-    for kind in (CONFIG, SITE):
+    for kind in (Config, SiteConfig):
         for name, section in sections(kind).items():
             assert f"### `[{name}]`" in keys
             assert all(f"| `{key}` |" in keys for key in section.model_fields)
+    for name in METHODS:
+        for own in _settings(name):
+            assert f"| `{own.name}` | `{name}` |" in keys
     for command in ("run", "plan", "server", "client", "verify"):
         assert f"## `fedforward {command}`" in made["reference/commands.md"]
     for name in fedforward.__all__:
         assert f'heading: "{name}"' in made["reference/api.md"]
     wire = made["reference/wire.md"]
-    assert "projected gradients" in wire and "`REPORT`" in wire and "ledger entries" in wire
+    for kind in (Task, Report, Entry, Contribution, Snapshot, ClientResult):
+        for row in kind.describe():
+            assert f"| {row.name} | {row.type} | {row.meaning} |" in wire
+    assert all(f"`{kind.name}`" in wire for kind in MessageKind)
     errors = made["reference/errors.md"]
     assert "is not valid TOML" in errors and "was refused" in errors
     assert "class DeComFL" in made["how-to/method-example.md"]
