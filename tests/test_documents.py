@@ -6,10 +6,12 @@ import re
 import runpy
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import BaseModel, Field, create_model
 
@@ -18,13 +20,15 @@ from fedforward.config.loading import validate_as
 from fedforward.config.schema import Config
 from fedforward.config.site import SiteConfig
 from fedforward.core.errors import FedForwardError
-from fedforward.core.registry import METHODS
+from fedforward.core.registry import METHODS, OBJECTIVES
+from fedforward.core.steps import Evaluation
 from fedforward.messages.entry import Contribution, Entry
 from fedforward.messages.envelope import MessageKind
 from fedforward.messages.report import ClientResult, Report
 from fedforward.messages.snapshot import Snapshot
 from fedforward.messages.task import Task
 from fedforward.methods.parameters import Parameter, parameters_of
+from fedforward.training.replay import verify
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -69,6 +73,55 @@ def test_python_blocks_compile_and_import_what_exists(path: Path) -> None:
             if isinstance(node, ast.ImportFrom) and node.module:
                 module = importlib.import_module(node.module)
                 assert all(hasattr(module, alias.name) for alias in node.names), block
+
+
+def defined_in(page: str, name: str) -> Any:
+    """The class of that name that a page's Python block defines."""
+    for block in blocks(ROOT / "docs/how-to" / page, "python"):
+        if f"class {name}(" in block:
+            # Dataclasses look their module up.
+            module = sys.modules[f"document_{name}"] = ModuleType(f"document_{name}")
+            exec(block, module.__dict__)
+            return getattr(module, name)
+    raise LookupError(f"{page} defines no {name}")
+
+
+def test_the_method_of_the_page_runs_and_replays(
+    configure: Callable[..., Any], carry_out: Callable[..., Any], tmp_path: Path
+) -> None:
+    trimmed = defined_in("own-method.md", "TrimmedMean")
+    gradients = np.array([[1.0], [2.0], [90.0]], np.float32)
+    results = [
+        ClientResult(1 / 3, 0.5, Report(0, c, 1, 1.0, 0, g)) for c, g in enumerate(gradients)
+    ]
+    entry = trimmed(local_steps=1).aggregate(0, results, None)
+    assert entry.contributions[0].coefficients.tolist() == [-1.0]
+    METHODS.register("trimmed-mean")(trimmed)
+    try:
+        config = configure(
+            federation__clients=3, method__name="trimmed-mean", method__parameters={"trim": 1}
+        )
+        carry_out(config, tmp_path / "run")
+        found = verify(tmp_path / "run")
+        assert found.differences == [] and found.replayed and found.saved
+    finally:
+        METHODS.forget("trimmed-mean")
+
+
+def test_the_objective_of_the_page_runs_and_is_capped(
+    configure: Callable[..., Any], carry_out: Callable[..., Any], tmp_path: Path
+) -> None:
+    capped = defined_in("own-objective.md", "CappedLoss")
+    losses = Evaluation(np.array([20.0, 3.0]), np.array([2, 3]))
+    model = SimpleNamespace(token_losses=lambda probes: [losses])
+    assert capped().measure(model, [])[0].sums.tolist() == [8.0, 3.0]
+    OBJECTIVES.register("capped")(capped)
+    try:
+        config = configure(method__objective="capped")
+        summary = carry_out(config, tmp_path / "run")
+    finally:
+        OBJECTIVES.forget("capped")
+    assert summary["metrics"]["capped"]["start"] > 0
 
 
 @pytest.mark.skipif(not hasattr(fedforward, "LoraModel"), reason="no public face in this tree")
