@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import re
 import runpy
 import sys
@@ -16,11 +17,20 @@ import pytest
 from pydantic import BaseModel, Field, create_model
 
 import fedforward
+from fedforward.cli import main
 from fedforward.config.loading import OLD_KEYS, OLD_VALUES, validate_as
 from fedforward.config.schema import Config
 from fedforward.config.site import SiteConfig
 from fedforward.core.errors import FedForwardError
-from fedforward.core.registry import METHODS, OBJECTIVES
+from fedforward.core.logs import PHASES
+from fedforward.core.registry import (
+    AGGREGATORS,
+    ESTIMATORS,
+    METHODS,
+    OBJECTIVES,
+    REPORT_FILTERS,
+    RUNTIMES,
+)
 from fedforward.core.steps import Evaluation
 from fedforward.messages.entry import Contribution, Entry
 from fedforward.messages.envelope import MessageKind
@@ -38,6 +48,12 @@ pages = importlib.import_module("pages")
 reference = importlib.import_module("configuration")
 check_prose = runpy.run_path(str(ROOT / "scripts/check_prose.py"))
 
+#: What follows `fedforward.` in the groups of entry points, which are no modules but methods.
+ENTRY_POINTS = {
+    registry.group.partition(".")[2]
+    for registry in (METHODS, ESTIMATORS, OBJECTIVES, AGGREGATORS, REPORT_FILTERS, RUNTIMES)
+}
+LOGGERS = {PHASES.name}
 #: Endings of files that look like keys of a section: `run.toml`, `federation.py`.
 FILE_ENDINGS = ("toml", "crt", "key", "py", "json")
 
@@ -204,6 +220,54 @@ def test_links_to_files_lead_somewhere(path: Path) -> None:
         if "://" not in target:
             file = (path.parent / target).resolve()
             assert file.exists() or file in made, f"{name_of(path)}: {target}"
+
+
+def made_up_names(text: str) -> Iterator[str]:
+    """Files, modules, commands and targets of `make` that a text names and the tree has not."""
+    roots = (ROOT, ROOT / "src/fedforward", ROOT / "examples/federation")
+    for file in re.findall(r"`(?:python )?([\w-]+(?:/[\w-]+)*/[\w-]+\.py)\b", text):
+        if not any((root / file).is_file() for root in roots):
+            yield file
+    for name in re.findall(r"`(fedforward(?:\.\w+)+)`", text):
+        if name.split(".")[1] not in ENTRY_POINTS and not _leads_somewhere(name):
+            yield name
+    commands = {name for group in main.GROUPS.values() for name in group}
+    for command in re.findall(r"(?:^    |`)fedforward ([a-z][\w-]*)", text, re.MULTILINE):
+        if command not in commands | set(main.RENAMED):
+            yield f"fedforward {command}"
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in re.findall(r"(?:^    |`|run: )make ([\w-]+)", text, re.MULTILINE):
+        if target not in targets:
+            yield f"make {target}"
+
+
+def _leads_somewhere(name: str) -> bool:
+    """Whether a dotted name is a module, a logger of the package or an attribute of a module."""
+    if name in LOGGERS:
+        return True
+    module, _, attribute = name.rpartition(".")
+    try:
+        home = importlib.import_module(module)
+    except ModuleNotFoundError:
+        return False
+    if hasattr(home, attribute):
+        return True
+    return hasattr(home, "__path__") and importlib.util.find_spec(name) is not None
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / ".github/workflows/ci.yml"], ids=name_of)
+def test_files_modules_and_commands_in_the_text_exist(path: Path) -> None:
+    assert not list(made_up_names(path.read_text(encoding="utf-8")))
+
+
+def test_a_made_up_name_in_the_text_is_found() -> None:
+    wrong = (
+        "`benchmarks/none.py` `fedforward.core.none` `fedforward dance`\n"
+        "    fedforward sing run.toml\n      - run: make hay\n"
+    )
+    assert len(list(made_up_names(wrong))) == 5
+    right = "`training/loop.py` `fedforward.core.steps` `fedforward run`\n    make docs\n"
+    assert not list(made_up_names(right))
 
 
 def test_the_generated_pages_are_whole() -> None:
