@@ -8,6 +8,7 @@ import runpy
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from fedforward.config.loading import OLD_KEYS, OLD_VALUES, validate_as
 from fedforward.config.schema import Config
 from fedforward.config.site import SiteConfig
 from fedforward.core.errors import FedForwardError
+from fedforward.core.identity import ModelIdentity
 from fedforward.core.logs import PHASES
 from fedforward.core.registry import (
     AGGREGATORS,
@@ -32,8 +34,9 @@ from fedforward.core.registry import (
     RUNTIMES,
 )
 from fedforward.core.steps import Evaluation
+from fedforward.deployment.site_metrics import SiteMetrics
 from fedforward.messages.entry import Contribution, Entry
-from fedforward.messages.envelope import MessageKind
+from fedforward.messages.envelope import Enrollment, MessageKind
 from fedforward.messages.report import ClientResult, Report
 from fedforward.messages.snapshot import Snapshot
 from fedforward.messages.task import Task
@@ -165,15 +168,15 @@ def test_keys_and_values_in_the_text_exist(path: Path) -> None:
         text = re.sub(r"^(\| )`[^|]*`( \| `)", r"\1\2", text, flags=re.MULTILINE)
     for section, key, written in keys_named(text):
         kinds = [sections(kind).get(section) for kind in (Config, SiteConfig)]
-        fields: list[Any] = [
+        found: list[Any] = [
             kind.model_fields[key] for kind in kinds if kind and key in kind.model_fields
         ]
         if section == "method":
-            fields += [own for name in METHODS for own in _settings(name) if own.name == key]
-        assert fields, f"{section}.{key}"
+            found += [own for name in METHODS for own in _settings(name) if own.name == key]
+        assert found, f"{section}.{key}"
         if written is not None:
             value = tomllib.loads(f"value = {written}")["value"]
-            assert any(_takes(field, value) for field in fields), f"{section}.{key} = {written}"
+            assert any(_takes(field, value) for field in found), f"{section}.{key} = {written}"
 
 
 def test_the_changelog_has_every_old_key_and_value() -> None:
@@ -292,6 +295,18 @@ def test_the_generated_pages_are_whole() -> None:
     errors = made["reference/errors.md"]
     assert "is not valid TOML" in errors and "was refused" in errors
     assert "class DeComFL" in made["how-to/method-example.md"]
+
+
+def test_the_page_on_privacy_has_every_field_method_and_filter() -> None:
+    text = (ROOT / "docs/privacy.md").read_text(encoding="utf-8")
+    sent = [row.name for kind in (Report, Snapshot) for row in kind.describe()]
+    sent += [field.name for field in fields(Enrollment) if field.name != "model"]
+    sent += [field.name for field in fields(ModelIdentity)]
+    sent += [field.name for field in fields(SiteMetrics) if field.name != "loss"]
+    for name in (*sent, "heldout_loss", *METHODS):
+        assert f"`{name}`" in text, name
+    for name in REPORT_FILTERS:
+        assert re.search(rf"^\| `{name}(:LIMIT)?` \|", text, re.MULTILINE), name
 
 
 def test_every_page_is_in_the_navigation() -> None:
