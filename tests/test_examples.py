@@ -1,5 +1,6 @@
 """The examples and the README's commands do what they say."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fedforward.config import site
 from fedforward.config.loading import load, validate
 from fedforward.config.schema import SECTIONS
 
@@ -17,6 +19,19 @@ ROOT = Path(__file__).parents[1]
 def test_the_example_configuration_is_valid() -> None:
     loaded = load(ROOT / "examples/own_data.toml", ["federation.rounds=20"])
     assert loaded.federation.rounds == 20
+
+
+def test_the_federation_example_is_a_run_and_three_sites_within_their_limits() -> None:
+    folder = ROOT / "examples/federation"
+    terms = site.terms(site.load_terms(folder / "run.toml", []))
+    names = [path for path in sorted(folder.glob("*.toml")) if path.name != "run.toml"]
+    assert len(names) == terms["federation"]["clients"] == 3
+    for path in names:
+        settings = site.load_site(path)
+        assert site.refusals(terms, settings.limits) == []
+        joined = site.join(terms, settings)
+        assert joined.data.source == f"{path.stem}.jsonl" and settings.site.out == path.stem
+        assert joined.method.local_steps == terms["method"]["local_steps"]
 
 
 def test_the_library_example_runs(
@@ -47,6 +62,8 @@ def test_a_federation_on_one_machine(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "garden the run is over after 10 rounds" in done.stdout
+    printed = re.findall(r"^\$ fedforward (\w+)", done.stdout, re.MULTILINE)
+    assert printed == ["certs", "server", "client", "client", "client"]
     assert list((tmp_path / "fed/garden/messages").glob("*-out-report"))
     # The same command finds that there is nothing left to do.
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -52,11 +52,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def command(*arguments: str) -> list[str]:
+    """Show a command as one types it, and make it for a process."""
+    console.print(f"[bold]$ fedforward {escape(' '.join(arguments))}[/bold]", soft_wrap=True)
+    return [sys.executable, "-m", "fedforward.cli", *arguments]
+
+
 def start(folder: Path, name: str, colour: str, *arguments: str) -> subprocess.Popen[str]:
     """Start a command in the folder and show what it prints, with its name before each line."""
-    console.print(f"[bold]$ fedforward {escape(' '.join(arguments))}[/bold]")
     process = subprocess.Popen(
-        [sys.executable, "-m", "fedforward.cli", *arguments],
+        command(*arguments),
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -95,20 +100,7 @@ def main() -> int:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/federation")
     prepare(folder)
     names = [option for name in SITES for option in ("--site", name)]
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "fedforward.cli.main",
-            "certs",
-            "certs",
-            "--host",
-            "localhost",
-            *names,
-        ],
-        cwd=folder,
-        check=True,
-    )
+    subprocess.run(command("certs", "certs", "--host", "localhost", *names), cwd=folder, check=True)
     port = free_port()
     tls = ("--tls", "certs")
     processes = []

@@ -13,13 +13,23 @@ import fedforward
 #: Modules that extensions are written against, shown whole. One that moves must be named anew.
 MODULES = (
     "fedforward.core.steps",
+    "fedforward.core.batches",
     "fedforward.core.layout",
     "fedforward.core.seeds",
+    "fedforward.core.registry",
     "fedforward.core.errors",
     "fedforward.directions.spec",
     "fedforward.directions.ops",
+    "fedforward.messages.task",
+    "fedforward.messages.report",
+    "fedforward.messages.entry",
+    "fedforward.messages.snapshot",
     "fedforward.methods.base",
+    "fedforward.methods.parameters",
     "fedforward.methods.estimators",
+    "fedforward.methods.aggregation",
+    "fedforward.methods.report_filters",
+    "fedforward.evaluation.objectives",
     "fedforward.federation.ledger",
 )
 

@@ -1,10 +1,5 @@
-"""The reference of configuration keys, made from the schema by introspection.
+"""The reference of configuration keys, made from the schema by introspection."""
 
-The two kinds of file are found by name among the modules of `fedforward.config`, wherever they lie.
-"""
-
-import importlib
-import pkgutil
 import re
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
@@ -13,36 +8,25 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-import fedforward.config
+from fedforward.config.fields import Section, names_of
+from fedforward.config.names import known
+from fedforward.config.schema import Config
+from fedforward.config.site import SiteConfig
+from fedforward.core.registry import METHODS
+from fedforward.methods.parameters import parameters_of
 
-FILES = {
-    "Config": (
+FILES: dict[type[Section], tuple[str, str]] = {
+    Config: (
         "A run",
         "The configuration of `fedforward run`, `plan` and `server`. `fedforward init run.toml` "
         "writes it with every key. A server's file leaves out `model.path` and `data.source`.",
     ),
-    "SiteConfig": (
+    SiteConfig: (
         "A site",
         "The configuration of `fedforward client`, which stays at the site. "
         "`fedforward init site.toml --site` writes it with every key.",
     ),
 }
-
-
-def kind_of(name: str) -> type[BaseModel]:
-    """The class of a configuration file, from whichever module of `fedforward.config` has it."""
-    package = fedforward.config
-    modules = [package.__name__]
-    modules += [
-        found.name for found in pkgutil.walk_packages(package.__path__, "fedforward.config.")
-    ]
-    for module in modules:
-        found = getattr(importlib.import_module(module), name, None)
-        if isinstance(found, type) and issubclass(found, BaseModel):
-            return found
-    raise LookupError(
-        f"no module of fedforward.config has {name}: see scripts/docs/configuration.py"
-    )
 
 
 def sections(kind: type[BaseModel]) -> Iterator[tuple[str, str, type[BaseModel]]]:
@@ -68,16 +52,32 @@ def page() -> str:
         "`section.key=value`. Unknown keys and values outside the limits are refused, with exit "
         "code 2.\n",
     ]
-    for name, (title, introduction) in FILES.items():
+    for file, (title, introduction) in FILES.items():
         parts.append(f"## {title}\n\n{introduction}\n")
-        for section, docstring, kind in sections(kind_of(name)):
-            anchor = f"{name.lower()}-{section}"
+        for section, docstring, kind in sections(file):
+            anchor = f"{file.__name__.lower()}-{section}"
             parts.append(f"### `[{section}]` {{ #{anchor} }}\n")
             extra = re.sub(r"^\[\w+\][,.]?\s*", "", docstring.strip().splitlines()[0])
             if extra:
                 parts.append(extra[0].upper() + extra[1:].rstrip(".") + ".\n")
             parts.append(_table(kind))
+    parts.append(
+        "## Settings of methods\n\nA method declares settings of its own. They stand in "
+        "`[method]` beside the other keys, and are refused with another method.\n"
+    )
+    parts.append(_settings())
     return "\n".join(parts)
+
+
+def _settings() -> str:
+    """What each known method declares beside the keys that all share."""
+    rows = ["| key | method | default | allowed | what it is |", "|---|---|---|---|---|"]
+    for name in METHODS:
+        for own in parameters_of(METHODS.get(name)).values():
+            default = f'"{own.default}"' if isinstance(own.default, str) else own.default
+            cells = (f"`{own.name}`", f"`{name}`", f"`{default}`", own.allowed, own.meaning)
+            rows.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
 
 
 def _table(kind: type[BaseModel]) -> str:
@@ -111,7 +111,8 @@ def _default(field: FieldInfo) -> str:
 def allowed(field: FieldInfo) -> str:
     """What a key takes: its values, or its type with its limits."""
     kinds = list(dict.fromkeys(_kinds(field.annotation)))
-    if names := _registered(field):
+    if (registered := names_of(field)) is not None:
+        names = known(registered)
         listed = ", ".join(f'`"{name}"`' for name in names) + ", or what a plugin registers"
         kinds = [f"list of {listed}" if kinds[0].startswith("list") else listed]
     limits = []
@@ -144,16 +145,6 @@ def _kinds(annotation: Any) -> Iterator[str]:
 
 def _plural(kind: str) -> str:
     return kind + "s" if kind in ("whole number", "number", "text") else kind
-
-
-def _registered(field: FieldInfo) -> tuple[str, ...]:
-    """The names that a field may be where they come from a registry; else empty."""
-    items = [m for a in get_args(field.annotation) for m in getattr(a, "__metadata__", ())]
-    for validator in (*field.metadata, *items):
-        kind = getattr(getattr(validator, "func", None), "kind", None)
-        if kind is not None:
-            return tuple(importlib.import_module("fedforward.config.names").known(kind))
-    return ()
 
 
 def _constraints(field: FieldInfo) -> list[Any]:

@@ -1,9 +1,14 @@
 """The reference of the wire form, made from the codec's own declarations (`Message.describe`)."""
 
-from types import ModuleType
-from typing import Any
-
 import numpy as np
+
+from fedforward.directions import VERSION
+from fedforward.messages import codec, envelope
+from fedforward.messages.codec import Message
+from fedforward.messages.entry import Contribution, Entry
+from fedforward.messages.report import ClientResult, Report
+from fedforward.messages.snapshot import Snapshot
+from fedforward.messages.task import Task
 
 #: Name, type and meaning of a field.
 Row = tuple[str, str, str]
@@ -11,12 +16,6 @@ Row = tuple[str, str, str]
 
 def layouts() -> dict[str, tuple[str, list[Row]]]:
     """By title: a sentence, and the fields in the order of their numbers and lengths."""
-    from fedforward.messages import envelope
-    from fedforward.messages.codec import Message
-    from fedforward.messages.entry import Contribution, Entry
-    from fedforward.messages.report import ClientResult, Report
-    from fedforward.messages.snapshot import Snapshot
-    from fedforward.messages.task import Task
 
     def rows(kind: type[Message]) -> list[Row]:
         return [(row.name, row.type, row.meaning) for row in kind.describe()]
@@ -36,9 +35,13 @@ def layouts() -> dict[str, tuple[str, list[Row]]]:
         "Header": (
             "Every task, report and snapshot begins with it.",
             [
-                ("magic", "2 bytes", "`FF`"),
+                ("magic", "2 bytes", f"`{codec.MAGIC.decode()}`"),
                 ("version", "uint8", "of the wire form"),
-                ("kind", "uint8", "1 task, 2 report, 3 snapshot"),
+                (
+                    "kind",
+                    "uint8",
+                    f"{Task.KIND} task, {Report.KIND} report, {Snapshot.KIND} snapshot",
+                ),
             ],
         ),
         "Task": ("From the server to a site, once a round.", rows(Task)),
@@ -64,31 +67,16 @@ def layouts() -> dict[str, tuple[str, list[Row]]]:
 
 def kinds() -> list[tuple[int, str]]:
     """Number and name of each kind of message between a server and its sites."""
-    from fedforward.messages import envelope
-
-    kinds_of_message = _first(envelope, "MessageKind", "Kind")
-    return [(int(kind), str(kind.name)) for kind in kinds_of_message]
+    return [(int(kind), kind.name) for kind in envelope.MessageKind]
 
 
 def versions() -> list[tuple[str, str]]:
     """What two parties compare before anything else."""
-    from fedforward.directions import VERSION
-    from fedforward.messages import codec, envelope
-
-    number = _first(envelope, "ENVELOPE_VERSION", "LETTER_VERSION")
     return [
         ("messages", str(codec.WIRE_VERSION)),
-        ("envelope", str(number)),
-        ("directions", str(VERSION)),
+        ("envelope", str(envelope.ENVELOPE_VERSION)),
+        ("directions", VERSION),
     ]
-
-
-def _first(module: ModuleType, *names: str) -> Any:
-    """The first of some names that a module has."""
-    for name in names:
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise LookupError(f"{module.__name__} has none of {', '.join(names)}: see scripts/docs/wire.py")
 
 
 def page() -> str:

@@ -53,7 +53,7 @@ def rate_settings(**changes: Any) -> RateSettings:
     values: dict[str, Any] = {
         "base": 1.0,
         "spread": 0.5,
-        "strategy": "fixed",
+        "client_rates": "fixed",
         "schedule": "constant",
         "warmup": 0,
         "rounds": 10,
@@ -255,9 +255,9 @@ def differences(row: Round, layout: Layout, kind: Distribution, seed: int) -> di
     return update_differences(updates, [part.weight for part in row.results], layout, kind)
 
 
-def all_rates(strategy: str, history: list[Round], **changes: Any) -> dict[int, float]:
+def all_rates(client_rates: str, history: list[Round], **changes: Any) -> dict[int, float]:
     return rates(
-        rate_settings(strategy=strategy, **changes),
+        rate_settings(client_rates=client_rates, **changes),
         len(history),
         [0, 1, 2],
         history,
@@ -275,8 +275,8 @@ def test_the_strategies_look_where_they_should() -> None:
     expected = 1 + 0.5 * (means - means.mean()) / np.abs(means - means.mean()).max()
     window = all_rates("loss-window", history)
     np.testing.assert_allclose(list(window.values()), expected)
-    for strategy in ("loss", "loss-window", "update-difference"):
-        assert set(all_rates(strategy, []).values()) == {1.0}
+    for client_rates in ("loss", "loss-window", "update-difference"):
+        assert set(all_rates(client_rates, []).values()) == {1.0}
 
 
 def test_an_absent_client_gets_the_base_rate() -> None:
@@ -393,12 +393,12 @@ def test_an_absent_client_is_sent_just_what_it_lacks(ledger: Ledger) -> None:
 
 
 def test_a_reopened_server_gives_the_same_rates(ledger: Ledger) -> None:
-    side = server(ledger, rates=rate_settings(strategy="loss-window"))
+    side = server(ledger, rates=rate_settings(client_rates="loss-window"))
     for number in range(7):
         for client, task in side.open_round().items():
             side.receive(answer(task, loss=float(client * number)))
         side.close_round()
-    again = server(ledger, rates=rate_settings(strategy="loss-window"))
+    again = server(ledger, rates=rate_settings(client_rates="loss-window"))
     rates_of = [Task.decode(t).learning_rate for t in side.open_round().values()]
     assert [Task.decode(t).learning_rate for t in again.open_round().values()] == rates_of
     assert len(set(rates_of)) > 1

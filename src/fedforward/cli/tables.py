@@ -65,7 +65,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
             f"{quantity(peak)}, beside {quantity(plain)} for plain inference "
             f"({peak / plain:.2f} x)",
         ),
-        ("rounds", f"{summary['rounds']} of {summary['local_steps']} local steps"),
+        ("rounds", f"{summary['rounds']} × {summary['local_steps']} local steps"),
         ("clients", f"{summary['clients']}, with {_counts(summary['examples'])} examples"),
         ("time", f"{summary['seconds']:.1f} s"),
     ]
@@ -124,7 +124,7 @@ def federation_table(summary: dict[str, Any]) -> Table:
             for name, value in summary["metrics"].items()
         ),
         ("method", f"{summary['method']}, {summary['tune']}"),
-        ("rounds", f"{summary['rounds']} of {summary['local_steps']} local steps"),
+        ("rounds", f"{summary['rounds']} × {summary['local_steps']} local steps"),
         ("sites", ", ".join(f"{n} ({e} examples)" for n, e in summary["sites"].items())),
         ("time", f"{summary['seconds']:.1f} s"),
         ("messages", f"{quantity(up)} up, {quantity(down)} down for a site and round"),

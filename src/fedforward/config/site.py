@@ -40,7 +40,8 @@ class SiteSection(Section):
     out: str = Field("site", description="folder for the log, and for what was tuned at the end")
     keep_messages: bool = Field(
         False,
-        description="keep every message, in and out, in OUT/letters; `fedforward letter` shows one",
+        description="keep every message, in and out, in OUT/messages; "
+        "`fedforward inspect-message` shows one",
     )
     filters: ReportFilters = Field(
         [],

@@ -42,11 +42,13 @@ class Registry:
         """A decorator that adds an object under a name; the last one of a name holds.
 
         Example:
-            >>> @AGGREGATORS.register("first")
-            ... def first(values, weights): ...
-            >>> "first" in AGGREGATORS
+            >>> @REPORT_FILTERS.register("as-it-is")
+            ... class AsItIs:
+            ...     def __call__(self, report):
+            ...         return report
+            >>> "as-it-is" in REPORT_FILTERS
             True
-            >>> AGGREGATORS.forget("first")
+            >>> REPORT_FILTERS.forget("as-it-is")
         """
 
         def add(found: T) -> T:

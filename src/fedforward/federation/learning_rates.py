@@ -29,7 +29,7 @@ class RateSettings:
     Attributes:
         base: η_0.
         spread: α; rates lie in [η_0 - α, η_0 + α].
-        strategy: "fixed", "random", "loss", "loss-window" or "update-difference".
+        client_rates: "fixed", "random", "loss", "loss-window" or "update-difference".
         schedule: "constant", "linear" or "cosine": what η_0 and α are multiplied with.
         warmup: rounds over which the factor rises from 1/warmup to 1.
         rounds: T, where "linear" and "cosine" reach their end.
@@ -38,7 +38,7 @@ class RateSettings:
 
     base: float
     spread: float
-    strategy: str
+    client_rates: str
     schedule: str
     warmup: int
     rounds: int
@@ -70,17 +70,17 @@ def rates(
         differences: s_i of the last round, for "update-difference".
     """
     factor = settings.factor(round_number)
-    if settings.strategy == "random":
+    if settings.client_rates == "random":
         draw = {
             client: float(generator(run_seed, "rate", round_number, client).uniform(-1.0, 1.0))
             for client in participants
         }
-    elif settings.strategy == "fixed" or not history:
+    elif settings.client_rates == "fixed" or not history:
         draw = {}
-    elif settings.strategy == "update-difference":
+    elif settings.client_rates == "update-difference":
         draw = normalized_scores(differences(), participants)
     else:
-        window = history[-1:] if settings.strategy == "loss" else history[-WINDOW:]
+        window = history[-1:] if settings.client_rates == "loss" else history[-WINDOW:]
         draw = normalized_scores(mean_losses(window), participants)
     return {
         client: factor * (settings.base + settings.spread * draw.get(client, 0.0))

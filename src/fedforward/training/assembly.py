@@ -98,7 +98,7 @@ def server_settings(
         rates=RateSettings(
             base=method.learning_rate,
             spread=method.alpha,
-            strategy=method.client_rates,
+            client_rates=method.client_rates,
             schedule=method.schedule,
             warmup=method.warmup,
             rounds=config.federation.rounds,
