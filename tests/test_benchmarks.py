@@ -71,7 +71,7 @@ def test_memory(capsys: pytest.CaptureFixture[str]) -> None:
         assert "process_over_plain" in row["reaches"]
 
 
-def test_memory_has_both_ways_of_carrying_a_trajectory() -> None:
+def test_memory_has_both_modes_of_a_trajectory() -> None:
     memory = load("memory")
     wished = argparse.Namespace(
         distributions=["gaussian", "rademacher"], probes_per_call=[2, 1], horizons=[1, 30]
