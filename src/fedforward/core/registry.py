@@ -164,5 +164,5 @@ OBJECTIVES = Registry(
     },
 )
 RUNTIMES = Registry(
-    "runtime", "fedforward.runtimes", {"flower": "fedforward.deployment.flower:RUNTIME"}
+    "runtime", "fedforward.runtimes", {"flower": "fedforward.deployment.flower.runtime:RUNTIME"}
 )

@@ -1,0 +1,71 @@
+"""Flower as an engine that carries messages."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fedforward.config.schema import Config
+from fedforward.config.site import SiteConfig
+from fedforward.core.errors import FedForwardError
+from fedforward.training.metrics import ProgressCallback
+
+
+class FlowerRuntime:
+    """Flower as a `Runtime`; Flower itself is imported by what needs it."""
+
+    def check(self) -> None:
+        """See `Runtime`."""
+        if sys.platform == "win32":
+            raise FedForwardError(
+                "Federations across machines need Unix sockets and process groups, which Windows "
+                "lacks. Use Linux or macOS, or WSL on this machine; `fedforward run` works here."
+            )
+        if find_spec("flwr") is None:
+            raise FedForwardError(
+                "Federations across machines run on Flower, which is not installed. Install it "
+                "with: pip install 'fedforward[flower]'"
+            )
+
+    def serve(
+        self,
+        config: Config,
+        out: Path,
+        *,
+        listen: str,
+        tls: Path | None,
+        insecure: bool,
+        resume: bool,
+        progress: ProgressCallback | None,
+    ) -> dict[str, Any]:
+        """See `Runtime`."""
+        self.check()
+        from fedforward.deployment import supervisor
+        from fedforward.deployment.flower import server
+
+        address = server.ListenAddress.parse(listen, tls, insecure)
+        supervisor.end_on_sigterm()
+        return server.serve(config, out, address, resume=resume, progress=progress)
+
+    def take_part(
+        self,
+        path: Path,
+        settings: SiteConfig,
+        server: str,
+        *,
+        tls: Path | None,
+        key: Path | None,
+        insecure: bool,
+        once: bool,
+    ) -> None:
+        """See `Runtime`."""
+        self.check()
+        from fedforward.deployment import supervisor
+        from fedforward.deployment.flower import client
+
+        client.check(tls, key, insecure)
+        supervisor.end_on_sigterm()
+        client.take_part(path, settings, server, tls=tls, key=key, once=once)
+
+
+RUNTIME = FlowerRuntime()
