@@ -6,6 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +55,35 @@ def test_examples_in_docstrings_run(module: str) -> None:
     assert result.attempted and not result.failed
 
 
+FEDKSEED = ff.FedKSeed(local_steps=2, candidates=40, estimator=ff.TwoPoint(mu=1e-2))
+
+
+@dataclass(frozen=True)
+class Weighted(ff.TwoPoint):
+    """An estimator with a setting that a configuration cannot say."""
+
+    weight: float = 1.0
+
+
 @pytest.fixture
 def simulation(rows: Path, tmp_path: Path) -> Any:
     """A function that makes the same small simulation each time."""
 
-    def make(out: str = "run", **changes: Any) -> ff.Simulation:
+    def make(out: str = "run", method: Any = FEDKSEED, **changes: Any) -> ff.Simulation:
         from fedforward.demo.text import ANSWER, PROMPT
 
         model = ff.LoraModel.from_pretrained(DEMO_MODEL, rank=2, device="cpu", seed=3)
         data = ff.Dataset.from_file(rows, prompt=PROMPT, answer=ANSWER, heldout=6)
         settings: dict[str, Any] = {
-            "method": ff.FedKSeed(local_steps=2, candidates=40, estimator=ff.TwoPoint(mu=1e-2)),
             "learning_rate": 3e-3,
             "batch_size": 2,
             "run": {"evaluate_every": 1, "threads": 1},
         }
+        divided = data.partition(clients=2, by="site")
+        # `changes` may have the sections "model", "data" and "method" too.
+        sections = changes.pop("sections", {})
         return ff.Simulation(
-            model, data.partition(clients=2, by="site"), out=tmp_path / out, **settings | changes
+            model, divided, method, out=tmp_path / out, **settings | changes | sections
         )
 
     return make
@@ -110,6 +123,10 @@ def test_what_does_not_fit_is_a_sentence(simulation: Any) -> None:
         ({"learning_rate": -1.0}, r"method\.learning_rate = -1\.0"),
         ({"run": {"evaluate_evry": 1}}, r"Did you mean run\.evaluate_every"),
         ({"method": ff.ZorBA(), "planning": {"active": [1]}}, r"planning\.active has 1 entries"),
+        ({"method": ff.ZorBA}, "Write one with its settings"),
+        ({"run": 3}, r"run = 3 is not allowed: it must be the keys of the section \[run\]"),
+        ({"sections": {"method": {"local_steps": 5}}}, "says 2 already"),
+        ({"sections": {"data": {"limit": 0}}}, r"data\.limit = 0"),
     ):
         with pytest.raises(FedForwardError, match=words):
             simulation(**changes)
@@ -121,6 +138,39 @@ def test_what_does_not_fit_is_a_sentence(simulation: Any) -> None:
             learning_rate=1.0,
             out="x",
         )
+
+
+def test_a_method_that_could_not_be_replayed_is_refused(simulation: Any) -> None:
+    ff.ESTIMATORS.register("weighted")(Weighted)
+    try:
+        simulation(method=ff.DeComFL(estimator=Weighted(mu=1e-2)))
+        with pytest.raises(FedForwardError, match="cannot be written down as it is"):
+            simulation(method=ff.DeComFL(estimator=Weighted(mu=1e-2, weight=2.0)))
+    finally:
+        ff.ESTIMATORS.forget("weighted")
+
+
+def test_parts_of_the_wrong_kind_are_refused() -> None:
+    with pytest.raises(FedForwardError, match="'median' is no Aggregator"):
+        ff.DeComFL(aggregator="median")  # type: ignore[arg-type]
+    with pytest.raises(FedForwardError, match="'two-point' is no Estimator"):
+        ff.DeComFL(estimator="two-point")  # type: ignore[arg-type]
+    with pytest.raises(FedForwardError, match="rank = 0"):
+        ff.LoraModel.from_pretrained(DEMO_MODEL, rank=0)
+
+
+def test_every_section_can_be_said(simulation: Any, tmp_path: Path) -> None:
+    """Also those that have the name of a part; and threads are the run's from the first fit on."""
+    import torch
+
+    sections = {"method": {"report_filters": ["clip:0.5"]}, "data": {"limit": 30}}
+    torch.set_num_threads(2)
+    simulation(sections=sections).fit(rounds=1)
+    assert torch.get_num_threads() == 1
+    config = load(tmp_path / "run/config.toml")
+    assert config.method.report_filters == ["clip:0.5"] and config.data.limit == 30
+    ff.export(str(tmp_path / "run"), str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter/adapter_config.json").is_file()
 
 
 def test_full_tuning_in_half_precision_and_a_loop_by_hand(rows: Path) -> None:

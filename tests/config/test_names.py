@@ -26,6 +26,7 @@ THINGS: dict[str, Any] = {
     "method": FedMeZO,
     "estimator": registry.ESTIMATORS.get("two-point"),
     "aggregator": registry.AGGREGATORS.get("mean"),
+    "report-filter": registry.REPORT_FILTERS.get("clip"),
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 from fedforward.config.loading import validate
 from fedforward.config.template import example, to_toml
 from fedforward.core.registry import METHODS
+from fedforward.methods.base import Method
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.methods.parameters import parameter
 from fedforward.training.assembly import build_method
@@ -126,3 +127,33 @@ def test_a_plug_in_declares_its_settings() -> None:
             assert words in refusal(content(**(changes | {f"method__{key}": value})))
     finally:
         METHODS.forget("mine")
+
+
+def test_rates_by_losses_need_the_losses() -> None:
+    changes = {"method__report_filters": ["withhold-loss"], "method__client_rates": "loss"}
+    words = "reads the losses that method.report_filters = ['withhold-loss'] withholds"
+    assert words in refusal(content(**changes))
+    assert validate(content(**changes | {"method__client_rates": "random"}))
+    wrong = refusal(content(method__report_filters=["clip:0"]))
+    assert "method.report_filters: 'clip:0' is not allowed: a limit is above 0" in wrong
+
+
+class Half(Method):
+    """No whole method: it has no `aggregate`."""
+
+    def seeds(self, *_: Any) -> Any:
+        return []
+
+
+@pytest.mark.parametrize(
+    ("found", "words"), [(Half, "does not define aggregate"), (7, "is 7, which is no subclass")]
+)
+def test_a_broken_plug_in_is_refused_where_it_is_used(found: Any, words: str) -> None:
+    METHODS.register("broken")(found)
+    try:
+        assert words in refusal(content(method__name="broken"))
+        assert "broken only" not in example()
+        wrong = refusal(content(method__candidates=5))
+        assert "method.candidates is a setting of method.name = 'fedkseed'" in wrong
+    finally:
+        METHODS.forget("broken")

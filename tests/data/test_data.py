@@ -93,6 +93,15 @@ def test_files_that_are_refused(tmp_path: Path, name: str, raw: bytes, words: li
         assert word in str(caught.value)
 
 
+def test_a_path_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a [b] *"
+    folder.mkdir()
+    (folder / "d.jsonl").write_text('{"q": "1"}\n', encoding="utf-8")
+    monkeypatch.chdir(folder)
+    for source in ("d.jsonl", str(folder / "d.jsonl"), "../a [b] */d.jsonl"):
+        assert len(sources.read(source, key="data.source")) == 1
+
+
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(FedForwardError, match="no such file"):
         sources.read(str(tmp_path / "gone.jsonl"), key="data.source")

@@ -185,6 +185,12 @@ def test_a_forged_snapshot_is_refused(tmp_path: Path) -> None:
     for bad in (Snapshot(0, good.digest, b"short"), Snapshot(7, good.digest, good.data)):
         with pytest.raises(MessageError, match=r"the ledger has 0 rounds"):
             server.receive_snapshot(bad.encode(), 0)
+    # Without a digest nobody could prove it.
+    unproven = Snapshot(3, b"", good.data)
+    with pytest.raises(MessageError, match="not what its digest says"):
+        replica.restore(unproven)
+    with pytest.raises(MessageError, match="0 bytes of digest was refused: a client sends 32"):
+        server.receive_snapshot(unproven.encode(), 0)
 
 
 @pytest.mark.parametrize("snapshots", [False, True])

@@ -226,7 +226,7 @@ def test_a_model_with_parts_of_another_type_is_refused(key: str, value: Any) -> 
 )
 def test_another_version_of_directions_or_messages_is_a_sentence(key: str, mine: Any) -> None:
     for other in ("another", None, -1):
-        words = f"A site of {key.replace('_', ' ')} {other} was refused; this server has {mine}"
+        words = f"A site of {key.replace('_', ' ')} {other!r} was refused; this server has {mine}"
         with pytest.raises(MessageError, match=words):
             Enrollment.decode({**content(), key: other})
 

@@ -342,6 +342,16 @@ def test_stopped_between_rounds_and_resumed(
     assert [line["round"] for line in lines] == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_ledger_that_lost_rounds_is_not_resumed(
+    configure: Configure, carry_out: CarryOut, tmp_path: Path
+) -> None:
+    settings = configure(federation__rounds=2)
+    carry_out(settings, tmp_path / "run")
+    (tmp_path / "run/ledger.sqlite").unlink()
+    with pytest.raises(FedForwardError, match="metrics are of 2 rounds, and its ledger has 0"):
+        carry_out(settings, tmp_path / "run", resume=True)
+
+
 def test_killed_and_resumed(configure: Configure, carry_out: CarryOut, tmp_path: Path) -> None:
     """SIGKILL of the real command in mid-run, then --resume: the digests of an unbroken run."""
     whole = carry_out(configure(federation__rounds=40), tmp_path / "whole")

@@ -150,7 +150,7 @@ class Display:
             for name, value in line.get("metrics", {}).items():
                 self.heldout += f"  {name} {shown(name, value)}" if name != "loss" else ""
         training = line["training_loss"]
-        losses = f"training {training:.3f}" if training is not None else "training not finite"
+        losses = f"training {training:.3f}" if training is not None else "training not known"
         text = f"round {done}/{total}  {losses}{self.heldout}"
         self.rich.update(self.task, description=text, total=total, completed=done)
         if self._plain and ("heldout_loss" in line or done == total):

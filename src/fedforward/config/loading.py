@@ -17,6 +17,7 @@ from fedforward.config.names import allowed
 from fedforward.config.schema import Config, sections_of
 from fedforward.core.errors import FedForwardError
 from fedforward.core.registry import METHODS
+from fedforward.methods.base import method_class, usable_methods
 from fedforward.methods.parameters import parameters_of
 
 Sections = TypeVar("Sections", bound=Section)
@@ -202,13 +203,13 @@ def _sentence(
 
 def owners_of(setting: str) -> list[str]:
     """The methods that declare a setting of that name."""
-    return [name for name in METHODS.names() if setting in _settings(name)]
+    return [name for name, kind in usable_methods().items() if setting in parameters_of(kind)]
 
 
 def _settings(method: object) -> list[str]:
     if not isinstance(method, str) or method not in METHODS:
         return []
-    return list(parameters_of(METHODS.get(method)))
+    return list(parameters_of(method_class(method)))
 
 
 def _takes_a_name(key: str, sections: Mapping[str, type[Section]]) -> bool:

@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fedforward.core.errors import FedForwardError
-from fedforward.core.registry import AGGREGATORS, ESTIMATORS, METHODS
-from fedforward.methods.base import Capabilities
+from fedforward.core.registry import AGGREGATORS, ESTIMATORS
+from fedforward.methods.base import Capabilities, method_class, usable_methods
 from fedforward.methods.parameters import check_parameters
+from fedforward.methods.report_filters import build_filters
 
 if TYPE_CHECKING:
     from fedforward.config.schema import Config
+
+#: `method.client_rates` that follow the losses of clients.
+LOSS_RATES = ("loss", "loss-window")
 
 
 def capabilities(method: str) -> Capabilities:
@@ -22,16 +26,15 @@ def capabilities(method: str) -> Capabilities:
     Raises:
         FedForwardError: there is none, or the package that has it cannot be imported.
     """
-    found: Capabilities = METHODS.get(method).capabilities
-    return found
+    return method_class(method).capabilities
 
 
 def able(**wanted: bool) -> str:
     """The methods with such capabilities, for a sentence."""
     names = [
         name
-        for name in METHODS.names()
-        if all(getattr(capabilities(name), key) == value for key, value in wanted.items())
+        for name, found in usable_methods().items()
+        if all(getattr(found.capabilities, key) == value for key, value in wanted.items())
     ]
     return ", ".join(map(repr, names))
 
@@ -70,9 +73,19 @@ def rules(config: "Config") -> Iterator[str]:
         )
     try:
         ESTIMATORS.get(method.estimator)(directions=method.directions, mu=method.mu)
-        check_parameters(METHODS.get(method.name), method.parameters)
+        check_parameters(method_class(method.name), method.parameters)
+        filters = build_filters(method.report_filters, "method.report_filters")
     except FedForwardError as error:
         yield str(error).removesuffix(".")
+        return
+    if method.client_rates in LOSS_RATES and any(
+        getattr(item, "withholds_loss", False) for item in filters
+    ):
+        yield (
+            f"method.client_rates = {method.client_rates!r} reads the losses that "
+            f"method.report_filters = {list(method.report_filters)!r} withholds; use "
+            "'fixed', 'random' or 'update-difference'"
+        )
 
 
 def _sends_tensors(config: "Config") -> Iterator[str]:

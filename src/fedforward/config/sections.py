@@ -25,6 +25,7 @@ from fedforward.config.fields import (
 )
 from fedforward.core.registry import ESTIMATORS, METHODS
 from fedforward.core.units import parse_bytes
+from fedforward.methods.base import method_class
 from fedforward.methods.parameters import parameters_of
 
 
@@ -254,7 +255,7 @@ class MethodSection(Section):
         name = content.get("name", "fedmezo") if isinstance(content, dict) else None
         if not isinstance(name, str) or name not in METHODS:
             return content
-        declared = parameters_of(METHODS.get(name))
+        declared = parameters_of(method_class(name))
         own = {key: value for key, value in content.items() if key in declared}
         given = content.get("parameters", {})
         if not own or not isinstance(given, dict):

@@ -5,7 +5,7 @@ from typing import Any
 
 from fedforward.config.fields import Section, choices
 from fedforward.config.schema import Config, sections_of
-from fedforward.core.registry import METHODS
+from fedforward.methods.base import usable_methods
 from fedforward.methods.parameters import Parameter, parameters_of
 
 
@@ -73,8 +73,8 @@ def example_of(kind: type[Section], head: str) -> str:
 def _settings() -> list[str]:
     """The settings of single methods, which stand in [method] beside the others."""
     owners: dict[Parameter, list[str]] = {}
-    for name in METHODS.names():
-        for setting in parameters_of(METHODS.get(name)).values():
+    for name, kind in usable_methods().items():
+        for setting in parameters_of(kind).values():
             owners.setdefault(setting, []).append(name)
     lines = []
     for setting, names in owners.items():

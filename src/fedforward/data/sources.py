@@ -65,7 +65,7 @@ def read(source: str, *, split: str = "train", subset: str | None = None, key: s
     try:
         with _quiet():
             # The library takes a path for a pattern.
-            files = glob.escape(str(path))
+            files = glob.escape(str(path.resolve()))
             return datasets.load_dataset(builder, data_files=files, split="train", **options)
     except Exception as error:
         # The library wraps every reader's failure in its own types; the file tells more.

@@ -1,6 +1,7 @@
 """What a site says that it measured, checked, and several sites' metrics combined."""
 
 import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ class SiteMetrics:
         try:
             metrics = content.get("metrics", {})
             if not isinstance(metrics, dict):
-                raise TypeError(f"metrics {metrics!r}")
+                raise TypeError(f"metrics {reprlib.repr(metrics)}")
             return cls(
                 rounds=_count(content["rounds"]),
                 digest=bytes.fromhex(content["digest"]).hex(),
@@ -60,7 +61,7 @@ class SiteMetrics:
 
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**53:
-        raise ValueError(f"{value!r} is not a count")
+        raise ValueError(f"{reprlib.repr(value)} is not a count")
     return value
 
 
@@ -68,7 +69,7 @@ def _real(value: Any) -> float:
     if value is None:
         return math.nan
     if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is not a number")
+        raise ValueError(f"{reprlib.repr(value)} is not a number")
     return float(value)
 
 

@@ -92,7 +92,7 @@ class Replica:
             self.reset()
             raise
         self.rounds = snapshot.rounds
-        if snapshot.digest and self.model.digest() != snapshot.digest:
+        if (snapshot.data or snapshot.digest) and self.model.digest() != snapshot.digest:
             self.reset()
             raise MessageError(
                 f"A snapshot after {snapshot.rounds} rounds was refused: its bytes are not what "

@@ -7,7 +7,7 @@ once the client that was sent it has shown the digest of the others.
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from fedforward.core.errors import MessageError
-from fedforward.messages.snapshot import Snapshot
+from fedforward.messages.snapshot import SHA256_BYTES, Snapshot
 
 
 class Snapshots:
@@ -66,6 +66,11 @@ class Snapshots:
             MessageError: it is damaged, or of another size than the tuned tensors.
         """
         snapshot = Snapshot.decode(data)
+        if len(snapshot.digest) != SHA256_BYTES:
+            raise MessageError(
+                f"A snapshot with {len(snapshot.digest)} bytes of digest was refused: a client "
+                f"sends {SHA256_BYTES}, by which others prove it."
+            )
         if len(snapshot.data) != self.state_bytes or snapshot.rounds > rounds:
             raise MessageError(
                 f"A snapshot of {len(snapshot.data)} bytes after {snapshot.rounds} rounds was "

@@ -8,6 +8,7 @@ round is binary (`fedforward.messages.codec`). Imports no PyTorch.
 
 import hashlib
 import json
+import reprlib
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
@@ -228,26 +229,26 @@ class Enrollment:
 def _count(value: Any) -> int:
     """A whole number from 0 that fits the wire's largest field."""
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{value!r} is not a count")
+        raise ValueError(f"{reprlib.repr(value)} is not a count")
     return value
 
 
 def _examples(value: Any) -> int:
     """Training examples: they weigh a site's part, so they are some, and a number of this world."""
     if not 1 <= _count(value) <= MAX_EXAMPLES:
-        raise ValueError(f"{value!r} training examples")
+        raise ValueError(f"{reprlib.repr(value)} training examples")
     return int(value)
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not text")
+        raise TypeError(f"{reprlib.repr(value)} is not text")
     return value
 
 
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise TypeError(f"{value!r} is not a list")
+        raise TypeError(f"{reprlib.repr(value)} is not a list")
     return value
 
 
@@ -255,8 +256,8 @@ def _check_version(key: str, content: dict[str, Any], mine: object) -> None:
     found = content.get(key)
     if found != mine:
         raise MessageError(
-            f"A site of {key.replace('_', ' ')} {found} was refused; this server has {mine}. "
-            "Install the same release of fedforward on both sides."
+            f"A site of {key.replace('_', ' ')} {reprlib.repr(found)} was refused; this server has "
+            f"{mine}. Install the same release of fedforward on both sides."
         )
 
 

@@ -6,6 +6,9 @@ from typing import ClassVar
 from fedforward.messages import codec
 from fedforward.messages.codec import U32, Message, wire
 
+#: Bytes of a SHA-256 digest.
+SHA256_BYTES = 32
+
 
 @dataclass(frozen=True, eq=False)
 class Snapshot(Message):
@@ -22,6 +25,6 @@ class Snapshot(Message):
     KIND: ClassVar[int] = 3
 
     rounds: int = wire(U32, "ledger rounds that it contains")
-    digest: bytes = wire(codec.data("B", 0, 32), "SHA-256 of the tuned state")
+    digest: bytes = wire(codec.data("B", 0, SHA256_BYTES), "SHA-256 of the tuned state")
     data: bytes = wire(codec.data("Q"), "the tuned tensors, unless the state alone gives them")
     state: bytes = wire(codec.data("Q"), "what the method remembers", default=b"")

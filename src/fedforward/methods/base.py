@@ -5,6 +5,7 @@ its directions, what it adds to messages (their payloads), and what it remembers
 round. Everything else asks its `Capabilities`. No method imports PyTorch at its top.
 """
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,38 @@ class NoState:
             )
 
 
+def method_class(name: str) -> "type[Method]":
+    """The class of a method's name.
+
+    Raises:
+        FedForwardError: there is none, or what the name stands for is no whole subclass of
+            `Method`.
+    """
+    found = METHODS.get(name)
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise FedForwardError(
+            f"The method {name!r} is {found!r}, which is no subclass of Method. Mend or remove the "
+            "package that adds it."
+        )
+    missing = sorted(getattr(found, "__abstractmethods__", ()))
+    if missing:
+        raise FedForwardError(
+            f"The method {name!r} of {found.__module__}.{found.__qualname__} does not define "
+            f"{', '.join(missing)}. Mend or remove the package that adds it."
+        )
+    return found
+
+
+def usable_methods() -> "dict[str, type[Method]]":
+    """Every method that can be imported and is whole, by name."""
+    usable = {}
+    for name in METHODS.names():
+        # What a broken package adds is refused where it is used.
+        with contextlib.suppress(FedForwardError):
+            usable[name] = method_class(name)
+    return usable
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """A federated method.
@@ -125,6 +158,16 @@ class Method(ABC):
     run_seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.aggregator, Aggregator):
+            raise FedForwardError(
+                f"aggregator = {self.aggregator!r} is no Aggregator; write one, or one of "
+                "AGGREGATORS by name: AGGREGATORS.get('median')."
+            )
+        if not callable(getattr(self.estimator, "gradients", None)):
+            raise FedForwardError(
+                f"estimator = {self.estimator!r} is no Estimator; write one, as in "
+                "TwoPoint(mu=1e-3)."
+            )
         if self.aggregator.shared_directions and not self.capabilities.shared_directions:
             raise FedForwardError(
                 f"method.aggregator compares the scalars of clients, and those of method.name = "

@@ -6,7 +6,7 @@ neither model nor data.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -48,7 +48,12 @@ class WithholdLoss:
     """Sends NaN in place of the training loss.
 
     Rates that look at losses then have none of this client, and it gets the base rate.
+
+    Attributes:
+        withholds_loss: a run whose rates follow losses refuses such a filter in its own list.
     """
+
+    withholds_loss: ClassVar[bool] = True
 
     def __call__(self, report: Report) -> Report:
         """See `ReportFilter`."""
@@ -71,6 +76,8 @@ def build_filters(names: Sequence[str], key: str) -> tuple[ReportFilter, ...]:
         kind: Callable[..., ReportFilter] = REPORT_FILTERS.get(name)
         try:
             made.append(kind(float(number)) if colon else kind())
+        except FedForwardError as error:
+            raise FedForwardError(f"{key}: {error}") from error
         except (TypeError, ValueError) as error:
             raise FedForwardError(
                 f"{key}: {text!r} is not allowed: write a filter's name, or its name, a colon and "

@@ -205,6 +205,10 @@ class LoraModel(CausalModel):
             >>> LoraModel.from_pretrained(folder, rank=2, device="cpu").layout.parameters
             14784
         """
+        if type(rank) is not int or rank < 1:
+            raise FedForwardError(
+                f"rank = {rank!r} is not allowed: it must be a whole number, at least 1."
+            )
         network, tokenizer, plan, device = loaded(
             path, dtype, device, seed, quantization=quantization
         )

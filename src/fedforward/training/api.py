@@ -5,7 +5,7 @@ made in Python resumes, verifies and exports like one that began with a file.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fedforward.models.full import FullModel
 from fedforward.models.loading import longest_sequence
 from fedforward.models.lora import LoraModel
 from fedforward.training import build
+from fedforward.training.assembly import build_method
 from fedforward.training.metrics import ProgressCallback
 from fedforward.training.run import Run
 from fedforward.training.summary import RunSummary
@@ -60,8 +61,9 @@ class Dataset:
             heldout: share of the rows (below 1) or their number, kept for evaluation.
             more: other keys of the section `[data]`, such as `label_words` or `sequence_length`.
         """
-        data = {"source": str(source), "prompt": prompt, "answer": answer}
-        return cls({**data, "heldout": float(heldout), **more}, {"clients": 1})
+        share = float(heldout) if isinstance(heldout, int) else heldout
+        data = {"source": str(source), "prompt": prompt, "answer": answer, "heldout": share}
+        return cls({**data, **more}, {"clients": 1})
 
     def partition(
         self, clients: int, *, by: str | None = None, alpha: float | None = None
@@ -111,6 +113,7 @@ class Simulation:
         model: Model,
         data: Dataset,
         method: Method,
+        /,
         *,
         learning_rate: float,
         out: str | Path,
@@ -122,30 +125,51 @@ class Simulation:
         Args:
             model: of `from_pretrained`, at its base weights.
             data: partitioned rows.
-            method: its run seed is the model's.
+            method: its run seed is the model's, whatever the object says.
             learning_rate: η_0.
             out: the run directory.
             batch_size: examples of a step.
             sections: further keys of a configuration, by section, as in
-                `run={"evaluate_every": 5}`.
+                `run={"evaluate_every": 5}` or `method={"report_filters": ["clip:0.5"]}`.
 
         Raises:
             FedForwardError: a key or value is not legal, or the parts do not fit.
         """
-        if not getattr(model, "settings", None):
-            raise FedForwardError(
-                "ff.Simulation takes a model of LoraModel.from_pretrained or "
-                "FullModel.from_pretrained, which knows where it came from."
-            )
+        _check_parts(model, data, method)
         self.model = model
         self.out = Path(out)
         own = _method_section(method) | {"learning_rate": learning_rate, "batch_size": batch_size}
         self._content: dict[str, dict[str, Any]] = {}
         own_parts = {"data": data.section(model), "federation": data.federation, "method": own}
-        for part in (model.settings, own_parts, sections):
+        for part in (model.settings, own_parts):
             for section, values in part.items():
                 self._content.setdefault(section, {}).update(values)
-        self._config(1)
+        for section, values in sections.items():
+            self._add(section, values)
+        rebuilt = build_method(self._config(1))
+        if _described(rebuilt) != _described(method):
+            raise FedForwardError(
+                f"{type(method).__name__} cannot be written down as it is, so the run could not be "
+                f"replayed: a configuration makes {rebuilt!r} of it, and it is {method!r}. An "
+                "estimator has `directions` and `mu` only; what else it needs belongs to a "
+                "`parameter` of the method."
+            )
+
+    def _add(self, section: str, values: Mapping[str, Any]) -> None:
+        """Take over further keys of a section, none of which the parts have said already."""
+        if not isinstance(values, Mapping):
+            raise FedForwardError(
+                f"ff.Simulation: {section} = {values!r} is not allowed: it must be the keys of the "
+                f"section [{section}], as in {section}={{...}}."
+            )
+        content = self._content.setdefault(section, {})
+        for key, value in values.items():
+            if key in content and content[key] != value:
+                raise FedForwardError(
+                    f"ff.Simulation: {section}.{key} = {value!r} is not allowed: the model, the "
+                    f"data or the method says {content[key]!r} already. Say it there."
+                )
+            content[key] = value
 
     def _config(self, rounds: int) -> Config:
         federation = self._content["federation"] | {"rounds": rounds}
@@ -193,12 +217,45 @@ class Result:
     def save_adapter(self, folder: str | Path) -> Path:
         """Write what was tuned: a PEFT adapter, or the whole model under full tuning."""
         path = Path(folder)
+        if path.exists() and not path.is_dir():
+            raise FedForwardError(f"{path} is a file; give a folder to write the adapter to.")
         self.model.save(path)
         return path
 
     def answer(self, prompt: str, most_tokens: int = 48) -> str:
         """The tuned model's greedy answer to a prompt."""
         return build.answer(self.model, self.model.tokenizer, prompt, most_tokens)
+
+
+def _check_parts(model: Any, data: Any, method: Any) -> None:
+    """Refuse parts of another kind.
+
+    Raises:
+        FedForwardError: which one, and what belongs there.
+    """
+    if not getattr(model, "settings", None):
+        raise FedForwardError(
+            "ff.Simulation takes a model of LoraModel.from_pretrained or "
+            "FullModel.from_pretrained, which knows where it came from."
+        )
+    if not isinstance(data, Dataset):
+        raise FedForwardError(
+            f"ff.Simulation takes a Dataset, and {data!r} is none. Write "
+            "ff.Dataset.from_file(source, prompt=..., answer=...)."
+        )
+    if not isinstance(method, Method):
+        raise FedForwardError(
+            f"ff.Simulation takes a method, and {method!r} is none. Write one with its settings, "
+            "as in ff.FedMeZO(local_steps=10)."
+        )
+
+
+def _described(method: Method) -> tuple[Any, ...]:
+    """What two methods that do the same have in common; the run seed aside."""
+    own = [getattr(method, name) for name in parameters_of(type(method))]
+    estimator = method.estimator
+    state = getattr(estimator, "__dict__", None) or repr(estimator)
+    return (type(method), method.local_steps, method.aggregator, type(estimator), state, *own)
 
 
 def _method_section(method: Method) -> dict[str, Any]:
@@ -216,8 +273,8 @@ def _method_section(method: Method) -> dict[str, Any]:
         "directions": estimator.directions,
         "aggregator": AGGREGATORS.name_of(method.aggregator),
     }
-    if any(field.name == "mu" for field in fields(estimator)):  # type: ignore[arg-type]
-        section["mu"] = float(estimator.mu)  # type: ignore[attr-defined]
+    if hasattr(estimator, "mu"):
+        section["mu"] = float(estimator.mu)
     return section | {name: getattr(method, name) for name in parameters_of(type(method))}
 
 

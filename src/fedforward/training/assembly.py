@@ -10,13 +10,13 @@ from typing import Any
 from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
 from fedforward.core.identity import ModelIdentity
-from fedforward.core.registry import AGGREGATORS, ESTIMATORS, METHODS
+from fedforward.core.registry import AGGREGATORS, ESTIMATORS
 from fedforward.directions import VERSION, Distribution
 from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import Allocate, ServerSettings
 from fedforward.federation.server_optimizer import ServerOptimizer
-from fedforward.methods.base import Method
+from fedforward.methods.base import Method, method_class
 from fedforward.methods.parameters import check_parameters
 
 
@@ -27,7 +27,7 @@ def build_method(config: Config) -> Method:
         FedForwardError: it, its estimator or its aggregator is unknown, or does not fit.
     """
     method = config.method
-    kind = METHODS.get(method.name)
+    kind = method_class(method.name)
     estimator = ESTIMATORS.get(method.estimator)(directions=method.directions, mu=method.mu)
     built: Method = kind(
         run_seed=config.run.seed,

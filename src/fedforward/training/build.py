@@ -139,14 +139,19 @@ def build_model(config: Config, plan: ProbePlan, classes: Sequence[str]) -> tupl
     return model, tokenizer
 
 
+def use_threads(plan: ProbePlan) -> None:
+    """Compute with the plan's number of threads, on which the last bits of losses depend."""
+    import torch
+
+    torch.set_num_threads(plan.threads)
+
+
 def _tuned_model(
     config: Config, plan: ProbePlan, classes: Sequence[str]
 ) -> tuple[CausalModel, Any]:
-    import torch
-
     from fedforward.models import devices
 
-    torch.set_num_threads(plan.threads)
+    use_threads(plan)
     device = resolve_device(config.run.device)
     if ":" in device:
         devices.select(device)

@@ -14,12 +14,12 @@ import torch
 from fedforward.config.schema import Config
 from fedforward.config.site import AT_SITES
 from fedforward.core.errors import FedForwardError
-from fedforward.core.registry import METHODS
 from fedforward.federation.client import Replica
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.state_file import read_state
 from fedforward.messages.report import DIGEST_BYTES
 from fedforward.messages.snapshot import Snapshot
+from fedforward.methods.base import method_class
 from fedforward.models.base import CausalModel
 from fedforward.models.lora import LoraModel
 from fedforward.training import build as experiment
@@ -183,7 +183,7 @@ def verify(
         ledger_digest=rebuilt.ledger.chain.hex(),
         proofs=rebuilt.proofs,
         saved=saved,
-        replayed=METHODS.get(config.method.name).capabilities.replayable,
+        replayed=method_class(config.method.name).capabilities.replayable,
         differences=differences,
     )
 
@@ -231,17 +231,17 @@ def _compare_settings(config: Config, file: Path) -> list[str]:
 
 
 def export(
-    path: Path,
-    out: Path,
+    path: str | Path,
+    out: str | Path,
     *,
-    merge: bool,
+    merge: bool = False,
     base: str | None = None,
     on_round: RoundCallback = _ignore,
 ) -> Path:
     """Write the adapter, or with `merge` (or full tuning) a whole model, rebuilt from the ledger.
 
     Example:
-        >>> export(Path("runs/first"), Path("merged"), merge=True)  # doctest: +SKIP
+        >>> export("runs/first", "merged", merge=True)  # doctest: +SKIP
 
     Args:
         base: see `rebuild`.
@@ -250,6 +250,7 @@ def export(
     Raises:
         FedForwardError: `out` is in use, or the run cannot be rebuilt.
     """
+    path, out = Path(path), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FedForwardError(f"--out {out} exists and is not an empty folder. Choose another.")
     rebuilt = rebuild(RunDirectory(path), base, on_round)

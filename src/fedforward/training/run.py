@@ -83,6 +83,7 @@ class Run:
         config = self.config
         self.method = assembly.build_method(config)
         self.plan = self._claim(resume)
+        build.use_threads(self.plan)
         PHASES.info("loading the model")
         reader = build.corpus_reader(config)
         if built is None:
@@ -196,9 +197,11 @@ class Run:
         header = assembly.ledger_header(self.config, build.identity(self.model))
         header["data"] = self.corpus.fingerprint()
         if not self.directory.ledger.is_file():
+            self.directory.check_length(0)
             return Ledger.create(self.directory.ledger, header)
         ledger = Ledger(self.directory.ledger)
         assembly.check_header(ledger, header)
+        self.directory.check_length(ledger.length)
         return ledger
 
     def _build_server(self, allocate: Allocator | None) -> Server:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -220,6 +221,19 @@ class RunDirectory:
                     line["metrics"][name] = math.nan if value is None else value
                 lines.append(line)
         return lines
+
+    def check_length(self, rounds: int) -> None:
+        """Refuse a ledger of fewer rounds than the metrics, which are written after it.
+
+        Raises:
+            FedForwardError: rounds of the ledger are gone.
+        """
+        known = len(self.read_metrics(sys.maxsize - 1)) - 1
+        if known > rounds:
+            raise FedForwardError(
+                f"{self.path}: its metrics are of {known} rounds, and its ledger has {rounds}. "
+                "Restore ledger.sqlite, or start again in another --out."
+            )
 
     def rewrite_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Replace the metrics (on resume, when lines of a round that was lost are dropped)."""
