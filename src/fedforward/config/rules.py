@@ -1,23 +1,62 @@
 """What a method or estimator does not go with, by what it declares of itself.
 
 The registries are asked for `Capabilities` and settings; no rule knows a method's name. Imports
-neither PyTorch nor the sections, which import this.
+no PyTorch.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from fedforward.config.sections import (
+    MethodSection,
+    ModelSection,
+    PlanningSection,
+    RunSection,
+    ServerSection,
+    SimulationSection,
+)
 from fedforward.core.errors import FedForwardError
 from fedforward.core.registry import AGGREGATORS, ESTIMATORS
 from fedforward.methods.base import Capabilities, method_class, usable_methods
 from fedforward.methods.parameters import check_parameters
 from fedforward.methods.report_filters import build_filters
 
-if TYPE_CHECKING:
-    from fedforward.config.schema import Config
-
 #: `method.client_rates` that follow the losses of clients.
 LOSS_RATES = ("loss", "loss-window")
+
+
+class SectionsRead(Protocol):
+    """What the rules read of a configuration."""
+
+    @property
+    def model(self) -> ModelSection:
+        """The section `[model]`."""
+        ...
+
+    @property
+    def method(self) -> MethodSection:
+        """The section `[method]`."""
+        ...
+
+    @property
+    def server(self) -> ServerSection:
+        """The section `[server]`."""
+        ...
+
+    @property
+    def planning(self) -> PlanningSection:
+        """The section `[planning]`."""
+        ...
+
+    @property
+    def simulation(self) -> SimulationSection:
+        """The section `[simulation]`."""
+        ...
+
+    @property
+    def run(self) -> RunSection:
+        """The section `[run]`."""
+        ...
 
 
 def capabilities(method: str) -> Capabilities:
@@ -39,7 +78,7 @@ def able(**wanted: bool) -> str:
     return ", ".join(map(repr, names))
 
 
-def rules(config: "Config") -> Iterator[str]:
+def rules(config: SectionsRead) -> Iterator[str]:
     """What is wrong with a configuration because of its method or estimator, a sentence each.
 
     The sentences have no full stop. Sections are valid by themselves when this is called.
@@ -88,7 +127,7 @@ def rules(config: "Config") -> Iterator[str]:
         )
 
 
-def _sends_tensors(config: "Config") -> Iterator[str]:
+def _sends_tensors(config: SectionsRead) -> Iterator[str]:
     """Rules of methods that train by backpropagation."""
     method, found = config.method, f"method.name = {config.method.name!r}"
     if method.objective != "loss":
@@ -120,7 +159,7 @@ def _sends_tensors(config: "Config") -> Iterator[str]:
         )
 
 
-def _same_blocks(config: "Config") -> Iterator[str]:
+def _same_blocks(config: SectionsRead) -> Iterator[str]:
     """Rules of methods whose clients all perturb the same blocks."""
     for key in ("budgets", "active"):
         if getattr(config.planning, key) is not None:
