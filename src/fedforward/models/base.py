@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedforward.core.batches import IGNORED, Batch, PromptBatch, TokenBatch
-from fedforward.core.errors import FedForwardError, MessageError
+from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import Evaluation, Probe, ProbePlan, Steps, Update
 from fedforward.directions import Distribution, Layout
 from fedforward.directions.ops import commit_all
+from fedforward.models import tensor_bytes
 from fedforward.models.batching import Arrays, Measure, height_and_length, stack
 from fedforward.models.blocks import Prefix, class_heads, names_by_block
 from fedforward.models.fingerprints import fingerprint
@@ -406,10 +407,7 @@ class CausalModel(ABC):
 
     def export_bytes(self) -> bytes:
         """The tuned tensors' bytes in the layout's order, dtypes as they are."""
-        return b"".join(
-            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            for tensor in self.tensors.values()
-        )
+        return tensor_bytes.to_bytes(self.tensors.values())
 
     @torch.no_grad()
     def assign_bytes(self, data: bytes) -> None:
@@ -418,21 +416,13 @@ class CausalModel(ABC):
         Raises:
             MessageError: it is of another size.
         """
-        if len(data) != self.state_bytes:
-            raise MessageError(
-                f"A tuned state of {len(data)} bytes was refused: this model's is "
-                f"{self.state_bytes}."
-            )
-        flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        sizes = [tensor.numel() * tensor.element_size() for tensor in self.tensors.values()]
-        for tensor, part in zip(self.tensors.values(), flat.split(sizes), strict=True):
-            tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
+        tensor_bytes.assign_bytes(self.tensors.values(), data)
         self.clear_cache()
 
     @property
     def state_bytes(self) -> int:
         """Bytes of the tuned tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        return sum(tensor_bytes.sizes(self.tensors.values()))
 
     def export_state(self) -> NDArray[np.float32]:
         """The tuned tensors in the layout's order as one float32 array [d]."""
