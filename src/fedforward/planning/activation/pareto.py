@@ -36,7 +36,7 @@ def solve(
         epsilon: ≥ 0, relative.
         objective: "total" for the sum over the clients, "worst" for the largest client.
         time_limit: seconds after which the best matrix so far is returned, with its true gaps. A
-            linear program that has begun may end later: with 1,000 clients, by half a minute.
+            linear program that has begun may end later: with 1,000 clients, by two minutes.
 
     Raises:
         FedForwardError: an argument is out of its range, or no activation keeps to the budgets.
