@@ -142,7 +142,7 @@ def test_a_site_of_another_release_is_told(
     summary = found.run()
     assert found.ledger == undisturbed.ledger and summary["state_digest"] == undisturbed.digest
     (told,) = [text for text in caplog.messages if "will not have this site" in text]
-    assert "direction version 0" in told and "same release" in found.of("d")["note"]
+    assert "direction version '0'" in told and "same release" in found.of("d")["note"]
 
 
 def test_no_majority_is_a_sentence(world: Any) -> None:
