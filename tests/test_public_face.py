@@ -127,6 +127,9 @@ def test_what_does_not_fit_is_a_sentence(simulation: Any) -> None:
         ({"run": 3}, r"run = 3 is not allowed: it must be the keys of the section \[run\]"),
         ({"sections": {"method": {"local_steps": 5}}}, "says 2 already"),
         ({"sections": {"data": {"limit": 0}}}, r"data\.limit = 0"),
+        ({"sections": {"model": {"blocks": "0-0"}}}, r"model\.blocks = '0-0' comes too late"),
+        ({"sections": {"lora": {"rank": 4}}}, "says 2 already"),
+        ({"federation": {"rounds": 7}}, r"is said in fit\(rounds=...\)"),
     ):
         with pytest.raises(FedForwardError, match=words):
             simulation(**changes)
@@ -155,8 +158,23 @@ def test_parts_of_the_wrong_kind_are_refused() -> None:
         ff.DeComFL(aggregator="median")  # type: ignore[arg-type]
     with pytest.raises(FedForwardError, match="'two-point' is no Estimator"):
         ff.DeComFL(estimator="two-point")  # type: ignore[arg-type]
-    with pytest.raises(FedForwardError, match="rank = 0"):
-        ff.LoraModel.from_pretrained(DEMO_MODEL, rank=0)
+    for wrong in (
+        {"rank": 0},
+        {"dtype": "float8"},
+        {"device": "gpu"},
+        {"distribution": "normal"},
+        {"factors": "A"},
+        {"quantization": "int8"},
+    ):
+        ((key, value),) = wrong.items()
+        with pytest.raises(FedForwardError, match=f"{key} = {value!r} is not allowed"):
+            ff.LoraModel.from_pretrained(DEMO_MODEL, **wrong)  # type: ignore[arg-type]
+
+
+def test_masks_of_a_model_that_is_there_are_set(simulation: Any, tmp_path: Path) -> None:
+    sections = {"method": {"mask": "random", "density": 0.1}}
+    result = simulation(method=ff.DeComFL(local_steps=1), sections=sections).fit(rounds=1)
+    assert result.model.masks and ff.verify(tmp_path / "run").ok
 
 
 def test_every_section_can_be_said(simulation: Any, tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ from fedforward.config.sections import (
     SimulationSection,
 )
 from fedforward.core.errors import FedForwardError
-from fedforward.core.registry import AGGREGATORS, ESTIMATORS
+from fedforward.core.registry import AGGREGATORS
+from fedforward.methods.aggregation import Aggregator
 from fedforward.methods.base import Capabilities, method_class, usable_methods
+from fedforward.methods.estimators import build_estimator
 from fedforward.methods.parameters import check_parameters
 from fedforward.methods.report_filters import build_filters
 
@@ -104,14 +106,20 @@ def rules(config: SectionsRead) -> Iterator[str]:
             f"method.mask = {method.mask!r} does not go with method.client_rates = "
             "'update-difference', which measures all tuned weights"
         )
-    if AGGREGATORS.get(method.aggregator).shared_directions and not can.shared_directions:
+    aggregator = AGGREGATORS.get(method.aggregator)
+    if not isinstance(aggregator, Aggregator):
+        yield (
+            f"method.aggregator = {method.aggregator!r} is {aggregator!r}, which is no Aggregator; "
+            "mend or remove the package that adds it"
+        )
+    elif aggregator.shared_directions and not can.shared_directions:
         yield (
             f"method.aggregator = {method.aggregator!r} compares the scalars of clients, and those "
             f"of method.name = {method.name!r} multiply different directions; use "
             f"{able(shared_directions=True)}, or method.aggregator = 'mean'"
         )
     try:
-        ESTIMATORS.get(method.estimator)(directions=method.directions, mu=method.mu)
+        build_estimator(method.estimator, method.directions, method.mu)
         check_parameters(method_class(method.name), method.parameters)
         filters = build_filters(method.report_filters, "method.report_filters")
     except FedForwardError as error:

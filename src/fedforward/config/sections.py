@@ -23,9 +23,10 @@ from fedforward.config.fields import (
     Section,
     Share,
 )
-from fedforward.core.registry import ESTIMATORS, METHODS
+from fedforward.core.registry import METHODS
 from fedforward.core.units import parse_bytes
 from fedforward.methods.base import method_class
+from fedforward.methods.estimators import build_estimator
 from fedforward.methods.parameters import parameters_of
 
 
@@ -260,6 +261,12 @@ class MethodSection(Section):
         given = content.get("parameters", {})
         if not own or not isinstance(given, dict):
             return content
+        for key in own.keys() & given.keys():
+            if own[key] != given[key]:
+                raise ValueError(
+                    f"{key} = {own[key]!r} and parameters.{key} = {given[key]!r} are the same "
+                    "setting; leave one of them out"
+                )
         rest = {key: value for key, value in content.items() if key not in own}
         return {**rest, "parameters": {**given, **own}}
 
@@ -284,7 +291,7 @@ class MethodSection(Section):
     @property
     def probes_per_step(self) -> int:
         """Forward passes of one local step."""
-        estimator = ESTIMATORS.get(self.estimator)(directions=self.directions, mu=self.mu)
+        estimator = build_estimator(self.estimator, self.directions, self.mu)
         count: int = estimator.probes_per_step
         return count
 

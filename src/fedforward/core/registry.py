@@ -5,6 +5,7 @@ is checked without PyTorch. A package from outside adds a name by an entry point
 group, or by the decorator `register` once it is imported.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from importlib import import_module
@@ -107,9 +108,11 @@ class Registry:
         for name, known in (*self._registered.items(), *self._loaded.items()):
             if known is found:
                 return name
-        for name in self._builtin:
-            if self.get(name) is found:
-                return name
+        for name in self.names():
+            # A package that cannot be imported has not made this object.
+            with contextlib.suppress(FedForwardError):
+                if self.get(name) is found:
+                    return name
         return str(getattr(found, "__name__", type(found).__name__))
 
     def _points(self) -> dict[str, EntryPoint]:

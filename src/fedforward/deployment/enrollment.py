@@ -127,7 +127,12 @@ class Admission:
     def open_ledger(self, identity: ModelIdentity) -> Ledger:
         """The run's ledger; a new one is bound to the model."""
         path = self.directory.ledger
-        return Ledger(path) if path.is_file() else Ledger.create(path, self.header(identity))
+        if not path.is_file():
+            self.directory.check_length(0)
+            return Ledger.create(path, self.header(identity))
+        ledger = Ledger(path)
+        self.directory.check_length(ledger.length)
+        return ledger
 
 
 def agreed(enrollments: Mapping[str, Enrollment]) -> ModelIdentity:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedforward.core.errors import MessageError
-from fedforward.core.steps import Evaluation, Probe, Update
+from fedforward.core.steps import Evaluation, Probe
 from fedforward.messages.entry import Entry
 from fedforward.messages.report import DIGEST_BYTES
 from fedforward.messages.snapshot import Snapshot
@@ -46,17 +46,27 @@ class Replica:
         Raises:
             MessageError: entries are missing in between, or are not of this run's method.
         """
-        updates: list[Update] = []
-        for entry in entries:
-            if entry.round < self.rounds:
-                continue
-            if entry.round != self.rounds + len(updates):
+        due = [entry for entry in entries if entry.round >= self.rounds]
+        for place, entry in enumerate(due):
+            if entry.round != self.rounds + place:
                 raise MessageError(
                     f"Ledger round {entry.round} was refused: this client has "
-                    f"{self.rounds + len(updates)} rounds, so the ones in between are missing."
+                    f"{self.rounds + place} rounds, so the ones in between are missing."
                 )
-            updates.append(self.method.update(entry, self.state))
-        self.model.commit(updates)
+        before = self.state.encode()
+        try:
+            updates = [self.method.update(entry, self.state) for entry in due]
+        except Exception:
+            # What the first entries changed would be changed again when they come again.
+            self.state = self.method.new_state()
+            self.state.restore(before)
+            raise
+        try:
+            self.model.commit(updates)
+        except Exception:
+            # Some of the weights may have moved.
+            self.reset()
+            raise
         self.rounds += len(updates)
 
     def digest(self) -> bytes:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedforward.core.errors import FedForwardError
+from fedforward.core.registry import ESTIMATORS
 from fedforward.core.steps import Evaluation, Probe, Steps
 
 
@@ -37,6 +38,27 @@ class Estimator(Protocol):
         NaN stands where a loss was not finite; callers count and skip such steps.
         """
         ...
+
+
+def build_estimator(name: str, directions: int, mu: float) -> Estimator:
+    """The estimator of a name.
+
+    Raises:
+        FedForwardError: there is none, it refuses the numbers, or it is no estimator.
+    """
+    try:
+        built: Estimator = ESTIMATORS.get(name)(directions=directions, mu=mu)
+    except TypeError as error:
+        raise FedForwardError(
+            f"The estimator {name!r} cannot be made with directions and mu: {error}. Mend or "
+            "remove the package that adds it."
+        ) from error
+    if not callable(getattr(built, "gradients", None)):
+        raise FedForwardError(
+            f"The estimator {name!r} is no Estimator: it has no gradients(). Mend or remove the "
+            "package that adds it."
+        )
+    return built
 
 
 @dataclass(frozen=True)

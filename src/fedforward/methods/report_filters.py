@@ -75,7 +75,7 @@ def build_filters(names: Sequence[str], key: str) -> tuple[ReportFilter, ...]:
         name, colon, number = text.partition(":")
         kind: Callable[..., ReportFilter] = REPORT_FILTERS.get(name)
         try:
-            made.append(kind(float(number)) if colon else kind())
+            found = kind(float(number)) if colon else kind()
         except FedForwardError as error:
             raise FedForwardError(f"{key}: {error}") from error
         except (TypeError, ValueError) as error:
@@ -83,4 +83,9 @@ def build_filters(names: Sequence[str], key: str) -> tuple[ReportFilter, ...]:
                 f"{key}: {text!r} is not allowed: write a filter's name, or its name, a colon and "
                 "a number, as in 'clip:0.5'."
             ) from error
+        if not callable(found):
+            raise FedForwardError(
+                f"{key}: {text!r} is no filter; mend or remove the package that adds it."
+            )
+        made.append(found)
     return tuple(made)

@@ -5,9 +5,12 @@ Every device but the CPU is an accelerator: it has memory of its own, and PyTorc
 are for CUDA alone name it where they are.
 """
 
+import re
 from typing import Any
 
 import torch
+
+from fedforward.core.errors import FedForwardError
 
 #: Kinds that cannot run this package: no float64, in which losses are summed.
 _UNFIT = {"mps"}
@@ -58,6 +61,37 @@ def room(device: torch.device | str) -> int:
     module = _module(device)
     free, _ = module.mem_get_info(device)
     return int(free + module.memory_reserved(device))
+
+
+def resolve(requested: str, key: str) -> str:
+    """A device that is there.
+
+    Args:
+        requested: "auto", "cpu", "cuda" or "cuda:N".
+        key: as the user typed it.
+
+    Raises:
+        FedForwardError: CUDA was asked for and is not there, or the name is unknown.
+    """
+    there = accelerators()
+    if requested == "auto":
+        return "cuda" if "cuda" in there else "cpu"
+    kind = requested.split(":")[0]
+    names = ["cpu", *(rf"{name}(:\d+)?" for name in {"cuda", *there})]
+    if not re.fullmatch("|".join(names), requested):
+        raise FedForwardError(
+            f"{key} = {requested!r} is not allowed: it must be 'auto', 'cpu', 'cuda' or 'cuda:N'."
+        )
+    if kind == "cuda" and kind not in there:
+        raise FedForwardError(
+            f"{key} = {requested!r}: PyTorch finds no CUDA device here. Use 'cpu' or 'auto'."
+        )
+    if kind in there and int(requested.partition(":")[2] or 0) >= count(kind):
+        raise FedForwardError(
+            f"{key} = {requested!r}: there are only {count(kind)} {kind.upper()} "
+            "devices, numbered from 0."
+        )
+    return requested
 
 
 def _module(device: torch.device | str) -> Any:

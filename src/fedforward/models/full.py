@@ -1,7 +1,7 @@
 """Full tuning: every weight moves, and a probe never touches one.
 
-While probes run, the parameters are replaced by displaced ones (see `displaced`), which generate
-θ + displacement beside the weights, a tile at a time.
+While probes run, the parameters are replaced by displaced ones (see `displaced_tensor`), which
+generate θ + displacement beside the weights, a tile at a time.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -22,7 +22,7 @@ from fedforward.models.blocks import class_heads, names_in_blocks
 from fedforward.models.displaced_tensor import DisplacedTensor, Displacement
 from fedforward.models.fingerprints import fingerprint
 from fedforward.models.lm_head import VocabularyTile, tile_rows
-from fedforward.models.pretrained import loaded
+from fedforward.models.pretrained import allow, loaded
 
 
 class FullModel(CausalModel):
@@ -91,6 +91,7 @@ class FullModel(CausalModel):
             >>> FullModel.from_pretrained(folder, device="cpu").layout.blocks[0]
             'embeddings'
         """
+        allow("distribution", distribution, tuple(Distribution))
         network, tokenizer, plan, device = loaded(path, dtype, device, seed)
         model = cls(
             network,

@@ -38,7 +38,7 @@ from fedforward.models.lora_layers import (
     replace_head,
     views_of,
 )
-from fedforward.models.pretrained import loaded
+from fedforward.models.pretrained import allow, loaded
 
 
 class LoraModel(CausalModel):
@@ -209,6 +209,9 @@ class LoraModel(CausalModel):
             raise FedForwardError(
                 f"rank = {rank!r} is not allowed: it must be a whole number, at least 1."
             )
+        allow("distribution", distribution, tuple(Distribution))
+        allow("factors", factors, ("both", "B"))
+        allow("quantization", quantization, ("none", "nf4"))
         network, tokenizer, plan, device = loaded(
             path, dtype, device, seed, quantization=quantization
         )

@@ -80,7 +80,10 @@ class Dataset:
         if by is not None:
             federation |= {"partition": "by-field", "field": by}
         if alpha is not None:
-            federation |= {"partition": "dirichlet", "alpha": float(alpha)}
+            federation |= {
+                "partition": "dirichlet",
+                "alpha": float(alpha) if isinstance(alpha, int) else alpha,
+            }
         return replace(self, federation=federation)
 
     def section(self, model: Model) -> dict[str, Any]:
@@ -94,9 +97,15 @@ class Dataset:
         Raises:
             FedForwardError: for whatever is wrong with the data.
         """
+        if type(batch_size) is not int or batch_size < 1:
+            raise FedForwardError(
+                f"batch_size = {batch_size!r} is not allowed: it must be a whole number from 1."
+            )
         sections = {**model.settings, "data": self.section(model)}
         config = validate({**sections, "federation": {"clients": 1}})
-        corpus = build.corpus_reader(config).corpus(model.tokenizer, None)
+        corpus = build.corpus_reader(config).corpus(
+            model.tokenizer, longest_sequence(model.network)
+        )
         seed = config.run.seed
         return Batches(corpus.clients[0], batch_size=batch_size, run_seed=seed, client=0)
 
@@ -164,6 +173,15 @@ class Simulation:
             )
         content = self._content.setdefault(section, {})
         for key, value in values.items():
+            if section == "federation" and key == "rounds":
+                raise FedForwardError(
+                    "ff.Simulation: federation.rounds is said in fit(rounds=...)."
+                )
+            if section in ("model", "lora") and key not in content:
+                raise FedForwardError(
+                    f"ff.Simulation: {section}.{key} = {value!r} comes too late: the model is made "
+                    "already. Say it in from_pretrained, or use `fedforward run`."
+                )
             if key in content and content[key] != value:
                 raise FedForwardError(
                     f"ff.Simulation: {section}.{key} = {value!r} is not allowed: the model, the "
@@ -266,6 +284,15 @@ def _method_section(method: Method) -> dict[str, Any]:
             f"{type(method).__name__} has no name that a run could be replayed with. Register it: "
             "@METHODS.register('my-method'), or an entry point of the group fedforward.methods."
         )
+    for registry, name in (
+        (ESTIMATORS, ESTIMATORS.name_of(type(estimator))),
+        (AGGREGATORS, AGGREGATORS.name_of(method.aggregator)),
+    ):
+        if name not in registry:
+            raise FedForwardError(
+                f"The {registry.kind} {name} has no name that a run could be replayed with. "
+                f"Register it, or give it an entry point of the group {registry.group}."
+            )
     section = {
         "name": kind,
         "local_steps": method.local_steps,

@@ -10,13 +10,14 @@ from typing import Any
 from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
 from fedforward.core.identity import ModelIdentity
-from fedforward.core.registry import AGGREGATORS, ESTIMATORS
+from fedforward.core.registry import AGGREGATORS
 from fedforward.directions import VERSION, Distribution
 from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import Allocate, ServerSettings
 from fedforward.federation.server_optimizer import ServerOptimizer
 from fedforward.methods.base import Method, method_class
+from fedforward.methods.estimators import build_estimator
 from fedforward.methods.parameters import check_parameters
 
 
@@ -28,7 +29,7 @@ def build_method(config: Config) -> Method:
     """
     method = config.method
     kind = method_class(method.name)
-    estimator = ESTIMATORS.get(method.estimator)(directions=method.directions, mu=method.mu)
+    estimator = build_estimator(method.estimator, method.directions, method.mu)
     built: Method = kind(
         run_seed=config.run.seed,
         local_steps=method.local_steps,

@@ -4,7 +4,6 @@ The same configuration and probe plan give the same parts, bit for bit; whoever 
 verifies a run builds them here.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 
 from fedforward.config.schema import Config
 from fedforward.core.batches import Batch
-from fedforward.core.errors import FedForwardError
 from fedforward.core.identity import ModelIdentity
 from fedforward.core.steps import Probe, ProbePlan
 from fedforward.data import templates
@@ -74,33 +72,10 @@ def resolve_plan(config: Config) -> ProbePlan:
 
 
 def resolve_device(requested: str) -> str:
-    """A device that is there.
-
-    Raises:
-        FedForwardError: CUDA was asked for and is not there, or the name is unknown.
-    """
+    """A device that is there; see `devices.resolve`."""
     from fedforward.models import devices
 
-    there = devices.accelerators()
-    if requested == "auto":
-        return "cuda" if "cuda" in there else "cpu"
-    kind = requested.split(":")[0]
-    names = ["cpu", *(rf"{name}(:\d+)?" for name in {"cuda", *there})]
-    if not re.fullmatch("|".join(names), requested):
-        raise FedForwardError(
-            f"run.device = {requested!r} is not allowed: it must be 'auto', 'cpu', 'cuda' or "
-            "'cuda:N'."
-        )
-    if kind == "cuda" and kind not in there:
-        raise FedForwardError(
-            f"run.device = {requested!r}: PyTorch finds no CUDA device here. Use 'cpu' or 'auto'."
-        )
-    if kind in there and int(requested.partition(":")[2] or 0) >= devices.count(kind):
-        raise FedForwardError(
-            f"run.device = {requested!r}: there are only {devices.count(kind)} {kind.upper()} "
-            "devices, numbered from 0."
-        )
-    return requested
+    return devices.resolve(requested, "run.device")
 
 
 def _load(config: Config, device: str, classes: Sequence[str]) -> tuple[Any, Any]:
@@ -131,12 +106,18 @@ def build_model(config: Config, plan: ProbePlan, classes: Sequence[str]) -> tupl
     model, tokenizer = _tuned_model(config, plan, classes)
     if offloads(config, resolve_device(config.run.device)):
         model.offload_to_host()
+    set_masks(config, model)
+    return model, tokenizer
+
+
+def set_masks(config: Config, model: CausalModel) -> None:
+    """Set which weights of a model at its base may move at all (`method.mask`)."""
     density = config.method.density
+    model.masks = {}
     if config.method.mask == "random":
         model.masks = random_mask(model.tensors, model.layout, density, config.run.seed)
     elif config.method.mask == "small":
         model.masks = small_weights_mask(model.tensors, density)
-    return model, tokenizer
 
 
 def use_threads(plan: ProbePlan) -> None:

@@ -89,6 +89,8 @@ class Run:
         if built is None:
             classes = build.read_classes(config, reader)
             built = build.build_model(config, self.plan, classes)
+        else:
+            build.set_masks(config, built[0])
         self.model, self.tokenizer = built
         self.model.plan = self.plan
         self._place()
@@ -163,7 +165,7 @@ class Run:
             return f"{words}; adapters for them: {4 * parameters * (grouped + sums) / 1e6:.1f} MB"
         if self.plan.trajectory == "cache":
             return f"{words}; local steps in a float32 copy: {4 * parameters / 1e6:.1f} MB"
-        return f"{words}; local steps generated again in each: no memory, more time"
+        return f"{words}; local steps recomputed in each: no memory, more time"
 
     def _claim(self, resume: bool) -> ProbePlan:
         """Make the run directory ours, or refuse it; returns the plan of the run."""

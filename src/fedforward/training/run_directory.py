@@ -255,7 +255,9 @@ def _is_plan(plan: ProbePlan) -> bool:
 
 def _is_metrics(line: Any, number: int) -> bool:
     needed = {"seconds", "training_loss"} if number else {"seconds", "heldout_loss", "example"}
-    return isinstance(line, dict) and line.get("round") == number and needed <= line.keys()
+    if not isinstance(line, dict) or not isinstance(line.get("metrics", {}), dict):
+        return False
+    return line.get("round") == number and needed <= line.keys()
 
 
 def _flat(config: Config) -> dict[str, Any]:
