@@ -30,7 +30,7 @@ from fedforward.training.simulation import LocalRuntime
 from tests.support.cluster import MODEL, Cluster, Forwarder, peak_bytes, processes
 
 #: Local steps that take some seconds, so that a round has a middle.
-LONG = 300
+LONG = 900
 
 
 def record(name: str, seconds: float) -> None:
