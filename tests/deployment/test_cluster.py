@@ -293,7 +293,7 @@ def other_release(folder: Path) -> Path:
     """A folder to import `fedforward` from, whose directions are of another version."""
     source = Path(fedforward.__file__).parent
     shutil.copytree(source, folder / "fedforward")
-    file = folder / "fedforward" / "directions" / "specification.py"
+    file = folder / "fedforward" / "directions" / "spec.py"
     text = file.read_text(encoding="utf-8")
     changed = text.replace('VERSION = "', 'VERSION = "not-')
     assert changed != text
