@@ -11,7 +11,7 @@ import pytest
 
 from fedforward.config import site
 from fedforward.config.loading import load, validate
-from fedforward.config.schema import SECTIONS
+from fedforward.config.schema import Config, sections_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,7 +47,7 @@ def test_the_readme_names_keys_that_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for block in text.split("```toml")[1:]:
         validate(tomllib.loads(block.split("```")[0]))
-    for section, kind in SECTIONS.items():
+    for section, kind in sections_of(Config).items():
         for key in text.split(f"`{section}.")[1:]:
             name = key.split("`")[0].split(" ")[0].split("=")[0]
             # `run.toml` is a file, `run.…` are keys.

@@ -116,6 +116,9 @@ def test_a_fit_goes_on(simulation: Any, tmp_path: Path) -> None:
     digests = [json.loads((tmp_path / n / "summary.json").read_text()) for n in ("one", "two")]
     assert digests[0]["state_digest"] == digests[1]["state_digest"]
     assert result.summary.rounds == 3
+    with pytest.raises(FedForwardError, match=r"has 3 rounds already, and federation\.rounds = 1"):
+        simulation("two").fit(rounds=1, resume=True)
+    assert simulation("two").fit(rounds=3, resume=True).summary.rounds == 3
 
 
 def test_what_does_not_fit_is_a_sentence(simulation: Any) -> None:
@@ -158,6 +161,15 @@ def test_parts_of_the_wrong_kind_are_refused() -> None:
         ff.DeComFL(aggregator="median")  # type: ignore[arg-type]
     with pytest.raises(FedForwardError, match="'two-point' is no Estimator"):
         ff.DeComFL(estimator="two-point")  # type: ignore[arg-type]
+    for make, words in (
+        (lambda: ff.FedMeZO(local_steps=0), "local_steps = 0 is not allowed"),
+        (lambda: ff.FedKSeed(candidates=0), "candidates = 0 is not allowed.*at least 1"),
+        (lambda: ff.TwoPoint(mu=0.0), "mu = 0.0 is not allowed"),
+        (lambda: ff.TwoPoint(directions=0), "directions = 0 is not allowed"),
+        (lambda: ff.FZOO(mu=-1.0), "mu = -1.0 is not allowed"),
+    ):
+        with pytest.raises(FedForwardError, match=words):
+            make()
     for wrong in (
         {"rank": 0},
         {"dtype": "float8"},

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedforward.config.loading import validate
-from fedforward.config.schema import SECTIONS
+from fedforward.config.schema import Config, sections_of
 from fedforward.config.template import example, to_toml
 
 
@@ -57,7 +57,7 @@ def test_the_example_is_whole() -> None:
     for setting in ("candidates", "optimizer"):
         assert everything["method"].pop(setting), "of methods that this file does not name"
     assert validate(everything) == asked
-    for section, kind in SECTIONS.items():
+    for section, kind in sections_of(Config).items():
         for key in kind.model_fields.keys() - {"parameters"}:
             assert re.search(rf"^(# )?{key} =", text, re.MULTILINE)
             if kind.model_fields[key].default is not None:

@@ -10,7 +10,7 @@ import pytest
 
 from fedforward.config import site as sites
 from fedforward.config.loading import validate, validate_as
-from fedforward.config.schema import SECTIONS, Config, sections_of
+from fedforward.config.schema import Config, sections_of
 from fedforward.config.site import LimitsSection, SiteConfig, join, refusals, terms
 from fedforward.core.errors import FedForwardError
 from fedforward.data.corpus import Rows
@@ -138,7 +138,7 @@ def test_keys_of_a_site_do_not_travel() -> None:
 def test_no_key_is_forgotten() -> None:
     """A new key of a run must be put on one side or the other."""
     here = {section: set(keys) for section, keys in LOCAL.items()}
-    for section, part in SECTIONS.items():
+    for section, part in sections_of(Config).items():
         if section == "simulation":
             continue
         known = RUN.get(section, {}).keys() | here.get(section, set())

@@ -264,8 +264,8 @@ def test_blocks_of_another_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_faults_are_the_same_every_time() -> None:
-    faults = Faults(3, failing=0.3, slow=0.2, lying=0.4, late=2, late_round=5)
-    again = Faults(3, failing=0.3, slow=0.2, lying=0.4, late=2, late_round=5)
+    faults = Faults(3, dropout=0.3, straggler=0.2, byzantine=0.4, late_join=2, late_join_round=5)
+    again = Faults(3, dropout=0.3, straggler=0.2, byzantine=0.4, late_join=2, late_join_round=5)
     choices = [(r, a, c) for r in range(40) for a in range(2) for c in range(10)]
     assert [faults.fails(*c) for c in choices] == [again.fails(*c) for c in choices]
     share = np.mean([faults.fails(*c) for c in choices])

@@ -12,9 +12,7 @@ from typing import Literal
 
 from fedforward.core import registry
 
-Kind = Literal[
-    "method", "estimator", "objective", "metric", "aggregator", "report-filter", "runtime"
-]
+Kind = Literal["method", "estimator", "objective", "metric", "aggregator", "report-filter"]
 _REGISTRIES: Mapping[Kind, registry.Registry] = {
     "method": registry.METHODS,
     "estimator": registry.ESTIMATORS,
@@ -22,7 +20,6 @@ _REGISTRIES: Mapping[Kind, registry.Registry] = {
     "metric": registry.OBJECTIVES,
     "aggregator": registry.AGGREGATORS,
     "report-filter": registry.REPORT_FILTERS,
-    "runtime": registry.RUNTIMES,
 }
 #: Metrics that no run can optimise.
 _METRICS_ONLY = ("perplexity",)

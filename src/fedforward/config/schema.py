@@ -38,6 +38,12 @@ class Config(Section):
     simulation: SimulationSection = SimulationSection()
     run: RunSection = RunSection()
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What a run measures: what it optimises (unless the loss), and what is asked for."""
+        objective, asked = self.method.objective, self.evaluation.metrics
+        return tuple(asked) if objective in ("loss", *asked) else (objective, *asked)
+
     @model_validator(mode="after")
     def _one_key_chooses_the_device(self) -> "Config":
         if self.model.device_map == "auto" and self.run.device not in ("auto", "cuda"):
@@ -157,6 +163,3 @@ class Config(Section):
 def sections_of(kind: type[Section]) -> dict[str, type[Section]]:
     """The sections of a configuration file, by name."""
     return {name: cast(type[Section], f.annotation) for name, f in kind.model_fields.items()}
-
-
-SECTIONS = sections_of(Config)

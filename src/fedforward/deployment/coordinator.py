@@ -89,9 +89,6 @@ class Coordinator:
         self.loop: Loop | None = None
         self.what = "waiting for sites"
         self._blocks: BlockAllotment | None = None
-        objective = config.method.objective
-        optimised = () if objective in ("loss", *config.evaluation.metrics) else (objective,)
-        self._wanted = (*optimised, *config.evaluation.metrics)
         self._late = 0
         self._disagreement = ""
         self._status_written = -math.inf
@@ -173,10 +170,10 @@ class Coordinator:
             self._server.receive_snapshot(reply.body, participant.client)
         elif asked is not MessageKind.REJECT:
             metrics = SiteMetrics.decode(reply.json())
-            if asked is MessageKind.EVALUATION and not metrics.complete(self._wanted):
+            if asked is MessageKind.EVALUATION and not metrics.complete(self.config.metrics):
                 raise MessageError(
                     f"Metrics of {', '.join(metrics.metrics) or 'nothing'} were refused where "
-                    f"{', '.join(('loss', *self._wanted))} were asked for."
+                    f"{', '.join(('loss', *self.config.metrics))} were asked for."
                 )
             participant.metrics = metrics
 

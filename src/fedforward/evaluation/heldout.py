@@ -50,13 +50,6 @@ class HeldOut:
     most_tokens: int
 
 
-def metrics_of(config: Config) -> tuple[str, ...]:
-    """The metrics of a run: what it optimises, unless that is the loss, and what was asked for."""
-    objective = config.method.objective
-    optimised = () if objective in ("loss", *config.evaluation.metrics) else (objective,)
-    return (*optimised, *config.evaluation.metrics)
-
-
 def prepare(
     config: Config,
     examples: Sequence[Example],
@@ -72,7 +65,7 @@ def prepare(
     Raises:
         FedForwardError: a metric's function cannot be found, or fails on two references.
     """
-    metrics = metrics_of(config)
+    metrics = config.metrics
     typed = dict.fromkeys(config.evaluation.metrics, "evaluation.metrics")
     objectives: dict[str, Objective] = {}
     scores: dict[str, ScoreFunction] = {}

@@ -24,6 +24,7 @@ from fedforward.messages.snapshot import Snapshot
 from fedforward.messages.task import Task
 from fedforward.methods.aggregation import Aggregator, join, mean
 from fedforward.methods.estimators import Estimator, TwoPoint
+from fedforward.methods.parameters import check_parameters, parameters_of
 
 #: What a client does in a round: it yields probes and is sent their evaluations.
 LocalRound = Generator[Sequence[Probe], Sequence[Evaluation], Report]
@@ -158,6 +159,13 @@ class Method(ABC):
     run_seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.local_steps, int) or self.local_steps < 1:
+            raise FedForwardError(
+                f"local_steps = {self.local_steps!r} is not allowed: it must be a whole number, "
+                "at least 1."
+            )
+        own = {name: getattr(self, name) for name in parameters_of(type(self))}
+        check_parameters(type(self), own, prefix="")
         if not isinstance(self.aggregator, Aggregator):
             raise FedForwardError(
                 f"aggregator = {self.aggregator!r} is no Aggregator; write one, or one of "

@@ -3,6 +3,7 @@
 An estimator is a pair of pure functions; it knows nothing of models, clients or rounds.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -77,6 +78,9 @@ class TwoPoint:
     directions: int = 1
     mu: float = 1e-3
 
+    def __post_init__(self) -> None:
+        _check_settings(self.directions, self.mu)
+
     @property
     def probes_per_step(self) -> int:
         """Both signs of every direction."""
@@ -121,6 +125,7 @@ class FZOO:
     mu: float = 1e-3
 
     def __post_init__(self) -> None:
+        _check_settings(self.directions, self.mu)
         if self.directions < 2:
             raise FedForwardError(
                 "method.estimator = 'fzoo' is normalised by the spread of its directions' losses, "
@@ -147,3 +152,12 @@ class FZOO:
         spread = float(away.std(ddof=1))
         gradients = (away - losses[0]) / spread if spread else np.zeros(self.directions)
         return gradients.astype(np.float32), float(losses.mean())
+
+
+def _check_settings(directions: int, mu: float) -> None:
+    if not isinstance(directions, int) or directions < 1:
+        raise FedForwardError(
+            f"directions = {directions!r} is not allowed: it must be a whole number, at least 1."
+        )
+    if not 0.0 < mu < math.inf:
+        raise FedForwardError(f"mu = {mu!r} is not allowed: it must be a number above 0.")

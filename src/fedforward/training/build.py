@@ -202,11 +202,11 @@ def faults(config: Config) -> Faults:
         return Faults()
     return Faults(
         run_seed=config.run.seed,
-        failing=given.dropout,
-        slow=given.straggler,
-        lying=given.byzantine,
-        late=given.late_join,
-        late_round=given.late_join_round,
+        dropout=given.dropout,
+        straggler=given.straggler,
+        byzantine=given.byzantine,
+        late_join=given.late_join,
+        late_join_round=given.late_join_round,
     )
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong with simulated clients: they fail, are slow, lie, or come late.
+"""What goes wrong with simulated clients: they drop out, straggle, report wrongly, or join late.
 
 Every choice is a function of the run seed, so that a run with faults can be repeated.
 """
@@ -17,40 +17,40 @@ class Faults:
 
     Attributes:
         run_seed: of every choice.
-        failing: chance that a client is gone for a round.
-        slow: chance that a report comes after the deadline.
-        lying: share of the clients that lie.
-        late: so many clients, the last ones, join in round `late_round`.
-        late_round: counted from 1.
+        dropout: chance that a client is gone for a round.
+        straggler: chance that a report comes after the deadline.
+        byzantine: share of the clients whose reports are wrong.
+        late_join: so many clients, the last ones, join in round `late_join_round`.
+        late_join_round: counted from 1.
     """
 
     run_seed: int = 0
-    failing: float = 0.0
-    slow: float = 0.0
-    lying: float = 0.0
-    late: int = 0
-    late_round: int = 1
+    dropout: float = 0.0
+    straggler: float = 0.0
+    byzantine: float = 0.0
+    late_join: int = 0
+    late_join_round: int = 1
 
     def available(self, round_number: int, clients: int) -> list[int]:
         """Who has joined by a round (from 0)."""
-        there = clients - self.late if round_number + 1 < self.late_round else clients
+        there = clients - self.late_join if round_number + 1 < self.late_join_round else clients
         return list(range(there))
 
     def fails(self, round_number: int, attempt: int, client: int) -> bool:
         """Whether a client is gone for a round, and sends nothing."""
-        return self._chance("failing", round_number, attempt, client) < self.failing
+        return self._chance("failing", round_number, attempt, client) < self.dropout
 
     def late_report(self, round_number: int, attempt: int, client: int) -> bool:
         """Whether its report comes after the deadline."""
-        return self._chance("slow", round_number, attempt, client) < self.slow
+        return self._chance("slow", round_number, attempt, client) < self.straggler
 
     def sent(self, client: int, data: bytes) -> bytes:
-        """The report as it is sent: a liar's is made worse in a way of its own.
+        """The report as it is sent: a byzantine client sends a wrong one.
 
         It multiplies its projected gradients by -10, claims another state than it holds, or sends
         a message that is cut short.
         """
-        if self._chance("lying", client) >= self.lying:
+        if self._chance("lying", client) >= self.byzantine:
             return data
         report = Report.decode(data)
         mode = derive(self.run_seed, "lie", client) % 3

@@ -125,7 +125,7 @@ class RunDirectory:
 
         Raises:
             FedForwardError: there is one and `resume` is not asked for, or it is another's; or the
-                folder cannot be used.
+                folder cannot be used; or more rounds are done than are asked for.
         """
         if not self.started:
             self.claim()
@@ -136,6 +136,12 @@ class RunDirectory:
                 "--out."
             )
         self.check_same(config)
+        done = self._rounds_measured()
+        if done > config.federation.rounds:
+            raise FedForwardError(
+                f"{self.path} has {done} rounds already, and federation.rounds = "
+                f"{config.federation.rounds}. Give {done} or more, or choose another --out."
+            )
         return True
 
     def start(self, config: Config, plan: ProbePlan | None = None) -> None:
@@ -228,12 +234,15 @@ class RunDirectory:
         Raises:
             FedForwardError: rounds of the ledger are gone.
         """
-        known = len(self.read_metrics(sys.maxsize - 1)) - 1
+        known = self._rounds_measured()
         if known > rounds:
             raise FedForwardError(
                 f"{self.path}: its metrics are of {known} rounds, and its ledger has {rounds}. "
                 "Restore ledger.sqlite, or start again in another --out."
             )
+
+    def _rounds_measured(self) -> int:
+        return len(self.read_metrics(sys.maxsize - 1)) - 1
 
     def rewrite_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Replace the metrics (on resume, when lines of a round that was lost are dropped)."""
