@@ -18,8 +18,12 @@ from fedforward.core.errors import FedForwardError
 from fedforward.core.logs import PHASES
 from fedforward.core.steps import NO_STEPS, Probe, Steps, Update
 from fedforward.data import labels
+from fedforward.data.encoding import TextEncoder
+from fedforward.data.examples import Example
 from fedforward.data.sampler import collate, collate_prompts
-from fedforward.data.templates import Example, Tokenised
+from fedforward.data.table import Row
+from fedforward.data.templates import Template
+from fedforward.data.tokenise import ChoiceMaker, Tally
 from fedforward.directions import Distribution
 from fedforward.evaluation import heldout as evaluation
 from fedforward.evaluation.objectives import Accuracy, Context, Loss, Score, build_objective
@@ -34,6 +38,7 @@ from fedforward.training.run import Run
 from tests.conftest import DEMO_MODEL
 from tests.models.test_models import PERTURBATION, TRAJECTORY, batch, displace, lora, plan
 from tests.support.command_line import command
+from tests.support.corpora import Letters
 
 Make = Callable[..., Any]
 Configure = Callable[..., Config]
@@ -81,9 +86,19 @@ def classify(configure: Configure, reviews: Path) -> Configure:
     return make
 
 
-def tokenised(rows: Sequence[dict[str, Any]], tokenizer: Any, **changes: Any) -> Tokenised:
+def tokenised(rows: Sequence[dict[str, Any]], tokenizer: Any, **changes: Any) -> list[Example]:
+    """The examples of rows with label words, those that are left out aside."""
     options = {"prompt": "{text}", "answer": "{good}", "sequence_length": 32, "words": WORDS}
-    return labels.tokenise(rows, tokenizer, **(options | changes))
+    options |= changes
+    maker = ChoiceMaker(
+        Template.parse(str(options["prompt"]), "data.prompt"),
+        Template.parse(str(options["answer"]), "data.answer"),
+        options["words"],  # type: ignore[arg-type]
+        TextEncoder(tokenizer),
+        options["sequence_length"],  # type: ignore[arg-type]
+    )
+    read = [Row({k: str(v) for k, v in row.items()}, f"line {n}") for n, row in enumerate(rows, 1)]
+    return [example for example in maker.make(read, Tally()) if example is not None]
 
 
 def choices(seed: int = 0, examples: int = 6, count: int = 3) -> ChoiceBatch:
@@ -130,7 +145,7 @@ def built(network: Any, tune: str) -> CausalModel:
 
 def test_label_words_become_choices(tokenizer: Any) -> None:
     rows = [{"text": "A bell.", "good": 1}, {"text": "A door, broken.", "good": 0}]
-    first, second = tokenised(rows, tokenizer).examples
+    first, second = tokenised(rows, tokenizer)
     assert tokenizer.decode(first.tokens[first.prompt_length :]) == " yes"
     assert [tokenizer.decode(c[second.prompt_length :]) for c in second.choices] == [" no", " yes"]
     assert (first.right, second.right, second.reference) == (1, 0, " no")
@@ -143,15 +158,14 @@ def test_label_words_become_choices(tokenizer: Any) -> None:
     # The training loss is the right word's.
     plain = collate([first, second])
     assert plain.labels[0][plain.labels[0] != IGNORED].tolist() == words[1]
-    surrounded = tokenised(rows, tokenizer, answer=" Verdict:{good}!").examples[0]
+    surrounded = tokenised(rows, tokenizer, answer=" Verdict:{good}!")[0]
     assert surrounded.reference == " Verdict: yes!"
 
 
 def test_what_does_not_fit_is_dropped(tokenizer: Any) -> None:
     rows = [{"text": "A bell.", "good": 1}, {"text": "A bell " * 9, "good": 0}]
-    result = tokenised(rows, tokenizer, sequence_length=12)
-    assert (result.rows, result.dropped, result.cut) == ([0], 1, 0)
-    assert tokenised([], tokenizer).examples == []
+    (kept,) = tokenised(rows, tokenizer, sequence_length=12)
+    assert kept.right == 1 and len(kept.tokens) <= 12
 
 
 @pytest.mark.parametrize(
@@ -162,7 +176,11 @@ def test_what_does_not_fit_is_dropped(tokenizer: Any) -> None:
             {},
             ["no word for good = '-1'", "words for '0', '1'"],
         ),
-        ([], {"words": {"0": "", "1": " yes"}}, ["the word '' has no tokens"]),
+        (
+            [{"text": "A bell.", "good": 1}],
+            {"words": {"0": "", "1": " yes"}},
+            ["the word '' has no tokens"],
+        ),
     ],
 )
 def test_labels_without_words_are_refused(
@@ -175,20 +193,18 @@ def test_labels_without_words_are_refused(
 
 
 def test_words_of_the_same_tokens_are_refused() -> None:
-    class Deaf:
-        bos_token_id = None
-
-        def __call__(self, texts: list[str], **_: Any) -> dict[str, Any]:
-            return {"input_ids": [[3] for _ in texts]}
+    class Deaf(Letters):
+        def __call__(self, text: Any, *_: Any, **__: Any) -> dict[str, Any]:
+            return {"input_ids": [[3] for _ in text] if isinstance(text, list) else [3]}
 
     with pytest.raises(FedForwardError, match=r"' no' and ' yes' are the same tokens"):
-        tokenised([], Deaf())
+        tokenised([{"text": "A bell.", "good": 1}], Deaf())
 
 
 @pytest.mark.parametrize("answer", ["{good} {text}", "yes"])
 def test_label_words_need_one_field(answer: str) -> None:
     with pytest.raises(FedForwardError, match=r"data\.answer = .* names \d fields\. Name one"):
-        labels.check_template(answer)
+        labels.word_path(Template.parse(answer, "data.answer"))
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])

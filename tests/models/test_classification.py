@@ -16,8 +16,11 @@ from fedforward.config.template import to_toml
 from fedforward.core.batches import IGNORED, TokenBatch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import NO_STEPS, Probe, Steps, Update
-from fedforward.data import labels, sources
-from fedforward.data.templates import Example
+from fedforward.data import labels
+from fedforward.data.examples import Example
+from fedforward.data.sources import Source
+from fedforward.data.table import Row
+from fedforward.data.templates import Template
 from fedforward.directions import Distribution
 from fedforward.evaluation.objectives import ClassError, ClassLoss, Objective
 from fedforward.models.base import CausalModel
@@ -334,16 +337,17 @@ def test_a_quantised_base_keeps_a_plain_head() -> None:
 
 
 def test_classes_and_their_order() -> None:
-    rows = [{"a": text} for text in ("10", " 9", "2", "9", None, "-1")]
-    assert labels.classes(rows, "{a}", None) == ("-1", "2", "9", "10")
-    assert labels.classes([*rows, {"a": "x"}], "{a}", None) == ("-1", "10", "2", "9", "x")
-    assert labels.classes((), "{a}", {"1": " yes", "0": " no"}) == ("yes", "no")
+    answer = Template.parse("{a}", "data.answer")
+    rows = [Row({"a": text}, "") for text in ("10", " 9", "2", "9", None, "-1")]
+    assert labels.classes(rows, answer, None) == ("-1", "2", "9", "10")
+    assert labels.classes([*rows, Row({"a": "x"}, "")], answer, None) == ("-1", "10", "2", "9", "x")
+    assert labels.classes((), answer, {"1": " yes", "0": " no"}) == ("yes", "no")
     with pytest.raises(FedForwardError, match=r"data\.answer = '\{a\}' has only 1 different"):
-        labels.classes(rows[:1], "{a}", None)
+        labels.classes(rows[:1], answer, None)
     with pytest.raises(FedForwardError, match=r"has 1001 different .*2 to 1000 classes"):
-        labels.classes([{"a": n} for n in range(1001)], "{a}", None)
+        labels.classes([Row({"a": str(n)}, "") for n in range(1001)], answer, None)
     with pytest.raises(FedForwardError, match=r"data\.label_words = .*must be different"):
-        labels.classes((), "{a}", {"1": " yes", "0": "yes"})
+        labels.classes((), answer, {"1": " yes", "0": "yes"})
 
 
 def test_a_class_of_held_out_data_alone(
@@ -361,13 +365,13 @@ def test_data_are_read_once(
 ) -> None:
     """For the classes and for the corpus."""
     seen: list[str] = []
-    read = sources.read
+    read = Source.read
 
-    def counted(*args: Any, key: str, **options: Any) -> Any:
-        seen.append(key)
-        return read(*args, key=key, **options)
+    def counted(source: Source, *wanted: Any) -> Any:
+        seen.append(source.key)
+        return read(source, *wanted)
 
-    monkeypatch.setattr(sources, "read", counted)
+    monkeypatch.setattr(Source, "read", counted)
     carry_out(classify(federation__rounds=1), tmp_path / "run")
     assert seen == ["data.source"]
 

@@ -22,6 +22,7 @@ from fedforward.config.fields import (
     ReportFilters,
     Section,
     Share,
+    no_repeats,
 )
 from fedforward.core.registry import METHODS
 from fedforward.core.units import parse_bytes
@@ -112,14 +113,32 @@ class LoraSection(Section):
 class DataSection(Section):
     """[data]"""
 
-    source: str = Field(description="file (.jsonl .json .csv .tsv .parquet) or hub data set")
+    source: str | list[str] = Field(
+        description="file (.jsonl .json .csv .tsv .parquet .arrow, also .jsonl.gz or .zst), "
+        "folder, pattern such as 'part-*.jsonl', or hub data set; or a list of them"
+    )
+    weights: list[Positive] | None = Field(
+        None, description="shares of the sources among training examples; default by their sizes"
+    )
     subset: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("train", description="split of a hub data set")
     prompt: str = Field(
         "### Instruction:\n{instruction}\n\n### Response:\n",
-        description="template; {name} stands for a field",
+        description="template; {name} stands for a field, {?name}…{/name} is there only if it has "
+        "text",
     )
     answer: str = Field("{output}", description="template; only its tokens count in the loss")
+    chat: str | None = Field(
+        None,
+        description="field with a conversation, or 'alpaca' or 'prompt-completion', in place of "
+        "prompt and answer; the tokenizer's chat template makes the text",
+    )
+    chat_template: str | None = Field(
+        None, description="file with a Jinja template, in place of the tokenizer's own"
+    )
+    loss_on: Literal["last", "all"] = Field(
+        "last", description="which of an assistant's answers in a conversation count in the loss"
+    )
     label_words: dict[str, str] | None = Field(
         None,
         description="words for the values of the answer's field, all of them possible answers: "
@@ -141,6 +160,37 @@ class DataSection(Section):
         description="what the templates' fields are called in this source, where that differs: "
         '{ instruction = "question" }',
     )
+
+    @model_validator(mode="after")
+    def _sources_are_named_and_weighed(self) -> "DataSection":
+        names = self.source if isinstance(self.source, list) else [self.source]
+        if not names:
+            raise ValueError("source = [] is not allowed: it must be one source or more")
+        no_repeats(names)
+        if self.weights is not None and len(self.weights) != len(names):
+            raise ValueError(
+                f"weights = {self.weights!r} has {len(self.weights)} numbers for {len(names)} "
+                "sources; give one for each source"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _text_is_made_in_one_way(self) -> "DataSection":
+        defaults = type(self).model_fields
+        written = [k for k in ("prompt", "answer") if getattr(self, k) != defaults[k].default]
+        written += ["label_words"] if self.label_words is not None else []
+        if self.chat is not None and written:
+            raise ValueError(
+                f"chat = {self.chat!r} makes prompts and answers of conversations, and "
+                f"{written[0]} is set as well; leave one of the two out"
+            )
+        return self
+
+    @property
+    def default_templates(self) -> bool:
+        """Whether neither prompt nor answer says anything else than the default."""
+        defaults = type(self).model_fields
+        return all(getattr(self, key) == defaults[key].default for key in ("prompt", "answer"))
 
     @field_validator("label_words")
     @classmethod

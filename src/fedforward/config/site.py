@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedforward.config import rules
-from fedforward.config.fields import MOST_COUNTED, Count, ReportFilters, Section
+from fedforward.config.fields import MOST_COUNTED, Count, Positive, ReportFilters, Section
 from fedforward.config.loading import read_toml, validate, validate_as
 from fedforward.config.schema import Config
 from fedforward.config.sections import RunSection
@@ -24,7 +24,16 @@ AT_SITES = "(each site's own)"
 #: Keys that never travel: they are a site's own, or mean nothing across machines.
 _LOCAL = {
     "model": {"path", "device_map", "offload"},
-    "data": {"source", "subset", "split", "limit", "example", "fields"},
+    "data": {
+        "source",
+        "weights",
+        "subset",
+        "split",
+        "limit",
+        "example",
+        "fields",
+        "chat_template",
+    },
     "evaluation": {"source", "subset", "split", "limit"},
     "run": set(RunSection.model_fields) - {"seed", "evaluate_every", "patience"},
     "planning": {"budgets", "active"},
@@ -65,7 +74,12 @@ class SiteModelSection(Section):
 class SiteDataSection(Section):
     """[data]"""
 
-    source: str = Field(description="file (.jsonl .json .csv .tsv .parquet) or hub data set")
+    source: str | list[str] = Field(
+        description="file, folder or pattern of files, or hub data set; or a list of them"
+    )
+    weights: list[Positive] | None = Field(
+        None, description="shares of the sources among training examples; default by their sizes"
+    )
     subset: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("train", description="split of a hub data set")
     limit: Count | None = Field(None, description="use only so many examples of the source")
@@ -75,6 +89,12 @@ class SiteDataSection(Section):
     fields: dict[str, str] | None = Field(
         None,
         description='what the templates\' fields are called here: { instruction = "question" }',
+    )
+    chat: str | None = Field(
+        None, description="in place of the terms' field with a conversation; see a run's data.chat"
+    )
+    chat_template: str | None = Field(
+        None, description="file with a Jinja template, in place of the tokenizer's own"
     )
 
 

@@ -5,17 +5,55 @@ Nothing here imports PyTorch.
 """
 
 import hashlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedforward.config.sections import DataSection, EvaluationSection, FederationSection
 from fedforward.core.errors import FedForwardError
 from fedforward.core.seeds import derive, generator
-from fedforward.data import labels, sources, templates
+from fedforward.data import chat as chats
+from fedforward.data import labels
+from fedforward.data.chat import ChatRenderer
+from fedforward.data.encoding import TextEncoder
+from fedforward.data.examples import Example, Examples
 from fedforward.data.partition import partition
-from fedforward.data.templates import Example
+from fedforward.data.sources import Source, find
+from fedforward.data.table import Table, Wanted
+from fedforward.data.templates import Template
+from fedforward.data.tokenise import (
+    AnswerMaker,
+    ChatMaker,
+    ChoiceMaker,
+    ClassMaker,
+    Maker,
+    Tally,
+    Tokenised,
+    check_left,
+    log_tally,
+    tokenise,
+)
+
+LOGGER = logging.getLogger("fedforward.data")
+
+
+class Prompt(NamedTuple):
+    """The prompt that is answered before and after a run.
+
+    Attributes:
+        text: as people read it.
+        tokens: int64 [length], what the model is given.
+        expected: the right answer, if it is known.
+    """
+
+    text: str
+    tokens: NDArray[np.int64]
+    expected: str | None
 
 
 @dataclass(frozen=True)
@@ -25,43 +63,60 @@ class Corpus:
     Attributes:
         clients: each client's training examples.
         heldout: the examples kept for evaluation.
-        example: the prompt that is answered before and after, and its expected answer if known.
+        example: the prompt that is answered before and after.
+        train_tally: what happened to the training rows.
+        heldout_tally: what happened to those kept for evaluation.
         classes: of a sequence classifier, in the order of its head; else empty.
-        cut: answers cut at the sequence length.
-        dropped: rows without room for an answer.
+        rows: training rows and held-out rows that were read.
     """
 
-    clients: list[list[Example]]
-    heldout: list[Example]
-    example: tuple[str, str | None]
-    cut: int
-    dropped: int
+    clients: Sequence[Sequence[Example]]
+    heldout: Sequence[Example]
+    example: Prompt
+    train_tally: Tally
+    heldout_tally: Tally
     classes: tuple[str, ...] = ()
+    rows: tuple[int, int] = (0, 0)
+
+    @property
+    def cut(self) -> int:
+        """Answers cut at the sequence length."""
+        return self.train_tally.cut + self.heldout_tally.cut
+
+    @property
+    def dropped(self) -> int:
+        """Rows that were left out."""
+        return self.train_tally.dropped.total() + self.heldout_tally.dropped.total()
 
     def fingerprint(self) -> str:
         """SHA-256 of every client's and the held-out examples' tokens and classes, hexadecimal."""
         state = hashlib.sha256()
         for part in (*self.clients, self.heldout):
             state.update(f"{len(part)}\n".encode())
-            for example in part:
-                state.update(f"{example.prompt_length} {len(example.tokens)}\n".encode())
-                for tokens in (example.tokens, *example.choices):
-                    state.update(tokens.astype("<i8").tobytes())
-                if self.classes:
-                    state.update(f"class {example.right}\n".encode())
+            for example in _records(part):
+                state.update(example)
         return state.hexdigest()
 
 
+def _records(part: Sequence[Example]) -> Any:
+    assert isinstance(part, Examples)
+    return (part.store.record(int(place)) for place in part.places)
+
+
 class Rows(NamedTuple):
-    """Rows as they were read, each list in an order of the run's seed.
+    """Rows as they were read.
 
     Attributes:
-        train: to train on.
-        heldout: to evaluate on.
+        table: with all rows, or those to train on.
+        train: int64, the numbers of the rows to train on.
+        heldout_table: with the rows to evaluate on.
+        heldout: int64, their numbers there.
     """
 
-    train: list[dict[str, Any]]
-    heldout: list[dict[str, Any]]
+    table: Table
+    train: NDArray[np.int64]
+    heldout_table: Table
+    heldout: NDArray[np.int64]
 
 
 class CorpusReader:
@@ -84,6 +139,68 @@ class CorpusReader:
         """
         self._data, self._evaluation, self._federation = data, evaluation, federation
         self._run_seed = run_seed
+        self._prompt = Template.parse(data.prompt, "data.prompt")
+        self._answer = Template.parse(data.answer, "data.answer")
+
+    @cached_property
+    def sources(self) -> list[Source]:
+        """Where the rows to train on are.
+
+        Raises:
+            FedForwardError: see `sources.find`.
+        """
+        data = self._data
+        names = [data.source] if isinstance(data.source, str) else data.source
+        found = [find(n, split=data.split, subset=data.subset, key="data.source") for n in names]
+        for source in found:
+            if len(source.files) > 1:
+                LOGGER.info(
+                    "%s: %d files, from %s to %s",
+                    source.name,
+                    len(source.files),
+                    source.files[0].name,
+                    source.files[-1].name,
+                )
+        return found
+
+    @cached_property
+    def chat(self) -> str | None:
+        """What `data.chat` says, or what the fields of the data say where no template does."""
+        data = self._data
+        if data.chat is not None:
+            return data.chat
+        if not data.default_templates or data.label_words:
+            return None
+        columns = self.sources[0].columns()
+        row = next(self.sources[0].read(), (0, 0, {}))[2]
+        names = {**{name: name for name in columns}, **(data.fields or {})}
+        if all(path in names for path in (*self._prompt.paths, *self._answer.paths)):
+            return None
+        found = chats.detect(columns, row)
+        if found is not None:
+            LOGGER.warning(
+                "data.chat = %r: the data hold conversations, and data.prompt and data.answer are "
+                "not set",
+                found,
+            )
+        return found
+
+    def _wanted(self, *, partition: bool, names: Mapping[str, str]) -> Wanted:
+        """What is read of each row."""
+        texts: dict[str, str] = {}
+        values: dict[str, str] = {}
+        optional: frozenset[str] = frozenset()
+        if self.chat is None:
+            texts = dict.fromkeys(self._prompt.paths, "data.prompt")
+            texts |= dict.fromkeys(self._answer.paths, "data.answer") | texts
+        else:
+            wanted, more = chats.paths(self.chat)
+            values = dict.fromkeys((*wanted, *more), "data.chat")
+            optional = frozenset(more)
+        field = self._field if partition else None
+        if field is not None and field not in values:
+            texts.setdefault(field, "federation.field")
+        return Wanted(texts, values, optional, names)
 
     @cached_property
     def rows(self) -> Rows:
@@ -92,21 +209,21 @@ class CorpusReader:
         Raises:
             FedForwardError: for whatever is wrong with the sources, their fields or their size.
         """
-        data, field = self._data, self._field
-        table = sources.read(data.source, split=data.split, subset=data.subset, key="data.source")
-        table = _rename_fields(data, table)
-        _check_templates(data, table, "")
-        if field is not None and field not in table.column_names:
-            raise FedForwardError(
-                f"federation.field = {field!r} is not a field of the data. Their fields are "
-                f"{', '.join(table.column_names)}."
-            )
-        order = generator(self._run_seed, "heldout").permutation(len(table)).tolist()
-        rows = [table[index] for index in order[: data.limit]]
+        data = self._data
+        table = Table.read(
+            self.sources,
+            self._wanted(partition=True, names=data.fields or {}),
+            seed=self._run_seed,
+            purpose="heldout",
+            limit=data.limit,
+            shares=data.weights or (),
+        )
+        numbers = np.arange(len(table))
         if self._evaluation.source is not None:
-            return Rows(rows, self._evaluation_rows())
-        kept = _heldout_count(data.heldout, len(rows))
-        return Rows(rows[kept:], rows[:kept][: self._evaluation.limit])
+            other = self._evaluation_table()
+            return Rows(table, numbers, other, np.arange(len(other)))
+        kept = _heldout_count(data.heldout, len(table))
+        return Rows(table, numbers[kept:], table, numbers[:kept][: self._evaluation.limit])
 
     def classes(self) -> tuple[str, ...]:
         """A classifier's classes: those of training and held-out data, or the label words.
@@ -114,10 +231,13 @@ class CorpusReader:
         Raises:
             FedForwardError: see `labels.classes` and `rows`.
         """
-        data = self._data
-        if data.label_words:
-            return labels.classes((), data.answer, data.label_words)
-        return labels.classes([*self.rows.train, *self.rows.heldout], data.answer, None)
+        self._check_plain()
+        if self._data.label_words:
+            return labels.classes((), self._answer, self._data.label_words)
+        rows = self.rows
+        every = [(rows.table, n) for n in rows.train]
+        every += [(rows.heldout_table, n) for n in rows.heldout]
+        return labels.classes((table[int(n)] for table, n in every), self._answer, None)
 
     def corpus(
         self,
@@ -143,41 +263,113 @@ class CorpusReader:
                 f"data.sequence_length = {data.sequence_length} is longer than the {positions} "
                 f"positions that this model takes. Use at most {positions}."
             )
-        if data.label_words:
-            labels.check_template(data.answer)
-        rows, heldout_rows = self.rows
-        heldout = self._tokenise(heldout_rows, tokenizer, classes)
-        train = self._tokenise(rows, tokenizer, classes)
-        if not heldout.examples or not train.examples:
-            raise FedForwardError(
-                f"data.sequence_length = {data.sequence_length} leaves no "
-                f"{'held-out' if not heldout.examples else 'training'} example: every prompt fills "
-                "it, or every answer is empty. Raise it, or look at data.prompt and data.answer."
-            )
-        parts = self._partition([rows[row] for row in train.rows])
+        maker, renderer = self._maker(tokenizer, classes)
+        rows = self.rows
+        heldout = tokenise(rows.heldout_table, rows.heldout, maker, "held-out rows")
+        check_left(heldout, len(rows.heldout), "held-out", data.sequence_length)
+        train = tokenise(rows.table, rows.train, maker, "training rows")
+        check_left(train, len(rows.train), "training", data.sequence_length)
+        for tally, count in (
+            (train.tally, len(rows.train)),
+            (heldout.tally, len(rows.heldout)),
+        ):
+            log_tally(tally, count)
+        parts = self._partition(rows.table, train.rows)
         if generates and positions is not None:
-            _check_room_for_answers(data, [*heldout.examples, *train.examples], positions)
-        shown = templates.fill(data.prompt, heldout_rows[heldout.rows[0]])
-        example = (shown, heldout.examples[0].reference)
+            longest = max(
+                heldout.examples.store.longest_prompt, train.examples.store.longest_prompt
+            )
+            _check_room_for_answers(data, longest, positions)
+        origins = rows.table.origins[train.rows]
         return Corpus(
-            clients=[[train.examples[index] for index in part] for part in parts],
+            clients=[
+                train.examples.take(self._repeated(part, origins, client))
+                for client, part in enumerate(parts)
+            ],
             heldout=heldout.examples,
-            example=(data.example, None) if data.example else example,
-            cut=heldout.cut + train.cut,
-            dropped=heldout.dropped + train.dropped,
+            example=self._example(heldout, rows, TextEncoder(tokenizer), renderer, classes),
+            train_tally=train.tally,
+            heldout_tally=heldout.tally,
             classes=tuple(classes),
+            rows=(len(rows.train), len(rows.heldout)),
         )
+
+    def _maker(self, tokenizer: Any, classes: Sequence[str]) -> tuple[Maker, ChatRenderer | None]:
+        """What makes examples of rows, and what renders conversations if they are ones."""
+        data = self._data
+        encoder = TextEncoder(tokenizer)
+        if classes or data.label_words:
+            self._check_plain()
+        if data.label_words:
+            labels.word_path(self._answer)
+        if classes:
+            return (
+                ClassMaker(
+                    self._prompt,
+                    self._answer,
+                    data.label_words,
+                    classes,
+                    encoder,
+                    data.sequence_length,
+                ),
+                None,
+            )
+        if data.label_words:
+            words = data.label_words
+            return (
+                ChoiceMaker(self._prompt, self._answer, words, encoder, data.sequence_length),
+                None,
+            )
+        if self.chat is not None:
+            renderer = ChatRenderer(tokenizer, data.chat_template, data.loss_on)
+            return ChatMaker(self.chat, renderer, encoder, data.sequence_length), renderer
+        return AnswerMaker(self._prompt, self._answer, encoder, data.sequence_length), None
+
+    def _check_plain(self) -> None:
+        if self.chat is not None:
+            raise FedForwardError(
+                f"data.chat = {self.chat!r} makes conversations, and data.label_words and "
+                "model.head = 'classification' need data.prompt and data.answer. Write those, as "
+                'in data.prompt = "{messages[0].content}".'
+            )
+
+    def _example(
+        self,
+        heldout: Tokenised,
+        rows: Rows,
+        encoder: TextEncoder,
+        renderer: ChatRenderer | None,
+        classes: Sequence[str],
+    ) -> Prompt:
+        """The prompt to answer before and after: the one asked for, or the first held-out one."""
+        first, asked = heldout.examples[0], self._data.example
+        if asked is None:
+            tokens = first.tokens[: first.prompt_length]
+            row = rows.heldout_table[int(heldout.rows[0])]
+            if renderer is None:
+                text = self._prompt.fill(row.values)
+            else:
+                text = encoder.tokenizer.decode(tokens)
+            return Prompt(text, tokens, first.reference)
+        if renderer is not None:
+            text = renderer.prompt(asked)
+            return Prompt(text, encoder.prompt(text, prefix=False), None)
+        return Prompt(asked, encoder.prompt(asked), None)
 
     @property
     def _field(self) -> str | None:
         """The field that the data are divided by, if any."""
         return self._federation.field if self._federation.partition != "iid" else None
 
-    def _partition(self, rows: Sequence[dict[str, Any]]) -> Sequence[Sequence[int]]:
+    def _partition(self, table: Table, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Each client's places in these rows."""
         field = self._field
+        values = None
+        if field is not None:
+            values = [str(table[int(row)].values[field] or "") for row in rows]
         return partition(
-            [row[field] if field else 0 for row in rows],
+            values,
+            len(rows),
             self._federation.clients,
             kind=self._federation.partition,
             field=field,
@@ -185,59 +377,49 @@ class CorpusReader:
             seed=derive(self._run_seed, "partition"),
         )
 
-    def _evaluation_rows(self) -> list[dict[str, Any]]:
+    def _repeated(
+        self, part: NDArray[np.int64], origins: NDArray[np.int32], client: int
+    ) -> NDArray[np.int64]:
+        """A client's examples, those of sources with a large share several times.
+
+        Every example is there once at least; the source with the least share for its size has
+        each of its examples once.
+        """
+        shares = self._data.weights
+        if not shares:
+            return part
+        counts = np.bincount(origins, minlength=len(shares))
+        times = np.array(shares) / np.maximum(counts, 1)
+        times /= times[counts > 0].min()
+        random = generator(self._run_seed, "weights", client)
+        order = [part]
+        for source, factor in enumerate(times):
+            mine = part[origins[part] == source]
+            more = factor - 1.0
+            order += [mine] * int(more)
+            rest = round((more - int(more)) * len(mine))
+            order.append(mine[np.sort(random.permutation(len(mine))[:rest])])
+        return np.concatenate(order)
+
+    def _evaluation_table(self) -> Table:
         """The rows of `evaluation.source`, in an order of the run's seed."""
         section = self._evaluation
         assert section.source is not None
-        table = sources.read(
+        source = find(
             section.source, split=section.split, subset=section.subset, key="evaluation.source"
         )
-        _check_templates(self._data, table, f" (with evaluation.source = {section.source!r})")
-        order = generator(self._run_seed, "evaluation").permutation(len(table)).tolist()
-        return [table[index] for index in order[: section.limit]]
-
-    def _tokenise(
-        self, rows: Sequence[dict[str, Any]], tokenizer: Any, classes: Sequence[str]
-    ) -> templates.Tokenised:
-        data = self._data
-        options: dict[str, Any] = {
-            "prompt": data.prompt,
-            "answer": data.answer,
-            "sequence_length": data.sequence_length,
-        }
-        words = data.label_words
-        if classes:
-            return labels.classify(rows, tokenizer, words=words, classes=classes, **options)
-        if words:
-            return labels.tokenise(rows, tokenizer, words=words, **options)
-        return templates.tokenise(rows, tokenizer, **options)
+        return Table.read(
+            [source],
+            self._wanted(partition=False, names={}),
+            seed=self._run_seed,
+            purpose="evaluation",
+            limit=section.limit,
+            prefix=f" (with evaluation.source = {section.source!r})",
+        )
 
 
-def _rename_fields(data: DataSection, table: Any) -> Any:
-    """The table with its fields called what the templates call them."""
-    names = data.fields or {}
-    for own, found in names.items():
-        if found not in table.column_names:
-            raise FedForwardError(
-                f"data.fields: {own} = {found!r} is not a field of {data.source}. Their "
-                f"fields are {', '.join(table.column_names)}."
-            )
-    if not names:
-        return table
-    # At once, for two fields may change places. A field that only has a requested name is dropped.
-    hidden = [name for name in names if name in table.column_names and name not in names.values()]
-    return table.remove_columns(hidden).rename_columns({found: own for own, found in names.items()})
-
-
-def _check_templates(data: DataSection, table: Any, where: str) -> None:
-    """Refuse templates that name fields which a data set does not have."""
-    for key, template in (("prompt", data.prompt), ("answer", data.answer)):
-        templates.check_fields(template, table.column_names, f"data.{key}{where}")
-
-
-def _check_room_for_answers(data: DataSection, examples: Sequence[Example], positions: int) -> None:
+def _check_room_for_answers(data: DataSection, longest: int, positions: int) -> None:
     """Refuse prompts that leave a model fewer positions than a generated answer may take."""
-    longest = max(example.prompt_length for example in examples)
     room = positions - data.answer_tokens
     if longest > room:
         raise FedForwardError(

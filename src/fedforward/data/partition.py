@@ -4,24 +4,29 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedforward.core.errors import FedForwardError
 
 _ROW = "__row__"
 
 
 def partition(
-    values: Sequence[Any],
+    values: Sequence[str] | None,
+    examples: int,
     clients: int,
     *,
     kind: str,
     field: str | None,
     alpha: float,
     seed: int,
-) -> list[list[int]]:
+) -> list[NDArray[np.int64]]:
     """The indices of each client's examples; every index once, every client at least one.
 
     Args:
-        values: per example, the value of the field to divide by (anything for "iid").
+        values: per example, the text of the field to divide by; None for "iid".
+        examples: how many there are.
         clients: N.
         kind: "iid", "dirichlet" (`alpha` of the label distribution) or "by-field" (whole values).
         field: its name, for errors.
@@ -31,9 +36,9 @@ def partition(
     Raises:
         FedForwardError: more clients than examples, or values that cannot be divided so.
     """
-    if clients > len(values):
+    if clients > examples:
         raise FedForwardError(
-            f"federation.clients = {clients}, but only {len(values)} training examples are left "
+            f"federation.clients = {clients}, but only {examples} training examples are left "
             "after the held-out ones. Use fewer clients or more data."
         )
     import datasets
@@ -44,9 +49,10 @@ def partition(
         Partitioner,
     )
 
-    table = datasets.Dataset.from_dict(
-        {_ROW: list(range(len(values))), "value": [str(value) for value in values]}
-    ).shuffle(seed=seed % 2**32)
+    content: dict[str, Any] = {_ROW: np.arange(examples)}
+    if values is not None:
+        content["value"] = list(values)
+    table = datasets.Dataset.from_dict(content).shuffle(seed=seed % 2**32)
     partitioner: Partitioner
     if kind == "iid":
         partitioner = IidPartitioner(num_partitions=clients)
@@ -68,16 +74,18 @@ def partition(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            parts = [list(partitioner.load_partition(i)[_ROW]) for i in range(clients)]
+            return [
+                np.asarray(partitioner.load_partition(i).with_format("numpy")[:][_ROW], np.int64)
+                for i in range(clients)
+            ]
     except (ValueError, RuntimeError) as error:
         raise FedForwardError(
             f"federation.partition = {kind!r} with alpha = {alpha} left a client without examples "
-            f"in every attempt ({len(values)} examples, {clients} clients). Use a larger "
+            f"in every attempt ({examples} examples, {clients} clients). Use a larger "
             "federation.alpha, fewer clients or more data."
         ) from error
     finally:
         datasets.enable_progress_bars()
-    return parts
 
 
 def _group_size(distinct: int, clients: int, field: str | None) -> int:

@@ -19,25 +19,31 @@ from fedforward.core.batches import (
     TokenBatch,
 )
 from fedforward.core.seeds import generator
-from fedforward.data.templates import Example
+from fedforward.data.examples import Example, lengths, take
 
 Collate = Callable[[Sequence[Example]], Batch]
 
 
 def collate(examples: Sequence[Example]) -> TokenBatch:
     """Right-padded rows; only the answers' tokens keep their labels."""
-    return _rows([(example.tokens, example.prompt_length) for example in examples])
+    return _rows([(e.tokens, e.spans or ((e.prompt_length, len(e.tokens)),)) for e in examples])
 
 
 def collate_choices(examples: Sequence[Example]) -> ChoiceBatch:
     """A row for each possible answer of each example."""
-    choices = [(choice, e.prompt_length) for e in examples for choice in e.choices]
-    return ChoiceBatch(_rows(choices), np.array([e.right for e in examples], np.int64))
+    rows = [
+        (choice, ((prompt, len(choice)),))
+        for e in examples
+        for choice, prompt in zip(
+            e.choices, e.choice_prompts or (e.prompt_length,) * len(e.choices), strict=True
+        )
+    ]
+    return ChoiceBatch(_rows(rows), np.array([e.right for e in examples], np.int64))
 
 
 def collate_classes(examples: Sequence[Example]) -> TokenBatch:
     """Right-padded texts; the last token's label is the number of the class."""
-    rows = _rows([(example.tokens, len(example.tokens)) for example in examples])
+    rows = _rows([(example.tokens, ()) for example in examples])
     for row, example in enumerate(examples):
         rows.labels[row, len(example.tokens) - 1] = example.right
     return rows
@@ -64,14 +70,17 @@ def collate_prompts(
     return PromptBatch(tokens, mask, most_tokens, padding)
 
 
-def _rows(rows: Sequence[tuple[NDArray[np.int64], int]]) -> TokenBatch:
-    """Right-padded rows of (tokens, how many of them do not count)."""
+def _rows(
+    rows: Sequence[tuple[NDArray[np.int64], Sequence[tuple[int, int]]]],
+) -> TokenBatch:
+    """Right-padded rows of (tokens, [begin, end) of those that count)."""
     length = max(len(whole) for whole, _ in rows)
     tokens = np.zeros((len(rows), length), np.int64)
     labels = np.full((len(rows), length), IGNORED, np.int64)
-    for row, (whole, prompt_length) in enumerate(rows):
+    for row, (whole, spans) in enumerate(rows):
         tokens[row, : len(whole)] = whole
-        labels[row, prompt_length : len(whole)] = whole[prompt_length:]
+        for begin, end in spans:
+            labels[row, begin:end] = whole[begin:end]
     return TokenBatch(tokens, labels)
 
 
@@ -122,19 +131,24 @@ class Batches:
         """The examples in the order of an epoch, int64 [examples]."""
         random = generator(self.run_seed, "epoch", self.client, epoch)
         order = random.permutation(len(self.examples))
-        lengths = np.array([len(example.tokens) for example in self.examples])
+        length = lengths(self.examples)
         # The epoch's first examples may belong to a batch that the one before began.
         begin = -epoch * len(order) % self.batch_size
         while self.batch_size > 1 and begin + self.batch_size <= len(order):
             count = min(BATCHES_SORTED, (len(order) - begin) // self.batch_size)
             part = order[begin : begin + count * self.batch_size]
-            batches = part[np.argsort(lengths[part], kind="stable")].reshape(count, -1)
+            batches = part[np.argsort(length[part], kind="stable")].reshape(count, -1)
             order[begin : begin + len(part)] = batches[random.permutation(count)].ravel()
             begin += len(part)
         return order
 
 
-def by_length(examples: Sequence[Example], rows: int) -> list[list[Example]]:
+def by_length(examples: Sequence[Example], rows: int) -> list[Sequence[Example]]:
     """Every example once, in groups of similar length (for evaluation)."""
-    order = sorted(examples, key=lambda example: len(example.tokens))
-    return [order[begin : begin + rows] for begin in range(0, len(order), rows)]
+    order = np.argsort(lengths(examples), kind="stable")
+    return [take(examples, order[begin : begin + rows]) for begin in range(0, len(order), rows)]
+
+
+def longest(examples: Sequence[Example], count: int) -> Sequence[Example]:
+    """So many of the longest examples, the longest last."""
+    return take(examples, np.argsort(lengths(examples), kind="stable")[-count:])

@@ -1,111 +1,210 @@
-"""Reading a data set: JSONL, CSV, Parquet or the hub, through `datasets`, with errors that point.
+"""Where rows come from: a file, a folder or pattern of files, or a data set of the hub.
 
-The library reads; this module only looks first at what a person can get wrong, and on failure
-finds the line to blame.
+A source is read a row at a time and as often as is wanted. What its files hold is the affair of
+`readers`.
 """
 
 import glob
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedforward.core.errors import FedForwardError
+from fedforward.data import readers
+from fedforward.data.readers import Row
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    import datasets
 
-BUILDERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".ndjson": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-}
+_KNOWN = ", ".join((*readers.FORMS, ".jsonl.gz", ".csv.zst"))
+_MOST_FILES = 3
 
 
-def read(source: str, *, split: str = "train", subset: str | None = None, key: str) -> "Dataset":
-    """The examples of a file, or of one split of a hub data set.
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Rows of files or of one split of a hub data set.
+
+    Attributes:
+        name: as the user typed it.
+        key: the configuration key that names it, for errors.
+        files: in the order in which they are read; none for a hub data set.
+        table: of a hub data set.
+    """
+
+    name: str
+    key: str
+    files: tuple[Path, ...] = ()
+    table: "datasets.Dataset | None" = None
+
+    def columns(self) -> list[str]:
+        """The names of the fields, as far as the first row or header says them."""
+        if self.table is not None:
+            return list(self.table.column_names)
+        with self._named():
+            return list(dict.fromkeys(n for file in self.files for n in readers.columns(file)))
+
+    def count(self) -> int:
+        """How many rows there are.
+
+        Raises:
+            FedForwardError: as `read`.
+        """
+        if self.table is not None:
+            return len(self.table)
+        with self._named():
+            return sum(map(readers.count, self.files))
+
+    def read(self, wanted: Collection[str] | None = None) -> Iterator[tuple[int, int, Row]]:
+        """The rows, each with the number of its file and its place there; see `where`.
+
+        Args:
+            wanted: the paths that are used; the other columns of tables are not read.
+
+        Raises:
+            FedForwardError: a file cannot be read, or holds what is not of its form, with the line.
+        """
+        if self.table is not None:
+            names = self.table.column_names
+            if wanted is not None:
+                names = [n for n in names if any(readers.begins(n, path) for path in wanted)]
+            batches = self.table.with_format("arrow").iter(batch_size=4096)
+            for place, row in readers.table_rows(batches, names):
+                yield 0, place, row
+            return
+        with self._named():
+            for number, file in enumerate(self.files):
+                for place, row in readers.read(file, wanted):
+                    yield number, place, row
+
+    def where(self, file: int, place: int) -> str:
+        """A row for an error, such as "line 3 of rows.jsonl"."""
+        if self.table is not None:
+            return f"row {place} of {self.name}"
+        path = self.files[file]
+        return f"{readers.place_word(path)} {place} of {path}"
+
+    def _named(self) -> "_Named":
+        return _Named(f"{self.key} = {self.name!r}: ")
+
+
+class _Named:
+    """Puts the key before what a reader says."""
+
+    def __init__(self, head: str) -> None:
+        self.head = head
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, FedForwardError) and not str(error).startswith(self.head):
+            raise FedForwardError(f"{self.head}{error}") from error.__cause__
+
+
+def find(name: str, *, split: str = "train", subset: str | None = None, key: str) -> Source:
+    """The source of a name; nothing is read yet but what a hub data set needs.
 
     Args:
-        source: a path ending in one of `BUILDERS`, or a hub name.
+        name: a file, a folder or a pattern of files that end in one of `readers.FORMS`, or a hub
+            name.
         split: of a hub data set.
         subset: configuration name of a hub data set, if it has several.
         key: the configuration key to name in errors, such as "data.source".
 
     Raises:
-        FedForwardError: missing, empty, malformed (with the line) or unreachable.
+        FedForwardError: there is no such file, its ending is not known, or the hub cannot be
+            reached.
     """
-    import datasets
+    path = Path(name).expanduser()
+    try:
+        files = _files(name, path, key)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FedForwardError(f"{key} = {name!r} cannot be looked at: {reason}.") from error
+    if files:
+        return Source(name, key, tuple(files))
+    return Source(name, key, table=_hub(name, split, subset, key))
 
-    path = Path(source).expanduser()
+
+def _files(name: str, path: Path, key: str) -> list[Path]:
+    """The files that a name stands for; none for what can only be a hub data set."""
     if path.is_dir():
-        raise FedForwardError(
-            f"{key} = {source!r} is a folder. Give a file ending in {', '.join(BUILDERS)}."
-        )
-    if path.suffix.lower() not in BUILDERS:
-        if path.exists() or source.startswith((".", "/", "~")):
+        return _of_folder(name, path, key)
+    if path.is_file():
+        if readers.form_of(path) is None:
             raise FedForwardError(
-                f"{key} = {source!r}: the ending {path.suffix!r} is not known. Allowed are "
-                f"{', '.join(BUILDERS)}, or the name of a hub data set."
+                f"{key} = {name!r}: the ending {path.suffix!r} is not known. Allowed are {_KNOWN}, "
+                "or the name of a hub data set."
             )
-        return _read_hub(source, split, subset, key)
-    if not path.is_file():
-        raise FedForwardError(f"{key} = {source!r}: no such file.")
-    builder = BUILDERS[path.suffix.lower()]
-    try:
-        problem = _look(path, text=builder != "parquet")
-    except OSError as error:
-        problem = f"the file cannot be read: {error.strerror}."
-    if problem:
-        raise FedForwardError(f"{key} = {source!r}: {problem}")
-    options: dict[str, Any] = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-    try:
-        with _quiet():
-            # The library takes a path for a pattern.
-            files = glob.escape(str(path.resolve()))
-            return datasets.load_dataset(builder, data_files=files, split="train", **options)
-    except Exception as error:
-        # The library wraps every reader's failure in its own types; the file tells more.
-        raise FedForwardError(_blame(path, builder, key, source, error)) from error
+        return [path]
+    if path.exists():
+        raise FedForwardError(f"{key} = {name!r} is neither a file nor a folder.")
+    if glob.has_magic(name):
+        matches = glob.glob(str(path), recursive=True)  # noqa: PTH207
+        found = [Path(match) for match in matches if Path(match).is_file()]
+        if not found:
+            raise FedForwardError(
+                f"{key} = {name!r}: no file has a name like that. Look at the pattern, and at the "
+                "folder that it starts from."
+            )
+        return _of_one_form(name, sorted(found), key)
+    if readers.form_of(path) is not None:
+        raise FedForwardError(f"{key} = {name!r}: no such file.")
+    if name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or name.endswith("/"):
+        raise FedForwardError(
+            f"{key} = {name!r}: no such file or folder. Files end in {_KNOWN}; hub data sets are "
+            "called owner/name."
+        )
+    return []
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's progress bars, and without what it logs before it raises."""
-    import datasets
+def _of_folder(name: str, path: Path, key: str) -> list[Path]:
+    """The data files of a folder, those of one that `datasets` saved in its own order."""
+    import json
 
-    verbosity = datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        datasets.enable_progress_bars()
-
-
-def _look(path: Path, *, text: bool) -> str | None:
-    """What is wrong with a file whatever its format: nothing in it, or not text."""
-    empty = True
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            empty = empty and not raw.strip()
-            if not text:
-                break
-            try:
-                raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                return (
-                    f"line {number} is not UTF-8 text ({error.reason} at byte {error.start}). "
-                    "Save the file as UTF-8."
-                )
-    return "the file is empty." if empty else None
+    state = path / "state.json"
+    if state.is_file() and (path / "dataset_info.json").is_file():
+        content = json.loads(state.read_text(encoding="utf-8"))
+        return [path / entry["filename"] for entry in content.get("_data_files", ())]
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        raise FedForwardError(
+            f"{key} = {name!r} holds the splits {', '.join(splits)}. Name the folder of one, such "
+            f"as {str(path / splits[0])!r}."
+        )
+    found = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
+    known = [file for file in found if readers.form_of(file) is not None]
+    if not known:
+        listed = ", ".join(file.name for file in found[:_MOST_FILES]) or "no files"
+        raise FedForwardError(
+            f"{key} = {name!r} is a folder without data ({listed}). Its files must end in {_KNOWN}."
+        )
+    return _of_one_form(name, known, key)
 
 
-def _read_hub(name: str, split: str, subset: str | None, key: str) -> "Dataset":
+def _of_one_form(name: str, files: Sequence[Path], key: str) -> list[Path]:
+    """Files that belong together.
+
+    Raises:
+        FedForwardError: they are of several forms, or of one that is not known.
+    """
+    forms = {readers.form_of(file): file for file in files}
+    if None in forms:
+        raise FedForwardError(
+            f"{key} = {name!r} takes in {forms[None].name!r}, whose ending is not known. Allowed "
+            f"are {_KNOWN}."
+        )
+    if len(forms) > 1:
+        examples = " and ".join(file.name for file in list(forms.values())[:2])
+        raise FedForwardError(
+            f"{key} = {name!r} takes in files of several forms, such as {examples}. Say which with "
+            "a pattern, as in 'folder/*.jsonl'."
+        )
+    return list(files)
+
+
+def _hub(name: str, split: str, subset: str | None, key: str) -> "datasets.Dataset":
     import datasets
 
     try:
@@ -115,51 +214,3 @@ def _read_hub(name: str, split: str, subset: str | None, key: str) -> "Dataset":
         raise FedForwardError(
             f"{key} = {name!r} is neither a file nor a hub data set that can be read: {reason}"
         ) from error
-
-
-def _blame(path: Path, builder: str, key: str, source: str, error: Exception) -> str:
-    """The sentence for a file that its reader refused, with the line where one can be found."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    if isinstance(cause, OSError) and cause.errno is not None:
-        return (
-            f"{key} = {source!r}: the cache of the `datasets` library cannot be written "
-            f"({cause.strerror}). Make room, or set HF_DATASETS_CACHE to another folder."
-        )
-    if builder == "json":
-        line = _bad_json(path)
-        if line:
-            return f"{key} = {source!r}: {line}"
-    reason = str(cause).strip().split("\n")[0]
-    if "corresponds to no data" in reason:
-        return f"{key} = {source!r}: the file holds no examples."
-    return f"{key} = {source!r} is not a readable {path.suffix[1:]} file: {reason}"
-
-
-def _bad_json(path: Path) -> str | None:
-    """The line of a JSON file that no reader takes; None if each by itself is well formed."""
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
-        try:
-            json.loads(text)
-        except json.JSONDecodeError as error:
-            return f"line {error.lineno} is not JSON: {error.msg} at column {error.colno}."
-        return None
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            return (
-                f"line {number} is not a JSON object: {error.msg} at column {error.colno}. "
-                "Each line must be one whole object."
-            )
-        if not isinstance(row, dict):
-            found = {list: "an array", str: "a string", bool: "a truth value", type(None): "null"}
-            return (
-                f"line {number} is {found.get(type(row), 'a number')}, not a JSON object. "
-                "Each line must be one whole object."
-            )
-    return None

@@ -1,134 +1,148 @@
-"""From a row of fields to tokens: the prompt template, the answer, and what of them counts."""
+"""Prompt and answer templates: text in which braces stand for a row's fields.
+
+`{name}` is a field's text, `{a.text}`, `{a[0]}` and `{messages[-1].content}` reach into what a
+field holds. `{?name}…{/name}` is a part that is there only if the field has text, `{^name}…{/name}`
+one that is there only if it has none. A plain brace is written `{{` or `}}`.
+"""
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from fedforward.core.errors import FedForwardError
 
-
-@dataclass(frozen=True, eq=False)
-class Example:
-    """One tokenised example.
-
-    Attributes:
-        tokens: int64 [length], prompt, answer and end of sequence.
-        prompt_length: how many of them are the prompt, whose loss does not count.
-        reference: the right answer as text.
-        choices: int64 [length] each, the tokens of every possible answer, where there are label
-            words.
-        right: the place of the right answer among them, or the number of a classifier's class.
-    """
-
-    tokens: NDArray[np.int64]
-    prompt_length: int
-    reference: str = ""
-    choices: tuple[NDArray[np.int64], ...] = ()
-    right: int = 0
+#: Begins a part that is there if the field has text, if it has none, and ends either.
+_IF, _UNLESS, _END = "?", "^", "/"
 
 
 @dataclass(frozen=True)
-class Tokenised:
-    """The examples that were kept, and what happened to the others.
+class Text:
+    """Text that stands in every row."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field's text; nothing where it is null."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Optional:
+    """Parts that are there only if a field has text that is not blank, or only if it has none."""
+
+    path: str
+    present: bool
+    parts: "tuple[Part, ...]"
+
+
+Part = Text | Field | Optional
+
+
+@dataclass(frozen=True)
+class Template:
+    """A template, parsed.
 
     Attributes:
-        examples: in the order of the rows.
-        rows: the index of the row that each example came from.
-        cut: how many answers were cut at the sequence length.
-        dropped: how many rows had a prompt that left no room for an answer.
+        source: as the user typed it.
+        parts: in order.
+
+    Example:
+        >>> template = Template.parse("Q: {q}{?hint} ({hint}){/hint}", "data.prompt")
+        >>> template.fill({"q": "Why?", "hint": None})
+        'Q: Why?'
+        >>> template.fill({"q": "Why?", "hint": "look"})
+        'Q: Why? (look)'
     """
 
-    examples: list[Example]
-    rows: list[int]
-    cut: int
-    dropped: int
+    source: str
+    parts: tuple[Part, ...]
 
+    @classmethod
+    def parse(cls, source: str, key: str) -> "Template":
+        """Read a template.
 
-def fields(template: str, key: str) -> list[str]:
-    """The field names between braces, in order.
+        Args:
+            key: the configuration key, for errors.
 
-    Raises:
-        FedForwardError: the braces do not match, are empty, or hold more than a name.
-    """
-    try:
-        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
-    except ValueError as error:
-        raise FedForwardError(
-            f"{key} = {template!r}: {error}. Write fields as {{name}} and a plain brace as {{{{."
-        ) from error
-    if any(not name for _, name, _, _ in parts):
-        raise FedForwardError(f"{key} = {template!r}: a field needs a name, as in {{question}}.")
-    for _, name, form, conversion in parts:
-        if form or conversion:
+        Raises:
+            FedForwardError: the braces do not match, are empty, or hold more than a path; or an
+                optional part does not end.
+        """
+        head = f"{key} = {source!r}: "
+        try:
+            found = list(string.Formatter().parse(source))
+        except ValueError as error:
             raise FedForwardError(
-                f"{key} = {template!r}: only a name may stand between braces, as in {{{name}}}."
-            )
-    return [str(name) for _, name, _, _ in parts]
-
-
-def check_fields(template: str, columns: Sequence[str], key: str) -> None:
-    """Refuse a template that names a field which the data do not have."""
-    for name in fields(template, key):
-        if name not in columns:
+                f"{head}{error}. Write fields as {{name}} and a plain brace as {{{{."
+            ) from error
+        # The innermost part that is open is the last.
+        open_parts: list[tuple[str, bool, list[Part]]] = [("", True, [])]
+        for literal, name, form, conversion in found:
+            if literal:
+                open_parts[-1][2].append(Text(literal))
+            if name is None:
+                continue
+            sign, path = (name[0], name[1:]) if name[:1] in (_IF, _UNLESS, _END) else ("", name)
+            if not path.strip():
+                raise FedForwardError(f"{head}a field needs a name, as in {{question}}.")
+            if form or conversion:
+                raise FedForwardError(
+                    f"{head}only a name may stand between braces, as in {{{path}}}."
+                )
+            if sign == _END:
+                begun, present, inner = open_parts.pop()
+                if not open_parts or begun != path:
+                    expected = f"{{{_END}{begun}}}" if begun else "nothing"
+                    raise FedForwardError(
+                        f"{head}{{/{path}}} ends a part where {expected} was to end. "
+                        f"Write optional parts as {{?{path}}}…{{/{path}}}."
+                    )
+                open_parts[-1][2].append(Optional(path, present, tuple(inner)))
+            elif sign:
+                open_parts.append((path, sign == _IF, []))
+            else:
+                open_parts[-1][2].append(Field(path))
+        if len(open_parts) > 1:
+            path = open_parts[-1][0]
             raise FedForwardError(
-                f"{key} names the field {{{name}}}, which the data do not have. "
-                f"Their fields are {', '.join(columns)}."
+                f"{head}the part that begins with the field {path} does not end. Write "
+                f"{{/{path}}} after it."
             )
+        return cls(source, tuple(open_parts[0][2]))
+
+    @property
+    def paths(self) -> list[str]:
+        """All paths that are looked at, each once, in order."""
+        return list(dict.fromkeys(_paths(self.parts)))
+
+    @property
+    def shown(self) -> list[str]:
+        """The paths whose text is shown, each once, in order."""
+        return list(dict.fromkeys(_paths(self.parts, conditions=False)))
+
+    def fill(self, values: Mapping[str, str | None]) -> str:
+        """The text for a row, whose fields' texts are given by path; None is a null."""
+        return "".join(_filled(self.parts, values))
 
 
-def fill(template: str, row: Mapping[str, Any]) -> str:
-    """The template with the row's values; a missing value (null) becomes nothing."""
-    # Not `str.format`: a column may be called "a.b", which is an attribute there.
-    text = ""
-    for literal, name, _, _ in string.Formatter().parse(template):
-        value = None if name is None else row[name]
-        text += literal if value is None else f"{literal}{value}"
-    return text
+def _paths(parts: Sequence[Part], *, conditions: bool = True) -> Iterator[str]:
+    for part in parts:
+        if isinstance(part, Optional):
+            if conditions:
+                yield part.path
+            yield from _paths(part.parts, conditions=conditions)
+        elif isinstance(part, Field):
+            yield part.path
 
 
-def tokenise(
-    rows: Sequence[Mapping[str, Any]],
-    tokenizer: Any,
-    *,
-    prompt: str,
-    answer: str,
-    sequence_length: int,
-) -> Tokenised:
-    """Prompt and answer tokenised apart, then joined, with the end-of-sequence token after them."""
-    examples: list[Example] = []
-    kept: list[int] = []
-    cut = dropped = 0
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    prompts = [fill(prompt, row) for row in rows]
-    answers = [fill(answer, row) for row in rows]
-    if not prompts:
-        return Tokenised([], [], 0, 0)
-    # Several thousand single calls cost seconds; one batched call does not.
-    options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
-    prompt_ids = tokenizer(prompts, **options)["input_ids"]
-    answer_ids = tokenizer(answers, **options)["input_ids"]
-    begin = [] if tokenizer.bos_token_id is None else begin_tokens(tokenizer)
-    for index, (before, after) in enumerate(zip(prompt_ids, answer_ids, strict=True)):
-        before = begin + before
-        if len(before) + 1 > sequence_length or not after:
-            dropped += 1
-            continue
-        whole = before + after + end
-        cut += len(whole) > sequence_length
-        tokens = np.array(whole[:sequence_length], np.int64)
-        examples.append(Example(tokens, max(1, len(before)), answers[index]))
-        kept.append(index)
-    return Tokenised(examples, kept, cut, dropped)
-
-
-def begin_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer itself puts before a text (a begin-of-sequence token, or nothing)."""
-    with_special = tokenizer("a")["input_ids"]
-    without = tokenizer("a", add_special_tokens=False)["input_ids"]
-    extra = len(with_special) - len(without)
-    begins = extra > 0 and with_special[0] == tokenizer.bos_token_id
-    return [tokenizer.bos_token_id] if begins else []
+def _filled(parts: Sequence[Part], values: Mapping[str, str | None]) -> Iterator[str]:
+    for part in parts:
+        if isinstance(part, Text):
+            yield part.text
+        elif isinstance(part, Field):
+            yield values[part.path] or ""
+        elif bool((values[part.path] or "").strip()) == part.present:
+            yield from _filled(part.parts, values)

@@ -74,7 +74,7 @@ class Tuning:
 
     def answer_tokens(self) -> int:
         """Held-out answer tokens, which a mean loss is weighted by."""
-        return sum(len(e.tokens) - e.prompt_length for e in self.corpus.heldout)
+        return sum(int(example.counted.sum()) for example in self.corpus.heldout)
 
 
 def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:

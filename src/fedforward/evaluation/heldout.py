@@ -13,8 +13,8 @@ import numpy as np
 from fedforward.config.schema import Config
 from fedforward.core.logs import PHASES
 from fedforward.core.steps import Probe, ProbePlan
+from fedforward.data.examples import Example
 from fedforward.data.sampler import by_length, collate_prompts
-from fedforward.data.templates import Example
 from fedforward.evaluation.objectives import (
     Context,
     Objective,
@@ -42,7 +42,7 @@ class HeldOut:
         most_tokens: of a generated answer.
     """
 
-    groups: list[list[Example]]
+    groups: list[Sequence[Example]]
     metrics: tuple[str, ...]
     objectives: dict[str, Objective]
     scores: dict[str, ScoreFunction]

@@ -25,8 +25,8 @@ from fedforward.core.batches import AnswerBatch, Batch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.registry import OBJECTIVES
 from fedforward.core.steps import Evaluation, Probe
+from fedforward.data.examples import Example
 from fedforward.data.sampler import collate, collate_answers, collate_choices, collate_classes
-from fedforward.data.templates import Example
 from fedforward.evaluation.text_metrics import exact_match, rouge_l, token_f1
 
 #: Scores of predictions, given their references: as many finite numbers, higher is better.

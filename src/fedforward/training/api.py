@@ -50,20 +50,29 @@ class Dataset:
 
     @classmethod
     def from_file(
-        cls, source: str | Path, *, prompt: str, answer: str, heldout: float = 0.01, **more: Any
+        cls,
+        source: str | Path | Sequence[str | Path],
+        *,
+        prompt: str | None = None,
+        answer: str | None = None,
+        heldout: float = 0.01,
+        **more: Any,
     ) -> "Dataset":
-        """Rows of a file (.jsonl .json .csv .tsv .parquet) or a hub data set.
+        """Rows of files (.jsonl .json .csv .tsv .parquet .arrow) or hub data sets.
+
+        Without `prompt` and `answer` the data must hold conversations (see the key `data.chat`).
 
         Args:
-            source: path or hub name.
+            source: a file, folder or pattern of files, a hub name, or several of them.
             prompt: template; {name} stands for a field.
             answer: template; only its tokens count in the loss.
             heldout: share of the rows (below 1) or their number, kept for evaluation.
             more: other keys of the section `[data]`, such as `label_words` or `sequence_length`.
         """
         share = float(heldout) if isinstance(heldout, int) else heldout
-        data = {"source": str(source), "prompt": prompt, "answer": answer, "heldout": share}
-        return cls({**data, **more}, {"clients": 1})
+        names = str(source) if isinstance(source, str | Path) else list(map(str, source))
+        data = {"source": names, "prompt": prompt, "answer": answer, "heldout": share, **more}
+        return cls({key: value for key, value in data.items() if value is not None}, {"clients": 1})
 
     def partition(
         self, clients: int, *, by: str | None = None, alpha: float | None = None

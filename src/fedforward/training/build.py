@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedforward.config.schema import Config
 from fedforward.core.batches import Batch
 from fedforward.core.identity import ModelIdentity
 from fedforward.core.steps import Probe, ProbePlan
-from fedforward.data import templates
 from fedforward.data.corpus import Corpus, CorpusReader
-from fedforward.data.sampler import Batches, Collate, collate, collate_prompts
+from fedforward.data.encoding import TextEncoder
+from fedforward.data.sampler import Batches, Collate, collate, collate_prompts, longest
 from fedforward.directions import Distribution
 from fedforward.evaluation.objectives import Context, build_objective, needs_answers, texts
 from fedforward.methods.base import Method
@@ -233,23 +234,25 @@ def longest_batches(config: Config, corpus: Corpus, collate: Collate = collate) 
 def widest_steps(config: Config, corpus: Corpus, collate: Collate = collate) -> list[Batch]:
     """Per client, in their order, the batch of its longest examples."""
     size = config.method.batch_size
-    return [
-        collate(sorted(part, key=lambda example: len(example.tokens))[-size:])
-        for part in corpus.clients
-    ]
+    return [collate(longest(part, size)) for part in corpus.clients]
 
 
-def answer(model: CausalModel, tokenizer: Any, prompt: str, most_tokens: int) -> str:
-    """The greedy continuation of a prompt at the model's current weights; a classifier's class."""
-    if model.classes:
-        limits = {"truncation": True, "max_length": longest_sequence(model.network)}
-        given = tokenizer(prompt, verbose=False, **(limits if limits["max_length"] else {}))
-        return model.classify(np.array(given["input_ids"], np.int64))
-    begin = templates.begin_tokens(tokenizer) if tokenizer.bos_token_id is not None else []
-    ids = begin + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+def answer(
+    model: CausalModel, tokenizer: Any, prompt: str | NDArray[np.int64], most_tokens: int
+) -> str:
+    """The greedy continuation of a prompt at the model's current weights; a classifier's class.
+
+    Args:
+        prompt: text, or its tokens, int64 [length].
+    """
     limit = longest_sequence(model.network)
+    if isinstance(prompt, str):
+        encoder = TextEncoder(tokenizer)
+        prompt = encoder.texts([prompt])[0] if model.classes else encoder.prompt(prompt)
+    if model.classes:
+        return model.classify(prompt[:limit])
     if limit is not None:
-        ids = ids[-max(1, limit - most_tokens) :]
-    batch = collate_prompts([np.array(ids, np.int64)], tokenizer, most_tokens)
+        prompt = prompt[-max(1, limit - most_tokens) :]
+    batch = collate_prompts([prompt], tokenizer, most_tokens)
     (generated,) = model.generate([Probe(batch)])
     return texts(tokenizer, generated)[0]

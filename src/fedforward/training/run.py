@@ -312,11 +312,13 @@ class Run:
             return evaluation.measure(self.model, self.heldout)
         PHASES.info("evaluating the base model")
         figures = evaluation.measure(self.model, self.heldout)
-        prompt, expected = self.corpus.example
-        before = self._answer(prompt)
-        return figures | {"example": {"prompt": prompt, "expected": expected, "before": before}}
+        asked = self.corpus.example
+        example = {"prompt": asked.text, "expected": asked.expected, "before": self._answer()}
+        return figures | {"example": example}
 
-    def _answer(self, prompt: str) -> str:
+    def _answer(self) -> str:
+        """The answer to the run's example at the model's weights."""
+        prompt = self.corpus.example.tokens
         return build.answer(self.model, self.tokenizer, prompt, self.config.data.answer_tokens)
 
     def finish(self, lines: Lines) -> SimulationSummary:
@@ -348,5 +350,5 @@ class Run:
             inference_memory_bytes=self._inference_memory,
             peak_resident_bytes=peak_resident_bytes(),
             state_digest=self.model.digest().hex(),
-            example=summary.Example(**example, after=self._answer(example["prompt"])),
+            example=summary.Example(**example, after=self._answer()),
         )

@@ -13,8 +13,8 @@ import numpy as np
 
 from fedforward.core.batches import Batch
 from fedforward.core.steps import Evaluation, Probe
+from fedforward.data.examples import Example
 from fedforward.data.sampler import collate_choices
-from fedforward.data.templates import Example
 from fedforward.evaluation.objectives import Objective
 
 
