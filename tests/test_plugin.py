@@ -75,7 +75,8 @@ def test_a_package_of_its_own_is_installed_and_runs(tmp_path: Path) -> None:
     file.write_text(RUN.format(model=str(DEMO_MODEL), source=str(source)), encoding="utf-8")
 
     def command_line(*arguments: str, known: bool = True) -> subprocess.CompletedProcess[str]:
-        path = os.pathsep.join([str(scratch)] if known else [])
+        source = str(PLUGIN.parents[1] / "src")
+        path = os.pathsep.join([source, str(scratch)] if known else [source])
         return subprocess.run(
             [sys.executable, "-m", "fedforward.cli", *arguments],
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},

@@ -35,6 +35,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     "Runs on this machine": {
         "demo": train.demo,
         "init": train.init,
+        "preview": train.preview,
         "plan": train.plan,
         "run": train.run,
     },

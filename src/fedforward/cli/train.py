@@ -1,4 +1,4 @@
-"""Commands for runs on one machine: demo, init, plan and run, then verify and export."""
+"""Commands for runs on one machine: demo, init, preview, plan and run, then verify and export."""
 
 import json
 import shlex
@@ -33,15 +33,51 @@ def run(
     overrides: OverridesArgument = None,
     out: OutOption = None,
     resume: ResumeOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show the data as `fedforward preview` does, and stop")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Carry out a run: federated tuning of one model over simulated clients."""
     from fedforward.config.loading import load
 
     out = out or Path("runs") / config.stem
+    if dry_run:
+        _preview_data(load(config, overrides or []), 3, as_json)
+        return
     again = ["fedforward", "run", str(config), *(overrides or []), "--out", str(out), "--resume"]
     with friendly(f"Continue with: {shlex.join(again)}"):
         _carry_out(load(config, overrides or []), out, resume, as_json)
+
+
+def preview(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    examples: Annotated[int, typer.Option("--examples", min=0, max=50, help="how many")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a run will see of its data: examples, lengths, what is left out, balance."""
+    from fedforward.config.loading import load
+
+    _preview_data(load(config, overrides or []), examples, as_json)
+
+
+def _preview_data(config: Any, examples: int, as_json: bool) -> None:
+    """Read the data of a configuration and show them."""
+    with display("loading libraries"):
+        from fedforward.models.libraries import quiet_libraries
+
+        quiet_libraries()
+        from fedforward.training.data_preview import preview_data
+
+        found = preview_data(config, examples)
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+        return
+    from fedforward.cli import data_tables
+
+    for part in data_tables.render(found):
+        out_console.print(part)
 
 
 def demo(

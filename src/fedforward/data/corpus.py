@@ -6,6 +6,7 @@ Nothing here imports PyTorch.
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,6 +69,8 @@ class Corpus:
         heldout_tally: what happened to those kept for evaluation.
         classes: of a sequence classifier, in the order of its head; else empty.
         rows: training rows and held-out rows that were read.
+        groups: of each client, how many examples have each value of the field that the data are
+            divided by; empty without one.
     """
 
     clients: Sequence[Sequence[Example]]
@@ -77,6 +80,7 @@ class Corpus:
     heldout_tally: Tally
     classes: tuple[str, ...] = ()
     rows: tuple[int, int] = (0, 0)
+    groups: tuple[Mapping[str, int], ...] = ()
 
     @property
     def cut(self) -> int:
@@ -179,8 +183,8 @@ class CorpusReader:
         found = chats.detect(columns, row)
         if found is not None:
             LOGGER.warning(
-                "data.chat = %r: the data hold conversations, and data.prompt and data.answer are "
-                "not set",
+                "the data hold conversations, so data.chat = %r is used; set it, or data.prompt "
+                "and data.answer",
                 found,
             )
         return found
@@ -274,7 +278,8 @@ class CorpusReader:
             (heldout.tally, len(rows.heldout)),
         ):
             log_tally(tally, count)
-        parts = self._partition(rows.table, train.rows)
+        values = self._field_values(rows.table, train.rows)
+        parts = self._partition(values, len(train.rows))
         if generates and positions is not None:
             longest = max(
                 heldout.examples.store.longest_prompt, train.examples.store.longest_prompt
@@ -292,6 +297,9 @@ class CorpusReader:
             heldout_tally=heldout.tally,
             classes=tuple(classes),
             rows=(len(rows.train), len(rows.heldout)),
+            groups=tuple(Counter(values[int(n)] for n in part) for part in parts)
+            if values is not None
+            else (),
         )
 
     def _maker(self, tokenizer: Any, classes: Sequence[str]) -> tuple[Maker, ChatRenderer | None]:
@@ -361,18 +369,21 @@ class CorpusReader:
         """The field that the data are divided by, if any."""
         return self._federation.field if self._federation.partition != "iid" else None
 
-    def _partition(self, table: Table, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Each client's places in these rows."""
+    def _field_values(self, table: Table, rows: NDArray[np.int64]) -> list[str] | None:
+        """The text of the field that the data are divided by in each of these rows, if any."""
         field = self._field
-        values = None
-        if field is not None:
-            values = [str(table[int(row)].values[field] or "") for row in rows]
+        if field is None:
+            return None
+        return [str(table[int(row)].values[field] or "") for row in rows]
+
+    def _partition(self, values: list[str] | None, examples: int) -> list[NDArray[np.int64]]:
+        """Each client's places among the examples."""
         return partition(
             values,
-            len(rows),
+            examples,
             self._federation.clients,
             kind=self._federation.partition,
-            field=field,
+            field=self._field,
             alpha=self._federation.alpha,
             seed=derive(self._run_seed, "partition"),
         )

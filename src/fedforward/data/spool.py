@@ -5,17 +5,19 @@ memory. It lies in files without a name, which are gone when the process ends, h
 """
 
 import json
+import os
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedforward.core.errors import FedForwardError
 
 _BUFFER = 1 << 20
+#: Bytes of an end.
+_WIDTH = 8
 
 
 class Spool:
@@ -29,9 +31,9 @@ class Spool:
     """
 
     def __init__(self) -> None:
-        self._data = _Column(np.uint8)
-        self._ends = _Column(np.int64)
-        self._size = 0
+        self._data = _File()
+        # Where each record ends, int64.
+        self._ends = _File()
 
     def append(self, record: bytes) -> None:
         """Add a record.
@@ -39,22 +41,20 @@ class Spool:
         Raises:
             FedForwardError: the disk is full.
         """
-        self._data.append(record)
-        self._size += len(record)
-        self._ends.append(self._size.to_bytes(8, "little"))
+        self._data.write(record)
+        self._ends.write(self._data.size.to_bytes(_WIDTH, "little"))
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return self._ends.size // _WIDTH
 
     def __getitem__(self, number: int) -> bytes:
         """A record, from 0."""
-        ends = self._ends.values()
-        begin = int(ends[number - 1]) if number else 0
-        return self._data.values()[begin : int(ends[number])].tobytes()
-
-    def sizes(self) -> NDArray[np.int64]:
-        """The bytes of every record, int64 [records]."""
-        return np.diff(self._ends.values(), prepend=0)
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        first = max(0, number - 1)
+        ends = np.frombuffer(self._ends.read(_WIDTH * first, _WIDTH * (number + 1)), "<i8")
+        begin = int(ends[-2]) if number else 0
+        return self._data.read(begin, int(ends[-1]))
 
 
 class JsonSpool:
@@ -79,39 +79,46 @@ class JsonSpool:
         return (self[number] for number in range(len(self)))
 
 
-class _Column:
-    """A growing array of one type in a file; read through a memory map."""
+class _File:
+    """A file without a name that is written at its end and read anywhere.
 
-    def __init__(self, dtype: Any) -> None:
-        self._dtype = np.dtype(dtype)
-        self._file = tempfile.TemporaryFile(prefix="fedforward-", buffering=_BUFFER)  # noqa: SIM115
+    It is read and not mapped: pages of a map count as the memory of the process.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="fedforward-", buffering=0)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
-        self._bytes = 0
-        self._map: NDArray[Any] | None = None
+        self._waiting = bytearray()
+        self._written = 0
 
-    def append(self, data: bytes) -> None:
+    @property
+    def size(self) -> int:
+        return self._written + len(self._waiting)
+
+    def write(self, data: bytes) -> None:
+        self._waiting += data
+        if len(self._waiting) >= _BUFFER:
+            self._flush()
+
+    def read(self, begin: int, end: int) -> bytes:
+        if end > self._written:
+            self._flush()
+        if hasattr(os, "pread"):
+            return os.pread(self._file.fileno(), end - begin, begin)
+        self._file.seek(begin)
+        return self._file.read(end - begin)
+
+    def _flush(self) -> None:
         try:
-            self._file.write(data)
+            self._file.seek(0, os.SEEK_END)
+            with memoryview(self._waiting) as waiting:
+                done = 0
+                while done < len(waiting):
+                    done += self._file.write(waiting[done:])
         except OSError as error:
             raise _disk_is_full(error) from error
-        self._bytes += len(data)
-        self._map = None
-
-    def __len__(self) -> int:
-        return self._bytes // int(self._dtype.itemsize)
-
-    def values(self) -> NDArray[Any]:
-        if self._map is None:
-            try:
-                self._file.flush()
-            except OSError as error:
-                raise _disk_is_full(error) from error
-            self._map = (
-                np.memmap(self._file, self._dtype, "r", shape=(len(self),))
-                if self._bytes
-                else np.empty(0, self._dtype)
-            )
-        return self._map
+        self._written += len(self._waiting)
+        self._waiting = bytearray()
 
 
 def _disk_is_full(error: OSError) -> FedForwardError:

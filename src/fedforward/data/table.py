@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fedforward.core.errors import FedForwardError
 from fedforward.core.logs import PHASES
 from fedforward.core.seeds import generator
+from fedforward.data.chat import USUAL
 from fedforward.data.sources import Source
 from fedforward.data.spool import JsonSpool
 from fedforward.data.values import first_name, listed, plain, reach, text_of
@@ -230,6 +231,8 @@ def _no_field(
     hint = ""
     if len(known) == 1 and any(mark in next(iter(known)) for mark in ";\t|"):
         hint = " Cells of a .csv file are separated by commas, and those of a .tsv file by tabs."
+    if chat := next((name for name in USUAL if name in known), None):
+        hint = f" If {chat} holds conversations, say data.chat = {chat!r} in place of templates."
     return FedForwardError(
         f"{key}{prefix} names the field {{{path}}}, which the data do not have. {fields}{hint}"
     )

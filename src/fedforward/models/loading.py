@@ -152,6 +152,27 @@ def load(
     return network, tokenizer
 
 
+def load_tokenizer(path: str) -> tuple[Any, int | None]:
+    """The tokenizer of a folder or a hub name, and the positions that its model takes, or None.
+
+    Raises:
+        FedForwardError: they cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = Path(path).expanduser()
+    name = str(folder) if folder.exists() else path
+    kept = folder.exists() or not hub_is_reachable()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=kept)
+        stored = AutoConfig.from_pretrained(name, local_files_only=kept)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        raise FedForwardError(f"model.path = {path!r} cannot be loaded: {reason}") from error
+    limit = getattr(stored, "max_position_embeddings", None)
+    return tokenizer, int(limit) if limit else None
+
+
 def _name_classes(path: str, stored: Any, classes: Sequence[str]) -> None:
     """Write the classes into a configuration, in the order of the head that the folder has.
 
