@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from fedforward.data import sources
 from fedforward.federation.ledger import Ledger
 from tests.support.command_line import MODEL, command, limited, write_config, write_rows
 
@@ -74,12 +73,15 @@ def test_init_then_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("method.name=fedmezzo", ["method.name = 'fedmezzo'", "'fedavg'"]),
         ("rounds=3", ["'rounds=3'", "section.key=value"]),
         ("data.source=gone.jsonl", ["data.source = 'gone.jsonl'", "no such file"]),
-        ("data.source=/tmp", ["data.source = '/tmp' is a folder"]),
+        ("data.source=/dev", ["data.source = '/dev' is a folder without data"]),
         ("federation.clients=9", ["federation.clients = 9", "only 8 training examples"]),
         ("data.prompt={question}", ["data.prompt", "{question}", "q, a, site"]),
         ("data.prompt={q:d}", ["data.prompt = '{q:d}'", "only a name"]),
         ("data.sequence_length=257", ["data.sequence_length = 257", "256 positions"]),
-        ("data.sequence_length=1", ["data.sequence_length = 1", "Raise it"]),
+        (
+            "data.sequence_length=1",
+            ["leaves no room for an answer", "Raise data.sequence_length = 1"],
+        ),
         ("data.heldout=12", ["data.heldout = 12 keeps 12", "only 12"]),
         ("data.heldout=1.5", ["data.heldout = 1.5", "whole number"]),
         ('lora.targets=["nothing"]', ["lora.targets = ['nothing']", "q_proj"]),
@@ -110,7 +112,7 @@ def test_after_a_mistake_the_same_out_can_be_used(config: Path) -> None:
 def test_data_that_cannot_be_read(config: Path, raw: bytes) -> None:
     data = config.parent / "bad.jsonl"
     data.write_bytes(raw)
-    words = ["line 2"] if raw.strip() else ["the file is empty"]
+    words = ["line 2"] if raw.strip() else ["the file holds no examples"]
     command("run", config, f"data.source={data}").refused(str(data), *words)
 
 
@@ -306,17 +308,18 @@ def test_a_damaged_adapter_is_a_difference(damaged: Path) -> None:
 def test_a_full_disk_at_the_start(config: Path) -> None:
     """Too little room for the first files: nothing is claimed, and a new run may begin."""
     out = config.parent / "out"
-    # The data are in the library's cache before the disk is full.
-    sources.read(str(config.parent / "rows.jsonl"), key="data.source")
     result = limited(400, "run", config, "--out", out)
     result.refused(str(out), "make room")
     assert [file.name for file in out.iterdir() if file.name == "config.toml"] == []
     assert command("run", config, "--out", out).code == 0
 
 
-def test_a_full_disk_under_the_cache_of_the_library(config: Path) -> None:
-    result = limited(40, "run", config, "--out", config.parent / "out")
-    result.refused("data.source", "cache", "Make room", "HF_DATASETS_CACHE")
+def test_a_full_disk_for_the_data(config: Path) -> None:
+    """Rows beyond the first megabyte lie in temporary files."""
+    rows = config.parent / "rows.jsonl"
+    rows.write_text(rows.read_text(encoding="utf-8") * 3000, encoding="utf-8")
+    result = limited(100_000, "run", config, "--out", config.parent / "out")
+    result.refused("folder for temporary files", "Make room", "TMPDIR")
 
 
 def test_a_full_disk_in_the_middle(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

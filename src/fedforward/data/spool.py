@@ -80,14 +80,13 @@ class JsonSpool:
 
 
 class _File:
-    """A file without a name that is written at its end and read anywhere.
+    """A file without a name that is written at its end and read anywhere; little stays in memory.
 
     It is read and not mapped: pages of a map count as the memory of the process.
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="fedforward-", buffering=0)  # noqa: SIM115
-        weakref.finalize(self, self._file.close)
+        self._file: Any = None
         self._waiting = bytearray()
         self._written = 0
 
@@ -101,20 +100,25 @@ class _File:
             self._flush()
 
     def read(self, begin: int, end: int) -> bytes:
+        if begin >= self._written:
+            return bytes(self._waiting[begin - self._written : end - self._written])
         if end > self._written:
             self._flush()
         if hasattr(os, "pread"):
             return os.pread(self._file.fileno(), end - begin, begin)
         self._file.seek(begin)
-        return self._file.read(end - begin)
+        data: bytes = self._file.read(end - begin)
+        return data
 
     def _flush(self) -> None:
         try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="fedforward-", buffering=0)  # noqa: SIM115
+                weakref.finalize(self, self._file.close)
             self._file.seek(0, os.SEEK_END)
-            with memoryview(self._waiting) as waiting:
-                done = 0
-                while done < len(waiting):
-                    done += self._file.write(waiting[done:])
+            done = 0
+            while done < len(self._waiting):
+                done += self._file.write(self._waiting[done:])
         except OSError as error:
             raise _disk_is_full(error) from error
         self._written += len(self._waiting)

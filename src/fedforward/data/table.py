@@ -111,13 +111,15 @@ class Table:
         table = cls(sources, wanted)
         picked = _Picked(sources, seed, purpose, limit, shares)
         progress = Progress()
-        missing = set(wanted.all) - wanted.optional
+        missing = (set(wanted.all) | set(wanted.names)) - wanted.optional
         origins: list[NDArray[np.int32]] = []
         for number, source in enumerate(sources):
             keep, seen, kept = picked.of(number), 0, 0
             known: dict[str, None] = {}
             lacking = set(missing)
-            for file, place, row in source.read([wanted.found(path) for path in wanted.all]):
+            for file, place, row in source.read(
+                [wanted.found(path) for path in missing | wanted.optional]
+            ):
                 seen += 1
                 if seen % 1024 == 0:
                     progress.show(f"reading {source.name}", seen)
@@ -136,7 +138,7 @@ class Table:
                     f"{source.key} = {source.name!r}: the file holds no examples."
                 )
             if lacking:
-                first = next(path for path in wanted.all if path in lacking)
+                first = next(path for path in (*wanted.all, *wanted.names) if path in lacking)
                 raise _no_field(first, wanted, source, known, prefix)
             origins.append(np.full(kept, number, np.int32))
         table._order = picked.order(len(table._records))
@@ -219,13 +221,13 @@ def _json(value: Any, where: str) -> Any:
 def _no_field(
     path: str, wanted: Wanted, source: Source, known: Mapping[str, Any], prefix: str
 ) -> FedForwardError:
-    key = wanted.texts.get(path) or wanted.values[path]
     fields = f"Their fields are {listed(known) or 'none'}."
     if path in wanted.names:
         return FedForwardError(
             f"data.fields: {path} = {wanted.names[path]!r} is not a field of {source.name}. "
             f"{fields}"
         )
+    key = wanted.texts.get(path) or wanted.values[path]
     if key == "federation.field":
         return FedForwardError(f"federation.field = {path!r} is not a field of the data. {fields}")
     hint = ""
