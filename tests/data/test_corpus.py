@@ -137,6 +137,13 @@ def test_what_is_cut_and_what_is_dropped_is_counted(tmp_path: Path) -> None:
     assert [len(example.tokens) for example in made.clients[0]] == [5, 5, 5]
 
 
+def test_what_stands_around_a_null_is_no_answer(tmp_path: Path) -> None:
+    rows = [{"q": str(n), "a": a} for n, a in enumerate(["x", None, " ", "y", ""])]
+    path = write_rows(tmp_path / "d.jsonl", rows)
+    assert answers(path, answer=" is {a}.") == [" is x.", " is y."]
+    assert answers(path, answer="yes") == ["yes"] * 5
+
+
 def test_data_of_which_nothing_is_left_say_why(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "d.jsonl", [{"q": "abc", "a": None}] * 4)
     with pytest.raises(FedForwardError, match=r"No held-out row is left: in 2 of 2 the ans"):

@@ -123,6 +123,11 @@ class Template:
         """The paths whose text is shown, each once, in order."""
         return list(dict.fromkeys(_paths(self.parts, conditions=False)))
 
+    def says_something(self, values: Mapping[str, str | None]) -> bool:
+        """Whether a field that is shown has text; of a template without fields, whether it has."""
+        shown = self.shown
+        return any((values[path] or "").strip() for path in shown) if shown else bool(self.source)
+
     def fill(self, values: Mapping[str, str | None]) -> str:
         """The text for a row, whose fields' texts are given by path; None is a null."""
         return "".join(_filled(self.parts, values))

@@ -102,9 +102,9 @@ class AnswerMaker:
         """See `Maker`."""
         texts = [(self.prompt.fill(row.values), self.answer.fill(row.values)) for row in rows]
         encoded = self.encoder.encode([p + a for p, a in texts], [[len(p)] for p, _ in texts])
-        for (_, answer), found in zip(texts, encoded, strict=True):
+        for row, (_, answer), found in zip(rows, texts, encoded, strict=True):
             (place,) = found.places
-            if not answer:
+            if not self.answer.says_something(row.values):
                 named = " and ".join(f"{{{path}}}" for path in self.answer.shown)
                 tally.dropped[
                     f"the answer is empty: {named or 'data.answer'} is null or empty"
