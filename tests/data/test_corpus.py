@@ -74,6 +74,35 @@ def test_keys_that_do_not_fit_the_data(tmp_path: Path, changes: dict[str, Any], 
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["d.jsonl", "d.parquet"])
+@pytest.mark.parametrize("limit", [None, 3])
+def test_all_fields_are_listed_where_one_is_missing(
+    tmp_path: Path, name: str, limit: int | None
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"q": str(n), "a": "x", "site": "s"} for n in range(9)]
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        write_rows(path, rows)
+    with pytest.raises(FedForwardError, match=r"\{question\}.* Their fields are q, a, site\."):
+        corpus(path, Letters(), prompt="{question}", answer="{a}", limit=limit)
+
+
+def test_lines_that_are_not_drawn_are_not_looked_at(tmp_path: Path) -> None:
+    rows: list[Any] = [{"q": str(n), "a": "x"} for n in range(30)] + ["no JSON"] * 3
+    path = write_rows(tmp_path / "d.jsonl", rows)
+    drawn = reader(path, **QA, limit=2, seed=1).rows.table
+    assert len(drawn) == 2
+    # A field that only other rows have is no mistake.
+    rows = [{"q": str(n), "a": "x"} for n in range(30)] + [{"q": "z", "a": "y", "hint": "h"}]
+    path = write_rows(tmp_path / "e.jsonl", rows)
+    assert len(reader(path, prompt="{q}{hint}", answer="{a}", limit=2, seed=1).rows.table) == 2
+
+
 def test_a_wrong_separator_is_guessed(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("q;a\n1;2\n3;4\n", encoding="utf-8")
     with pytest.raises(FedForwardError, match=r"Their fields are q;a\. Cells of a \.csv file are"):

@@ -95,25 +95,36 @@ def count(path: Path) -> int:
     return sum(1 for _ in read(path))
 
 
-def read(path: Path, wanted: Collection[str] | None = None) -> Rows:
+def read(
+    path: Path, wanted: Collection[str] | None = None, keep: Iterator[bool] | None = None
+) -> Rows:
     """The rows of a file.
 
     Args:
         wanted: the fields that are used; those of a Parquet or Arrow file are read alone.
+        keep: says of one row after another whether it is wanted; None is all. What is not wanted
+            is not looked at where that can be.
 
     Raises:
         FedForwardError: while reading, with the line or row: the file cannot be read, is cut short
             or malformed, is no UTF-8 text, or holds what is not of its form.
     """
     readers: dict[str | None, Callable[[], Rows]] = {
-        "json lines": lambda: _json_lines(path),
+        "json lines": lambda: _json_lines(path, keep),
         "json": lambda: _json(path),
         "csv": lambda: _csv(path),
         "parquet": lambda: _parquet(path, wanted),
         "arrow": lambda: _arrow_rows(path, wanted),
     }
+    form = form_of(path)
     with _explained(path):
-        yield from readers[form_of(path)]()
+        rows = readers[form]()
+        yield from rows if keep is None or form == "json lines" else kept(rows, keep)
+
+
+def kept(rows: Rows, keep: Iterator[bool]) -> Rows:
+    """The rows that are wanted."""
+    return (row for row in rows if next(keep))
 
 
 @contextmanager
@@ -153,12 +164,17 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a text file with their numbers, from 1, without a byte order mark."""
+    return ((number, _decoded(path, number, raw)) for number, raw in _raw_lines(path))
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """As `_lines`, in bytes."""
     with _opened(path) as file:
         for number, raw in enumerate(file, start=1):
             if number == 1:
                 _check_encoding(path, raw)
                 raw = raw.removeprefix(codecs.BOM_UTF8)
-            yield number, _decoded(path, number, raw)
+            yield number, raw
 
 
 def _decoded(path: Path, number: int, raw: bytes) -> str:
@@ -207,10 +223,11 @@ def parse_json(text: str) -> Any:
     return _DECODER.decode(text)
 
 
-def _json_lines(path: Path) -> Rows:
-    for number, line in _lines(path):
-        if line.isspace() or not line:
+def _json_lines(path: Path, keep: Iterator[bool] | None = None) -> Rows:
+    for number, raw in _raw_lines(path):
+        if raw.isspace() or not raw or (keep is not None and not next(keep)):
             continue
+        line = _decoded(path, number, raw)
         try:
             row = _DECODER.decode(line)
         except json.JSONDecodeError as error:

@@ -5,7 +5,7 @@ A source is read a row at a time and as often as is wanted. What its files hold 
 """
 
 import glob
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,26 +55,31 @@ class Source:
         with self._named():
             return sum(map(readers.count, self.files))
 
-    def read(self, wanted: Collection[str] | None = None) -> Iterator[tuple[int, int, Row]]:
+    def read(
+        self, wanted: Collection[str] | None = None, keep: Iterable[bool] | None = None
+    ) -> Iterator[tuple[int, int, Row]]:
         """The rows, each with the number of its file and its place there; see `where`.
 
         Args:
             wanted: the paths that are used; the other columns of tables are not read.
+            keep: of each row, whether it is wanted; None is all.
 
         Raises:
             FedForwardError: a file cannot be read, or holds what is not of its form, with the line.
         """
+        flags = None if keep is None else iter(keep)
         if self.table is not None:
             names = self.table.column_names
             if wanted is not None:
                 names = [n for n in names if any(readers.begins(n, path) for path in wanted)]
             batches = self.table.with_format("arrow").iter(batch_size=4096)
-            for place, row in readers.table_rows(batches, names):
+            rows = readers.table_rows(batches, names)
+            for place, row in rows if flags is None else readers.kept(rows, flags):
                 yield 0, place, row
             return
         with self._named():
             for number, file in enumerate(self.files):
-                for place, row in readers.read(file, wanted):
+                for place, row in readers.read(file, wanted, flags):
                     yield number, place, row
 
     def where(self, file: int, place: int) -> str:

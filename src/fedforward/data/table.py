@@ -114,32 +114,28 @@ class Table:
         missing = (set(wanted.all) | set(wanted.names)) - wanted.optional
         origins: list[NDArray[np.int32]] = []
         for number, source in enumerate(sources):
-            keep, seen, kept = picked.of(number), 0, 0
-            known: dict[str, None] = {}
-            lacking = set(missing)
-            for file, place, row in source.read(
-                [wanted.found(path) for path in missing | wanted.optional]
-            ):
-                seen += 1
-                if seen % 1024 == 0:
-                    progress.show(f"reading {source.name}", seen)
-                if lacking:
-                    known.update(dict.fromkeys(row))
-                    found = {path: wanted.found(path) for path in lacking}
-                    lacking -= {p for p, name in found.items() if first_name(name, row) in row}
-                if keep is not None and not keep[seen - 1]:
-                    continue
+            keep, kept = picked.of(number), 0
+            lacking = _Lacking(missing, wanted)
+            paths = [wanted.found(path) for path in missing | wanted.optional]
+            for file, place, row in source.read(paths, keep):
                 kept += 1
+                if kept % 1024 == 0:
+                    progress.show(f"reading {source.name}", kept)
+                lacking.look(row)
                 table._records.append(
                     [number, file, place, *_values(row, wanted, source, file, place)]
                 )
-            if not seen:
+            if not kept and (keep is None or not len(keep)):
                 raise FedForwardError(
                     f"{source.key} = {source.name!r}: the file holds no examples."
                 )
-            if lacking:
-                first = next(path for path in (*wanted.all, *wanted.names) if path in lacking)
-                raise _no_field(first, wanted, source, known, prefix)
+            if lacking.paths and keep is not None:
+                # A field may be in rows that were not drawn.
+                for _, _, row in source.read(paths):
+                    lacking.look(row)
+                    if not lacking.paths:
+                        break
+            lacking.refuse(source, prefix)
             origins.append(np.full(kept, number, np.int32))
         table._order = picked.order(len(table._records))
         table.origins = np.concatenate(origins)[table._order]
@@ -216,6 +212,33 @@ def _json(value: Any, where: str) -> Any:
     if value is None or isinstance(value, str | int | float):
         return value
     return text_of(value, "of a conversation", where)
+
+
+class _Lacking:
+    """The paths whose fields no row has had yet."""
+
+    def __init__(self, paths: set[str], wanted: Wanted) -> None:
+        self.paths, self._wanted = set(paths), wanted
+        self._known: dict[str, None] = {}
+
+    def look(self, row: Mapping[str, Any]) -> None:
+        """Take out what a row has."""
+        if self.paths:
+            self._known.update(dict.fromkeys(row))
+            found = {path: self._wanted.found(path) for path in self.paths}
+            self.paths -= {p for p, name in found.items() if first_name(name, row) in row}
+
+    def refuse(self, source: Source, prefix: str) -> None:
+        """Refuse data in which one is nowhere.
+
+        Raises:
+            FedForwardError: with the fields that there are.
+        """
+        if self.paths:
+            every = (*self._wanted.all, *self._wanted.names)
+            first = next(path for path in every if path in self.paths)
+            known = dict.fromkeys([*source.columns(), *self._known])
+            raise _no_field(first, self._wanted, source, known, prefix)
 
 
 def _no_field(
