@@ -15,7 +15,7 @@ import pytest
 from fedforward.core.errors import FedForwardError
 from fedforward.data import readers
 from fedforward.data.sources import find
-from fedforward.data.values import text_of
+from fedforward.data.values import reach, text_of
 from tests.support.corpora import read, write_rows
 
 ROWS = [{"q": "a, b", "a": "1"}, {"q": "“é”", "a": "2"}, {"q": "x", "a": "NA"}]
@@ -172,6 +172,16 @@ def test_values_of_tables_have_their_documented_form(
     assert text_of(first["a"], "a", "") == text and second["a"] is None
     assert text_of(first["s"]["x"], "x", "") == text and second["s"]["x"] is None
     assert text_of(first["l"][0], "l", "") == text and second["l"] == [None]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_two_columns_of_one_name_are_refused_where_they_are_used(tmp_path: Path, name: str) -> None:
+    one, two, three = (pa.array([word]) for word in "xyz")
+    tables(tmp_path / name, pa.table([one, two, three], names=["a", "a", "q"]))
+    (row,) = read(tmp_path / name)
+    assert reach(row, "q", "") == "z"
+    with pytest.raises(FedForwardError, match="has the key 'a' more than once"):
+        reach(row, "a", "row 1")
 
 
 def json_file(text: str) -> tuple[str, bytes]:

@@ -7,7 +7,7 @@ Nothing here imports PyTorch.
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -71,6 +71,7 @@ class Corpus:
         rows: training rows and held-out rows that were read.
         groups: of each client, how many examples have each value of the field that the data are
             divided by; empty without one.
+        continued: makes the prompt of a text as the run's examples have it.
     """
 
     clients: Sequence[Sequence[Example]]
@@ -81,6 +82,7 @@ class Corpus:
     classes: tuple[str, ...] = ()
     rows: tuple[int, int] = (0, 0)
     groups: tuple[Mapping[str, int], ...] = ()
+    continued: Callable[[str], Prompt] | None = None
 
     @property
     def cut(self) -> int:
@@ -286,13 +288,22 @@ class CorpusReader:
             )
             _check_room_for_answers(data, longest, positions)
         origins = rows.table.origins[train.rows]
+        encoder = TextEncoder(tokenizer)
+
+        def continued(text: str) -> Prompt:
+            if renderer is not None:
+                text = renderer.prompt(text)
+                return Prompt(text, encoder.prompt(text, prefix=False), None)
+            return Prompt(text, encoder.texts([text])[0] if classes else encoder.prompt(text), None)
+
         return Corpus(
             clients=[
                 train.examples.take(self._repeated(part, origins, client))
                 for client, part in enumerate(parts)
             ],
             heldout=heldout.examples,
-            example=self._example(heldout, rows, TextEncoder(tokenizer), renderer, classes),
+            example=self._example(heldout, rows, encoder, renderer, continued),
+            continued=continued,
             train_tally=train.tally,
             heldout_tally=heldout.tally,
             classes=tuple(classes),
@@ -347,7 +358,7 @@ class CorpusReader:
         rows: Rows,
         encoder: TextEncoder,
         renderer: ChatRenderer | None,
-        classes: Sequence[str],
+        continued: Callable[[str], Prompt],
     ) -> Prompt:
         """The prompt to answer before and after: the one asked for, or the first held-out one."""
         first, asked = heldout.examples[0], self._data.example
@@ -359,10 +370,7 @@ class CorpusReader:
             else:
                 text = encoder.tokenizer.decode(tokens)
             return Prompt(text, tokens, first.reference)
-        if renderer is not None:
-            text = renderer.prompt(asked)
-            return Prompt(text, encoder.prompt(text, prefix=False), None)
-        return Prompt(asked, encoder.prompt(asked), None)
+        return continued(asked)
 
     @property
     def _field(self) -> str | None:

@@ -517,10 +517,13 @@ def table_rows(batches: Any, names: Sequence[str]) -> Rows:
     for batch in batches:
         for begin in range(0, batch.num_rows, _BATCH_ROWS):
             part = batch.slice(begin, _BATCH_ROWS)
-            found = [column_values(part.column(name)) for name in names]
-            for values in zip(*found, strict=True) if names else [()] * part.num_rows:
+            # By place: a table may have two columns of one name.
+            chosen = [n for n, name in enumerate(part.schema.names) if name in names]
+            found = [column_values(part.column(n)) for n in chosen]
+            own = [part.schema.names[n] for n in chosen]
+            for values in zip(*found, strict=True) if chosen else [()] * part.num_rows:
                 place += 1
-                yield place, dict(zip(names, values, strict=True))
+                yield place, _object(list(zip(own, values, strict=True)))
 
 
 def column_values(column: Any) -> list[Any]:

@@ -127,7 +127,11 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 def plain(value: Any) -> Any:
     """A JSON value with Python's numbers in place of written ones, as `json.loads` gives it."""
     if isinstance(value, Number):
-        return json.loads(value)
+        try:
+            return json.loads(value)
+        except ValueError:
+            # A whole number with more digits than Python reads.
+            return str(value)
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -4,7 +4,7 @@ It writes down a configuration of what it is given and carries that out, so that
 made in Python resumes, verifies and exports like one that began with a file.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from fedforward.config.loading import validate
 from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
 from fedforward.core.registry import AGGREGATORS, ESTIMATORS, METHODS
+from fedforward.data.corpus import Prompt
 from fedforward.data.sampler import Batches
 from fedforward.methods.base import Method
 from fedforward.methods.parameters import parameters_of
@@ -221,7 +222,7 @@ class Simulation:
         run = Run(self._config(rounds), self.out, resume, progress, built)
         summary = run.fit()
         lines = run.directory.read_metrics(summary.rounds)
-        return Result(self.model, self.out, summary, _history(lines))
+        return Result(self.model, self.out, summary, _history(lines), run.corpus.continued)
 
 
 @dataclass(frozen=True)
@@ -234,12 +235,14 @@ class Result:
         summary: as in `summary.json`.
         history: by name of a figure, one value for each round that has it, the base model first;
             `history["round"]` numbers all lines.
+        continued: makes the prompt of a text as the run's examples have it.
     """
 
     model: Model
     directory: Path
     summary: RunSummary
     history: Mapping[str, Sequence[Any]]
+    continued: Callable[[str], Prompt] | None = None
 
     def save_adapter(self, folder: str | Path) -> Path:
         """Write what was tuned: a PEFT adapter, or the whole model under full tuning."""
@@ -250,8 +253,9 @@ class Result:
         return path
 
     def answer(self, prompt: str, most_tokens: int = 48) -> str:
-        """The tuned model's greedy answer to a prompt."""
-        return build.answer(self.model, self.model.tokenizer, prompt, most_tokens)
+        """The tuned model's greedy answer to a prompt; of a chat, to a message of the user."""
+        given = prompt if self.continued is None else self.continued(prompt).tokens
+        return build.answer(self.model, self.model.tokenizer, given, most_tokens)
 
 
 def _check_parts(model: Any, data: Any, method: Any) -> None:
