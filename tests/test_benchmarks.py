@@ -286,3 +286,30 @@ def test_cluster(capsys: pytest.CaptureFixture[str]) -> None:
         assert found[f"idle polling {way}, site and minute"] > 0
     assert found["server: all"] > found["server: coordinator"] > 0
     assert found["site: all but the model server"] > 0
+
+
+def test_data(capsys: pytest.CaptureFixture[str]) -> None:
+    ours, plain = results(capsys, "data")["rows"]
+    assert ours["examples"] == plain["examples"] == 300
+    assert ours["peak_megabytes"] >= 0 and ours["seconds"] > 0
+
+
+def test_seams(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = results(capsys, "seams")["rows"]
+    assert len(rows) == 12 and {row["run_differs"] for row in rows} == {0.0}
+    assert any(row["apart_differs"] > 0 for row in rows)
+
+
+def test_chat(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from tests.conftest import DEMO_MODEL
+    from tests.data.test_chat import TEMPLATES
+
+    for name in ("chatml", "begins"):
+        tokenizer = AutoTokenizer.from_pretrained(str(DEMO_MODEL))
+        tokenizer.chat_template = TEMPLATES[name]
+        tokenizer.save_pretrained(tmp_path / name)
+    folders = [str(tmp_path / name) for name in ("chatml", "begins")]
+    rows = results(capsys, "chat", "--tokenizers", *folders)["rows"]
+    assert {row["equal"] for row in rows} == {100.0} and len(rows) == 6
