@@ -40,8 +40,9 @@ def test_a_second_run_in_a_folder_is_refused(
     config, out = write_config(tmp_path), tmp_path / "run"
     for options in ([], ["--resume"]):
         result = command("run", config, "--out", out, *options)
-        result.refused(str(out), "is in use by another fedforward process", "choose another --out")
-        assert [file.name for file in out.iterdir()] == ["lock"]
+        words = f"is in use by another fedforward process (process {holder.pid}, since 20"
+        result.refused(str(out), words, "choose another --out")
+        assert sorted(file.name for file in out.iterdir()) == ["lock", "lock.json"]
     # A killed process holds nothing.
     holder.send_signal(signal.SIGKILL)
     holder.wait()

@@ -15,6 +15,7 @@ import typer
 
 from fedforward.cli import deploy, inspect, train
 from fedforward.cli.console import friendly, out_console, set_up_logging
+from fedforward.core.logs import tolerate_narrow_encodings
 from fedforward.core.version import __version__
 
 # PyTorch's threads spin for long before they sleep; on a busy machine that takes the cores from
@@ -99,6 +100,7 @@ def _version(
 
 def main() -> None:
     """The entry point of the `fedforward` command."""
+    tolerate_narrow_encodings()
     app()
 
 

@@ -9,6 +9,7 @@ import typer
 
 from fedforward.cli.console import display, friendly, out_console, say
 from fedforward.core.errors import FedForwardError
+from fedforward.core.paths import home
 
 ConfigArgument = Annotated[Path, typer.Argument(help="TOML file", show_default=False)]
 OverridesArgument = Annotated[
@@ -23,7 +24,9 @@ RunArgument = Annotated[Path, typer.Argument(help="run directory", show_default=
 BaseOption = Annotated[
     str | None,
     typer.Option(
-        "--model", help="base model, where the run directory is a server's", show_default=False
+        "--model",
+        help="folder of the base model, where it has moved or the run directory is a server's",
+        show_default=False,
     ),
 ]
 
@@ -33,15 +36,22 @@ def run(
     overrides: OverridesArgument = None,
     out: OutOption = None,
     resume: ResumeOption = False,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="in place of model.path", show_default=False),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Carry out a run: federated tuning of one model over simulated clients."""
     from fedforward.config.loading import load
 
     out = out or Path("runs") / config.stem
-    again = ["fedforward", "run", str(config), *(overrides or []), "--out", str(out), "--resume"]
+    changes = overrides or []
+    if model is not None:
+        changes = [*changes, f"model.path={json.dumps(model, ensure_ascii=False)}"]
+    again = ["fedforward", "run", str(config), *changes, "--out", str(out), "--resume"]
     with friendly(f"Continue with: {shlex.join(again)}"):
-        _carry_out(load(config, overrides or []), out, resume, as_json)
+        _carry_out(load(config, changes), out, resume, as_json)
 
 
 def demo(
@@ -53,6 +63,7 @@ def demo(
     from fedforward.demo import run as demonstration
 
     with friendly(f"Continue with: fedforward demo --out {shlex.quote(str(out))} --resume"):
+        out = home(out)
         data = out.parent / f"{out.name}-data" / "sites.jsonl"
         _carry_out(demonstration.prepare(data), out, resume, as_json)
 

@@ -18,6 +18,7 @@ from fedforward.config.fields import (
     Method,
     Metrics,
     Objective,
+    PathText,
     Positive,
     ReportFilters,
     Section,
@@ -33,7 +34,7 @@ from fedforward.methods.parameters import parameters_of
 class ModelSection(Section):
     """[model]"""
 
-    path: str = Field(description="folder in Hugging Face format, or a hub name")
+    path: PathText = Field(description="folder in Hugging Face format, or a hub name")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the weights as they are held in memory"
     )
@@ -112,7 +113,7 @@ class LoraSection(Section):
 class DataSection(Section):
     """[data]"""
 
-    source: str = Field(description="file (.jsonl .json .csv .tsv .parquet) or hub data set")
+    source: PathText = Field(description="file (.jsonl .json .csv .tsv .parquet) or hub data set")
     subset: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("train", description="split of a hub data set")
     prompt: str = Field(
@@ -159,7 +160,7 @@ class EvaluationSection(Section):
     metrics: Metrics = Field(
         [], description="measured beside the held-out loss; also package.module:function"
     )
-    source: str | None = Field(
+    source: PathText | None = Field(
         None, description="file or hub data set to evaluate on; default examples kept by heldout"
     )
     subset: str | None = Field(None, description="configuration name of a hub data set")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedforward.config import rules
-from fedforward.config.fields import MOST_COUNTED, Count, ReportFilters, Section
+from fedforward.config.fields import MOST_COUNTED, Count, PathText, ReportFilters, Section
 from fedforward.config.loading import read_toml, validate, validate_as
 from fedforward.config.schema import Config
 from fedforward.config.sections import RunSection
@@ -37,7 +37,9 @@ class SiteSection(Section):
     name: Annotated[str, Field(max_length=64, pattern=r"^[\w.-]*$")] = Field(
         "", description="what people are shown beside the name that its key is registered under"
     )
-    out: str = Field("site", description="folder for the log, and for what was tuned at the end")
+    out: PathText = Field(
+        "site", description="folder for the log, and for what was tuned at the end"
+    )
     keep_messages: bool = Field(
         False,
         description="keep every message, in and out, in OUT/messages; "
@@ -53,7 +55,7 @@ class SiteSection(Section):
 class SiteModelSection(Section):
     """[model]"""
 
-    path: str = Field(description="folder in Hugging Face format, or a hub name")
+    path: PathText = Field(description="folder in Hugging Face format, or a hub name")
     device_map: Literal["none", "auto"] = Field(
         "none", description='"auto" spreads a frozen base over all devices'
     )
@@ -65,7 +67,7 @@ class SiteModelSection(Section):
 class SiteDataSection(Section):
     """[data]"""
 
-    source: str = Field(description="file (.jsonl .json .csv .tsv .parquet) or hub data set")
+    source: PathText = Field(description="file (.jsonl .json .csv .tsv .parquet) or hub data set")
     subset: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("train", description="split of a hub data set")
     limit: Count | None = Field(None, description="use only so many examples of the source")

@@ -18,6 +18,7 @@ from urllib.request import getproxies
 import torch
 
 from fedforward.core.errors import FedForwardError
+from fedforward.core.paths import absolute_text, check_folder, is_path
 from fedforward.core.seeds import derive
 from fedforward.core.steps import Steps
 from fedforward.directions import Distribution, Layout, Stream
@@ -70,11 +71,13 @@ def load(
     )
 
     folder = Path(path).expanduser()
-    local = folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
-    if local and not folder.is_dir():
-        raise FedForwardError(
-            f"model.path = {path!r}: no such folder. Give a folder with config.json, weights and "
-            "tokenizer, or a hub name such as 'Qwen/Qwen3-0.6B'."
+    local = is_path(path)
+    if local:
+        check_folder(
+            path,
+            "model.path",
+            "a folder with config.json, weights and tokenizer, or a hub name such as "
+            "'Qwen/Qwen3-0.6B'",
         )
     if local and not (folder / "config.json").is_file():
         raise FedForwardError(
@@ -92,7 +95,8 @@ def load(
     if quantization != "none":
         _check_package(quantization)
         options = {"device_map": {"": "cpu"}} | options
-    name = str(folder) if local else path
+    # PEFT writes this name into the adapter, which is then loaded from any folder.
+    name = absolute_text(path)
     # Offline the hub's client tries again for most of a minute; what it has cached needs no hub.
     kept = local or not hub_is_reachable()
     try:
@@ -119,7 +123,7 @@ def load(
         SafetensorError,
     ) as error:
         # The first line often ends before what it announces ("… one of:").
-        reason = " ".join(str(error).split("\n\n")[0].split())
+        reason = " ".join(str(error).replace(name, path).split("\n\n")[0].split())
         if "ignore_mismatched_sizes" in reason:
             reason = "the weights have other shapes than its config.json says."
         if "dispatched on the CPU or the disk" in reason:

@@ -14,6 +14,7 @@ import torch
 from fedforward.config.schema import Config
 from fedforward.config.site import AT_SITES
 from fedforward.core.errors import FedForwardError
+from fedforward.core.paths import absolute_text, check_folder, check_new_folder, home, is_path
 from fedforward.federation.client import Replica
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.state_file import read_state
@@ -79,8 +80,8 @@ def rebuild(
     """Base model plus ledger; checks on the way the digests that clients proved.
 
     Args:
-        base: folder or hub name of the base model; needed where the run directory is that of a
-            server, which has none.
+        base: folder or hub name of the base model; needed where it is no longer where it was when
+            the run was started, or where the run directory is that of a server, which has none.
         on_round: called after each round.
 
     Raises:
@@ -92,11 +93,16 @@ def rebuild(
             f"{directory.path} is of a server, which has no model. Give --model FOLDER, the base "
             "model that its sites have."
         )
-    if base is None:
-        _, plan = directory.load()
-    else:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"path": base})})
-        plan = experiment.resolve_plan(config)
+    if base is None and is_path(config.model.path):
+        check_folder(config.model.path, "model.path", "the base model's place with --model FOLDER")
+    if base is not None:
+        if is_path(base):
+            check_folder(base, "--model", "the folder of the base model, or its hub name")
+        section = config.model.model_copy(update={"path": absolute_text(base)})
+        config = config.model_copy(update={"model": section})
+    # A server has no plan.
+    planned = base is None or (directory.path / "plan.json").is_file()
+    plan = directory.load()[1] if planned else experiment.resolve_plan(config)
     ledger = Ledger(directory.ledger)
     # The data need not be there any more.
     classes = ledger.header.get("classes") or ()
@@ -250,7 +256,8 @@ def export(
     Raises:
         FedForwardError: `out` is in use, or the run cannot be rebuilt.
     """
-    path, out = Path(path), Path(out)
+    path, out = Path(path), home(out)
+    check_new_folder(out, "--out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FedForwardError(f"--out {out} exists and is not an empty folder. Choose another.")
     rebuilt = rebuild(RunDirectory(path), base, on_round)
