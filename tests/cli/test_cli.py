@@ -117,7 +117,7 @@ def test_data_that_cannot_be_read(config: Path, raw: bytes) -> None:
 def test_configurations_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "b.toml").write_bytes(bytes(range(256)))
     command("run", tmp_path / "b.toml").refused("b.toml is not valid TOML")
-    command("run", tmp_path).refused(f"{tmp_path}: no such configuration file", "fedforward init")
+    command("run", tmp_path).refused(f"{tmp_path} is a folder", "one of its files: b.toml")
     command("run", tmp_path / "no.toml").refused("no.toml: no such configuration file")
     (tmp_path / "e.toml").write_text("", encoding="utf-8")
     command("run", tmp_path / "e.toml").refused("[model] is missing", "[data] is missing")

@@ -207,7 +207,7 @@ def _sentence(
                     f"method.name is {name!r}. Leave it out."
                 )
             legal += _settings(content["method"].get("name", "fedmezo"))
-        hint = _misplaced(location, legal, sections)
+        hint = _misplaced(location, legal, sections, isinstance(found, Mapping))
         what = "section" if len(location) == 1 else "key"
         return f"{key} is not a known {what}.{hint} Allowed are {', '.join(legal)}."
     if kind == "missing":
@@ -227,11 +227,22 @@ def _sentence(
 
 
 def _misplaced(
-    location: Sequence[str], legal: Sequence[str], sections: Mapping[str, type[Section]]
+    location: Sequence[str],
+    legal: Sequence[str],
+    sections: Mapping[str, type[Section]],
+    table: bool,
 ) -> str:
-    """What an unknown section or key should have been, after a space; empty if nothing is near."""
+    """What an unknown section or key should have been, after a space; empty if nothing is near.
+
+    Args:
+        table: whether its value is a table.
+    """
     *before, name = location
-    owners = [section for section, kind in sections.items() if name in kind.model_fields]
+    owners = (
+        []
+        if table
+        else [section for section, kind in sections.items() if name in kind.model_fields]
+    )
     if before and name in sections:
         return f" [{name}] is a section of its own: write [{name}], not [{before[0]}.{name}]."
     if owners and not (before and difflib.get_close_matches(name.lower(), legal, n=1)):

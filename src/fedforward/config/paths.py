@@ -45,7 +45,7 @@ def as_started(config: Config, started: Config) -> Config:
                 f"{key} = {text!r}: the run was started with {place}, which is not there any "
                 f"more. Say where it is now with {option}."
             )
-        LOGGER.info("%s = %r is %s, as when the run was started", key, text, place)
+        LOGGER.warning("%s = %r is %s, as when the run was started", key, text, place)
         changed[key] = place
     return _with_paths(config, changed)
 

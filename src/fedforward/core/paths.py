@@ -122,7 +122,7 @@ def check_folder(text: str, key: str, what: str) -> None:
         found_now = matches(text)
         here = f" It matches {', '.join(found_now[:3])}." if found_now else ""
         raise FedForwardError(f"{given} is a pattern, and one folder is meant.{here} Give {what}.")
-    raise FedForwardError(f"{given}: no such folder.{_hint(text)} Give {what}.")
+    raise FedForwardError(f"{given}: no such folder.{hint(text)} Give {what}.")
 
 
 def check_new_folder(path: Path, key: str) -> None:
@@ -138,14 +138,16 @@ def check_new_folder(path: Path, key: str) -> None:
     except ValueError as error:
         raise FedForwardError(f"{key} {error}.") from error
     except OSError as error:
-        raise FedForwardError(f"{key} {text}: {error.strerror}. Choose another folder.") from error
+        raise FedForwardError(f"{key} {text}: {error.strerror}. Choose another {key}.") from error
     if found == (False, True):
-        raise FedForwardError(f"{key} {text} is a file. Choose a folder.")
+        raise FedForwardError(f"{key} {text} is a file. Choose another {key}, a folder.")
     if not found[0] and any(sign in text for sign in "*?"):
-        raise FedForwardError(f"{key} {text} is a pattern, and one folder is meant. Choose a name.")
+        raise FedForwardError(
+            f"{key} {text} is a pattern, and one folder is meant. Choose another {key}."
+        )
 
 
-def _hint(text: str) -> str:
+def hint(text: str) -> str:
     """Why a path may lead nowhere, as a sentence after a space; empty where nothing is known."""
     if (found := _VARIABLE.search(text)) and not os.path.lexists(text):
         return f" {found.group()} is not replaced by the environment's variable; write it out."

@@ -18,7 +18,7 @@ from urllib.request import getproxies
 import torch
 
 from fedforward.core.errors import FedForwardError
-from fedforward.core.paths import absolute_text, check_folder, is_path
+from fedforward.core.paths import absolute_text, check_folder, hint, is_path
 from fedforward.core.seeds import derive
 from fedforward.core.steps import Steps
 from fedforward.directions import Distribution, Layout, Stream
@@ -132,7 +132,7 @@ def load(
                 "it must fit on the CUDA devices, and it does not."
             )
         if not local and kept:
-            reason = f"there is no such folder here, and the hub cannot be reached. {reason}"
+            reason = f"no such folder is here, and the hub cannot be reached.{hint(path)} {reason}"
         raise FedForwardError(f"model.path = {path!r} cannot be loaded: {reason}") from error
     heads = tuple(f"{name}." for name in class_heads(network))
     missing = {name for name in loading["missing_keys"] if not name.startswith(heads)}

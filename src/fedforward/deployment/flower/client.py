@@ -100,7 +100,7 @@ def take_part(
         )
     out = home(settings.site.out)
     engine_home = out / "flower"
-    check_new_folder(out, "site.out =")
+    check_new_folder(out, "site.out")
     try:
         engine_home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
