@@ -123,6 +123,14 @@ def test_configurations_that_cannot_be_read(tmp_path: Path) -> None:
     command("run", tmp_path / "e.toml").refused("[model] is missing", "[data] is missing")
 
 
+@pytest.mark.parametrize("option", ["--method.mu", "--method.mu=3", "--set", "--key"])
+def test_keys_of_a_configuration_are_no_options(config: Path, option: str) -> None:
+    result = command("run", config, option, "method.mu=3")
+    assert result.code == 2
+    words = "method.mu" if "." in option else "section.key"
+    assert f"Write {words}=VALUE, without dashes." in " ".join(result.error.split())
+
+
 def _spoil(file: str, change: Callable[[bytes], bytes] | None) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         path = folder / file

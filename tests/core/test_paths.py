@@ -142,5 +142,8 @@ def test_texts_that_are_no_path(text: str, words: str) -> None:
 def test_bytes_that_are_no_text_may_name_a_file(folder: Path) -> None:
     name = os.fsdecode(b"b\xff")
     (folder / name).mkdir()
-    assert as_path(name) == name
     check_folder(name, "--model", "a folder")
+    check_new_folder(Path(name), "--out")
+    # A configuration is UTF-8, and cannot hold the name.
+    with pytest.raises(ValueError, match="is no UTF-8 text"):
+        as_path(name)

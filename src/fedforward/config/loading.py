@@ -5,7 +5,6 @@ key it names the nearest legal one, and for an old key or value the new one.
 """
 
 import difflib
-import sys
 import tomllib
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
@@ -107,6 +106,11 @@ def assign(
 
 def parse_override(text: str) -> tuple[str, str, Any]:
     """("section", "key", value) of `section.key=value`; the value is TOML, or else a string."""
+    try:
+        # Python keeps bytes of the command line that its encoding does not know as surrogates.
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise FedForwardError(f"{text!r} is no UTF-8 text. Write it in UTF-8.") from error
     name, equals, raw = text.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and section and all(key.split("."))):
@@ -191,11 +195,7 @@ def _sentence(
         # Only a site's JSON can have such keys; a file cannot.
         return f"a key in {key or 'it'} is not text: {found!r}."
     if kind == "string_unicode":
-        return (
-            f"{key} = {found!r} holds bytes that are no text in the system's encoding "
-            f"({sys.getfilesystemencoding()}). Set PYTHONUTF8=1 or LC_ALL=C.UTF-8; a name that is "
-            "not UTF-8 must be changed."
-        )
+        return f"{key} = {found!r} is no UTF-8 text. Write it in UTF-8."
     if kind == "extra_forbidden":
         legal = list(sections if len(location) == 1 else sections[location[0]].model_fields)
         if location[0] == "method" and len(location) == 2:

@@ -29,13 +29,11 @@ def as_path(text: str) -> str:
     """
     if not text.strip():
         raise ValueError(f"{text!r} is empty; write a path")
-    for character in text:
-        if ord(character) < 32 or ord(character) == 127:
-            what = _CONTROLS.get(character, f"the control character {character!r}")
-            raise ValueError(
-                f"{text!r} holds {what}, which a backslash in double quotes may have made; write "
-                "the path in single quotes, or with forward slashes"
-            )
+    _check_characters(text)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{text!r} is no UTF-8 text; give it another name") from error
     try:
         os.fsencode(text)
     except UnicodeEncodeError as error:
@@ -44,6 +42,16 @@ def as_path(text: str) -> str:
             f"{sys.getfilesystemencoding()}; set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
         ) from error
     return text
+
+
+def _check_characters(text: str) -> None:
+    for character in text:
+        if ord(character) < 32 or ord(character) == 127:
+            what = _CONTROLS.get(character, f"the control character {character!r}")
+            raise ValueError(
+                f"{text!r} holds {what}, which a backslash in double quotes may have made; write "
+                "the path in single quotes, or with forward slashes"
+            )
 
 
 def is_path(text: str) -> bool:
@@ -133,7 +141,7 @@ def check_new_folder(path: Path, key: str) -> None:
     """
     text = str(path)
     try:
-        as_path(text)
+        _check_characters(text)
         found = path.is_dir(), path.exists()
     except ValueError as error:
         raise FedForwardError(f"{key} {error}.") from error
