@@ -35,7 +35,7 @@ _OWN_PATH = "(a path of this site)"
 _NEAR_NAME = re.compile(r" Did you mean '[^']*'\?")
 #: A text in quotes, and what looks like a path without them.
 _QUOTED = re.compile(r"(?<!\w)'[^'\n]*'")
-_PATH = re.compile(r"(?<![\w/\\<])(?:~|\.{1,2})?(?:/|[A-Za-z]:[/\\])[^\s'\",;:)]*")
+_PATH = re.compile(r"(?<![\w/\\<])(?:~|\.{1,2})?(?:/|[A-Za-z]:[/\\])[^\s'\",;:)]*[^\s'\",;:).]")
 
 
 @dataclass
