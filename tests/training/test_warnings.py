@@ -24,18 +24,14 @@ def line(zeros: float, skipped: int = 0, loss: float | None = 2.0) -> dict[str, 
     }
 
 
-@pytest.mark.parametrize(
-    ("dtype", "advice"), [("float32", "try 0.001). The run"), ("bfloat16", ")")]
-)
-def test_equal_losses_are_said_once(tmp_path: Path, dtype: str, advice: str) -> None:
+@pytest.mark.parametrize(("dtype", "larger"), [("float32", "0.001"), ("bfloat16", "0.003")])
+def test_equal_losses_are_said_once(tmp_path: Path, dtype: str, larger: str) -> None:
     config = write_config(tmp_path)
     out = tmp_path / "run"
     options = ["method.mu=1e-12", f"model.dtype={dtype}", "method.local_steps=3"]
     result = command("run", config, *options, "federation.rounds=3", "--out", out)
     assert result.code == 0, result
-    words = (
-        "6 of 6 projected gradients were exactly 0: with method.mu = 1e-12 both losses of a pair"
-    )
+    words = "6 of 6 projected gradients were exactly 0: with method.mu = 1e-12 both losses of"
     assert result.error.count("projected gradients") == 1 and words in result.error
     assert f"Raise method.mu (try {larger})" in result.error
     assert ("model.dtype = 'float32'" in result.error) is (dtype == "bfloat16")
