@@ -83,24 +83,30 @@ def test_a_way_through_a_link_leads_where_it_led(folder: Path) -> None:
 def test_a_folder_that_is_not_there_gets_its_likely_reason(folder: Path) -> None:
     (folder / "Model/inner").mkdir(parents=True)
     (folder / "weights.safetensors").touch()
+    (folder / "dangling").symlink_to("nowhere")
+    (folder / "loop").symlink_to("loop")
     for text, words in (
         ("weights.safetensors", "is a file"),
         ("Mod*", "is a pattern, and one folder is meant. It matches Mod"),
         ("./model", "no such folder. Did you mean 'Model'?"),
         ("Modle", "Did you mean 'Model'?"),
+        ("./dangling", "It is a link that leads nowhere."),
+        ("./loop", "It is a link that leads nowhere."),
         ("Model ", "without the spaces around it"),
         ("Model\\inner", "Did you mean 'Model/inner'?"),
         ("$HOME/x", "$HOME is not replaced"),
         ("%APPDATA%/x", "%APPDATA% is not replaced"),
         ("C:\\models", "a path of Windows"),
         ("~nobody-of-that-name/x", "no home folder for '~nobody-of-that-name'"),
-        ("n" * 5000, "File name too long"),
+        ("n" * 150, "no such folder. Give"),
         ("./gone", "no such folder. Give a folder."),
     ):
         with pytest.raises(FedForwardError) as caught:
             check_folder(text, "model.path", "a folder")
         message = str(caught.value)
         assert message.startswith(f"model.path = {text!r}") and words in message, message
+    with pytest.raises(FedForwardError, match=r"^model.path = '.*…' cannot .*: File name too"):
+        check_folder("n" * 5000, "model.path", "a folder")
     check_folder("Model", "model.path", "a folder")
     check_folder("./Model/../Model/", "model.path", "a folder")
 
@@ -108,11 +114,15 @@ def test_a_folder_that_is_not_there_gets_its_likely_reason(folder: Path) -> None
 @posix
 def test_places_where_no_folder_is_made(folder: Path) -> None:
     (folder / "file").touch()
+    (folder / "dangling").symlink_to("nowhere")
     for text, words in (
         ("file", "is a file. Choose another --out"),
         ("runs/*", "is a pattern"),
         ("n" * 5000, "File name too long"),
         ("a\0b", "a NUL character"),
+        ("a\nb", "a line break"),
+        ("dangling", "is a link that leads nowhere. Choose another --out"),
+        (os.fsdecode(b"b\xff"), "is no UTF-8 text. Choose another --out"),
     ):
         with pytest.raises(FedForwardError, match=r"^--out ") as caught:
             check_new_folder(Path(text), "--out")
@@ -131,6 +141,7 @@ def test_places_where_no_folder_is_made(folder: Path) -> None:
         ("a\0", "a NUL character"),
         ("", "is empty"),
         ("  ", "is empty"),
+        ("~nobody-of-that-name/x", "no home folder for '~nobody-of-that-name'"),
     ],
 )
 def test_texts_that_are_no_path(text: str, words: str) -> None:
@@ -143,7 +154,6 @@ def test_bytes_that_are_no_text_may_name_a_file(folder: Path) -> None:
     name = os.fsdecode(b"b\xff")
     (folder / name).mkdir()
     check_folder(name, "--model", "a folder")
-    check_new_folder(Path(name), "--out")
     # A configuration is UTF-8, and cannot hold the name.
     with pytest.raises(ValueError, match="is no UTF-8 text"):
         as_path(name)

@@ -75,6 +75,11 @@ def _text(path: Path) -> str:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise FedForwardError(f"{path} cannot be read: {reason}.") from error
+    if raw and not raw.strip(b"\0"):
+        raise FedForwardError(
+            f"{path} is not valid TOML: it holds nothing but NUL characters, as a system that went "
+            "down may leave a file. Restore it from a copy."
+        )
     zeros = raw[:1000].count(0)
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or zeros > len(raw[:1000]) / 4:
         raise FedForwardError(
@@ -162,6 +167,10 @@ def _reason(text: str, doubles: dict[int, tuple[str, int]], error: Exception) ->
     advice = ""
     if what == "Invalid value":
         advice = " Text needs straight quotes; true and false are written small."
+    elif line.startswith("{") and what == "Invalid statement":
+        advice = " It looks like JSON, and a configuration is TOML."
+    elif re.search(r"=\s*\d+,\d+\s*$", line):
+        advice = " A number has a point, as in 0.001."
     elif what.startswith("Expected '=' after a key"):
         advice = " Write key = value, and sections as [section]."
     return f"{at} {what[:1].lower()}{what[1:]}.{advice}"

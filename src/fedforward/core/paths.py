@@ -18,6 +18,8 @@ _TEXTS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt")
 _ENDINGS = (*_TEXTS, ".parquet", ".arrow", ".feather", ".gz", ".zst", ".gguf", ".safetensors")
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 _VARIABLE = re.compile(r"\$\w+|\$\{\w+\}|%\w+%")
+#: Characters of a path that an error shows.
+_SHOWN = 200
 _CONTROLS = {"\t": "a tab (\\t)", "\n": "a line break (\\n)", "\0": "a NUL character"}
 
 
@@ -29,7 +31,13 @@ def as_path(text: str) -> str:
     """
     if not text.strip():
         raise ValueError(f"{text!r} is empty; write a path")
-    _check_characters(text)
+    if found := _control(text):
+        raise ValueError(
+            f"{text!r} holds {found}, which a backslash in double quotes may have made; write the "
+            "path in single quotes, or with forward slashes"
+        )
+    if text.startswith("~") and str(home(text)) == text:
+        raise ValueError(f"{text!r}: there is no home folder for {text.split('/')[0]!r}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -44,14 +52,12 @@ def as_path(text: str) -> str:
     return text
 
 
-def _check_characters(text: str) -> None:
+def _control(text: str) -> str:
+    """The first control character of a text, in words; empty if there is none."""
     for character in text:
         if ord(character) < 32 or ord(character) == 127:
-            what = _CONTROLS.get(character, f"the control character {character!r}")
-            raise ValueError(
-                f"{text!r} holds {what}, which a backslash in double quotes may have made; write "
-                "the path in single quotes, or with forward slashes"
-            )
+            return _CONTROLS.get(character, f"the control character {character!r}")
+    return ""
 
 
 def is_path(text: str) -> bool:
@@ -114,7 +120,7 @@ def check_folder(text: str, key: str, what: str) -> None:
         FedForwardError: there is no such folder.
     """
     path = home(text)
-    given = f"{key} = {text!r}"
+    given = f"{key} = {_cut(text)!r}"
     try:
         if path.is_dir():
             return
@@ -140,19 +146,30 @@ def check_new_folder(path: Path, key: str) -> None:
         FedForwardError: a file or a pattern, or a name that the system does not take.
     """
     text = str(path)
+    if control := _control(text):
+        raise FedForwardError(f"{key} {text!r} holds {control}. Choose another {key}.")
     try:
-        _check_characters(text)
-        found = path.is_dir(), path.exists()
-    except ValueError as error:
-        raise FedForwardError(f"{key} {error}.") from error
+        text.encode("utf-8", "surrogateescape").decode("utf-8")
+        found = path.is_dir(), os.path.lexists(path)
+    except UnicodeError as error:
+        raise FedForwardError(f"{key} {text!r} is no UTF-8 text. Choose another {key}.") from error
     except OSError as error:
-        raise FedForwardError(f"{key} {text}: {error.strerror}. Choose another {key}.") from error
+        raise FedForwardError(
+            f"{key} {_cut(text)}: {error.strerror}. Choose another {key}."
+        ) from error
+    if found == (False, True) and not path.exists():
+        raise FedForwardError(f"{key} {text} is a link that leads nowhere. Choose another {key}.")
     if found == (False, True):
         raise FedForwardError(f"{key} {text} is a file. Choose another {key}, a folder.")
     if not found[0] and any(sign in text for sign in "*?"):
         raise FedForwardError(
             f"{key} {text} is a pattern, and one folder is meant. Choose another {key}."
         )
+
+
+def _cut(text: str) -> str:
+    """A text as long as a person reads."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def hint(text: str) -> str:
@@ -164,6 +181,8 @@ def hint(text: str) -> str:
     if text.startswith("~") and str(home(text)) == text:
         return f" There is no home folder for {text.split('/')[0]!r}."
     path = home(text)
+    if path.is_symlink():
+        return " It is a link that leads nowhere."
     if text != text.strip() and exists(text.strip()):
         return " There is one without the spaces around it."
     if exists(slashes := text.replace("\\", "/")):

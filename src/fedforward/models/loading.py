@@ -10,7 +10,6 @@ import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -18,7 +17,7 @@ from urllib.request import getproxies
 import torch
 
 from fedforward.core.errors import FedForwardError
-from fedforward.core.paths import absolute_text, check_folder, hint, is_path
+from fedforward.core.paths import absolute_text, check_folder, hint, home, is_path
 from fedforward.core.seeds import derive
 from fedforward.core.steps import Steps
 from fedforward.directions import Distribution, Layout, Stream
@@ -70,7 +69,7 @@ def load(
         AutoTokenizer,
     )
 
-    folder = Path(path).expanduser()
+    folder = home(path)
     local = is_path(path)
     if local:
         check_folder(

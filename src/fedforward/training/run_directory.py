@@ -56,7 +56,11 @@ class RunDirectory:
     @property
     def started(self) -> bool:
         """Whether a run has been started here."""
-        return (self.path / "config.toml").is_file()
+        try:
+            return (self.path / "config.toml").is_file()
+        except OSError:
+            # A name that the system does not take.
+            return False
 
     def tuned(self, config: Config) -> Path:
         """Where the adapter or the model lies when the run is done."""
@@ -148,9 +152,11 @@ class RunDirectory:
             FedForwardError: this is not a run directory, or its configuration is damaged.
         """
         if not self.started:
+            above = RunDirectory(self.path.parent)
+            place = f", {above.path}" if self.path.name and above.started else ""
             raise FedForwardError(
                 f"{self.path} is not a run directory: it has no config.toml. Give the --out "
-                "folder of a run."
+                f"folder of a run{place}."
             )
         return load(self.path / "config.toml")
 
