@@ -131,6 +131,17 @@ def test_keys_of_a_configuration_are_no_options(config: Path, option: str) -> No
     assert f"Write {words}=VALUE, without dashes." in " ".join(result.error.split())
 
 
+@pytest.mark.parametrize("name", ["x.abc", "x", "", ".png", "none/x.png"])
+def test_a_picture_that_cannot_be_written(config: Path, name: str) -> None:
+    words = "no folder" if name.startswith("none") else "ends in .png, .pdf or .svg"
+    command("plan", config, "--png", config.parent / name).refused("--png", words)
+
+
+def test_a_file_of_a_run_is_not_the_run(finished: Path) -> None:
+    for name in ("config.toml", "adapter"):
+        command("verify", finished / "run" / name).refused(f"folder of a run, {finished / 'run'}.")
+
+
 def _spoil(file: str, change: Callable[[bytes], bytes] | None) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         path = folder / file

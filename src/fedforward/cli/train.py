@@ -100,8 +100,8 @@ def plan(
     from fedforward.config.loading import load
 
     settings = load(config, overrides or [])
-    if picture is not None and not picture.absolute().parent.is_dir():
-        raise FedForwardError(f"--png {picture}: there is no folder {picture.parent}.")
+    if picture is not None:
+        _check_picture(picture)
     with display("loading libraries"):
         from fedforward.models.libraries import quiet_libraries
 
@@ -120,6 +120,14 @@ def plan(
         plan_tables.draw(picture, result)
         if not as_json:
             say(out_console, f"\nwrote {picture}")
+
+
+def _check_picture(path: Path) -> None:
+    """Refuse a file that no picture can be written to, before anything is computed."""
+    if not path.absolute().parent.is_dir():
+        raise FedForwardError(f"--png {path}: there is no folder {path.parent}.")
+    if path.is_dir() or path.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise FedForwardError(f"--png {path}: give a file that ends in .png, .pdf or .svg.")
 
 
 def init(
