@@ -110,6 +110,7 @@ def test_a_base_that_has_moved_is_found_by_its_option(elsewhere: Path) -> None:
     data.refused("data.source = 'a/rows.jsonl'", "not there any more", "data.source=PATH")
     command("verify", run, "--model", "./b/modle").refused("--model = './b/modle'", "'b/model'?")
     command("verify", run, "--model", "b/modle").refused("no such folder", "'b/model'?")
+    command("verify", run, "--model", "").refused("--model '' is empty")
     assert command("verify", run, "--model", "b/model").code == 0
     assert command("export", run, "--out", "e", "--model", "b/model").code == 0
     adapter = json.loads((elsewhere / "e/adapter_config.json").read_text("utf-8"))

@@ -150,7 +150,7 @@ def init(
     say(
         out_console,
         f"wrote {path}: set model.path and data.source, then fedforward "
-        f"{'client' if site else 'run'} {path}",
+        f"{'client' if site else 'run'} {shlex.quote(str(path))}",
     )
 
 

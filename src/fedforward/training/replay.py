@@ -14,7 +14,14 @@ import torch
 from fedforward.config.schema import Config
 from fedforward.config.site import AT_SITES
 from fedforward.core.errors import FedForwardError
-from fedforward.core.paths import absolute_text, check_folder, check_new_folder, home, is_path
+from fedforward.core.paths import (
+    absolute_text,
+    as_path,
+    check_folder,
+    check_new_folder,
+    home,
+    is_path,
+)
 from fedforward.federation.client import Replica
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.state_file import read_state
@@ -87,19 +94,7 @@ def rebuild(
     Raises:
         FedForwardError: no base model, or another one than the ledger's.
     """
-    config = directory.config()
-    if base is None and config.model.path == AT_SITES:
-        raise FedForwardError(
-            f"{directory.path} is of a server, which has no model. Give --model FOLDER, the base "
-            "model that its sites have."
-        )
-    if base is None and is_path(config.model.path):
-        check_folder(config.model.path, "model.path", "the base model's place with --model FOLDER")
-    if base is not None:
-        if is_path(base):
-            check_folder(base, "--model", "the folder of the base model, or its hub name")
-        section = config.model.model_copy(update={"path": absolute_text(base)})
-        config = config.model_copy(update={"model": section})
+    config = _with_base(directory, directory.config(), base)
     # A server has no plan.
     planned = base is None or (directory.path / "plan.json").is_file()
     plan = directory.load()[1] if planned else experiment.resolve_plan(config)
@@ -129,6 +124,32 @@ def rebuild(
         replica.catch_up([record.entry])
         on_round(record.entry.round + 1, ledger.length)
     return Rebuilt(model, tokenizer, ledger, proofs, differences)
+
+
+def _with_base(directory: RunDirectory, config: Config, base: str | None) -> Config:
+    """The configuration of a run with its base model where that is now.
+
+    Raises:
+        FedForwardError: there is no such folder, or none is known.
+    """
+    if base is None:
+        if config.model.path == AT_SITES:
+            raise FedForwardError(
+                f"{directory.path} is of a server, which has no model. Give --model FOLDER, the "
+                "base model that its sites have."
+            )
+        if is_path(config.model.path):
+            where = "the base model's place with --model FOLDER"
+            check_folder(config.model.path, "model.path", where)
+        return config
+    try:
+        as_path(base)
+    except ValueError as error:
+        raise FedForwardError(f"--model {error}.") from error
+    if is_path(base):
+        check_folder(base, "--model", "the folder of the base model, or its hub name")
+    section = config.model.model_copy(update={"path": absolute_text(base)})
+    return config.model_copy(update={"model": section})
 
 
 def verify(
