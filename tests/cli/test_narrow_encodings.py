@@ -10,6 +10,7 @@ import pytest
 
 from fedforward.config.loading import load, parse_override
 from fedforward.core.errors import FedForwardError
+from fedforward.deployment.supervisor import Child
 from tests.support.command_line import MODEL, Outcome, write_config
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems are never ASCII")
@@ -55,6 +56,18 @@ def test_text_of_the_command_line_is_utf8_whatever_the_locale() -> None:
     assert parse_override("data.example=Größe") == ("data", "example", "Größe")
     with pytest.raises(FedForwardError, match="is no UTF-8 text"):
         parse_override("data.example=\udcff")
+
+
+def test_the_log_of_a_process_is_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in ASCII.items():
+        monkeypatch.setenv(name, value)
+    lines: list[str] = []
+    command = [sys.executable, "-c", "print('Größe 你好')"]
+    child = Child("child", command, tmp_path / "child.log", {}, lines.append)
+    child.start()
+    assert child.process is not None and child.process.wait(30) == 0
+    child.stop()
+    assert child.tail() == "Größe 你好" and lines == ["Größe 你好"]
 
 
 @pytest.mark.slow

@@ -117,6 +117,12 @@ def test_a_lock_that_cannot_be_taken_is_a_sentence(tmp_path: Path) -> None:
     directory.unlock()
 
 
+def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert RunDirectory(Path("~/run")).path == tmp_path / "run"
+
+
 def test_a_folder_of_other_things_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
     with pytest.raises(FedForwardError, match="not a run directory"):
