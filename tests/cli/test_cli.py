@@ -119,10 +119,29 @@ def test_data_that_cannot_be_read(config: Path, raw: bytes) -> None:
 def test_configurations_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "b.toml").write_bytes(bytes(range(256)))
     command("run", tmp_path / "b.toml").refused("b.toml is not valid TOML")
-    command("run", tmp_path).refused(f"{tmp_path}: no such configuration file", "fedforward init")
+    command("run", tmp_path).refused(f"{tmp_path} is a folder", "one of its files: b.toml")
     command("run", tmp_path / "no.toml").refused("no.toml: no such configuration file")
     (tmp_path / "e.toml").write_text("", encoding="utf-8")
     command("run", tmp_path / "e.toml").refused("[model] is missing", "[data] is missing")
+
+
+@pytest.mark.parametrize("option", ["--method.mu", "--method.mu=3", "--set", "--key"])
+def test_keys_of_a_configuration_are_no_options(config: Path, option: str) -> None:
+    result = command("run", config, option, "method.mu=3")
+    assert result.code == 2
+    words = "method.mu" if "." in option else "section.key"
+    assert f"Write {words}=VALUE, without dashes." in " ".join(result.error.split())
+
+
+@pytest.mark.parametrize("name", ["x.abc", "x", "", ".png", "none/x.png"])
+def test_a_picture_that_cannot_be_written(config: Path, name: str) -> None:
+    words = "no folder" if name.startswith("none") else "ends in .png, .pdf or .svg"
+    command("plan", config, "--png", config.parent / name).refused("--png", words)
+
+
+def test_a_file_of_a_run_is_not_the_run(finished: Path) -> None:
+    for name in ("config.toml", "adapter"):
+        command("verify", finished / "run" / name).refused(f"folder of a run, {finished / 'run'}.")
 
 
 def _spoil(file: str, change: Callable[[bytes], bytes] | None) -> Callable[[Path], None]:

@@ -17,10 +17,12 @@ def _all_differ(words: dict[str, str]) -> bool:
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
+#: No path is empty or holds a control character.
+paths = st.text(st.characters(exclude_categories=["Cs", "Cc"])).filter(str.strip)
 
 
 @given(
-    path=texts,
+    path=paths,
     prompt=texts,
     targets=st.one_of(texts, st.lists(texts)),
     rate=st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False),

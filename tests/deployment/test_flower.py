@@ -216,6 +216,15 @@ def test_certificates(tmp_path: Path) -> None:
     certificates.check_site(folder, folder / "sites" / "a.key")
     with pytest.raises(FedForwardError, match="is not a site's key"):
         certificates.check_site(folder, folder / "server.crt")
+    with pytest.raises(FedForwardError, match=r"--key .*: it is a folder; give the file in it"):
+        certificates.check_site(folder, folder / "sites")
+    for check in (
+        lambda: certificates.check_site(folder / "ca.crt", folder / "sites" / "a.key"),
+        lambda: certificates.check_server(folder / "ca.crt"),
+        lambda: certificates.make(folder / "ca.crt", ["x"], []),
+    ):
+        with pytest.raises(FedForwardError, match=r"ca\.crt is a file\. Give"):
+            check()
     before = (folder / "server.crt").read_bytes()
     assert [p.name for p in certificates.make(folder, ["x"], ["c"])] == ["c.key", "c.pub"]
     assert (folder / "server.crt").read_bytes() == before

@@ -222,7 +222,7 @@ def test_changed_data_are_refused_on_resume(
     carry_out(configure(), tmp_path / "run")
     with rows.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"site": "garden", "question": "More?", "answer": "yes"}) + "\n")
-    with pytest.raises(FedForwardError, match="data have changed"):
+    with pytest.raises(FedForwardError, match="data are not those of the run"):
         carry_out(configure(federation__rounds=5), tmp_path / "run", resume=True)
 
 

@@ -95,6 +95,12 @@ def friendly(resume_hint: str = "") -> Iterator[None]:
         where = f"{error.filename}: " if error.filename else ""
         words = f"{where}{error.strerror or error}. Look at the path, its rights and its room."
         raise _refusal(words, error) from error
+    except UnicodeError as error:
+        raise _refusal(
+            f"a name or a text cannot be written in the system's encoding: {error}. Set "
+            "PYTHONUTF8=1, or LC_ALL=C.UTF-8.",
+            error,
+        ) from error
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

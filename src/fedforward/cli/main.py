@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fedforward.cli import deploy, inspect, train
 from fedforward.cli.console import friendly, out_console, set_up_logging
+from fedforward.core.logs import tolerate_narrow_encodings
 from fedforward.core.version import __version__
 
 # PyTorch's threads spin for long before they sleep; on a busy machine that takes the cores from
@@ -54,6 +56,24 @@ GROUPS: dict[str, dict[str, Command]] = {
 RENAMED: dict[str, Command] = {"letter": inspect.letter}
 
 
+class _Command(TyperCommand):
+    """A command that knows what is meant by an option that looks like a configuration key."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As in click; an unknown option such as `--method.mu` is told from a key's form."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            # The parser's own package is typer's to choose.
+            option = str(getattr(error, "option_name", ""))
+            keys = "overrides" in {parameter.name for parameter in self.params}
+            if keys and ("." in option or option in ("--set", "--key", "--override")):
+                key = option.lstrip("-") if "." in option else "section.key"
+                error.message = f"No such option {option!r}. Write {key}=VALUE, without dashes."  # type: ignore[attr-defined]
+                error.possibilities = []  # type: ignore[attr-defined]
+            raise
+
+
 def _common_options(
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="show what is done, in detail")
@@ -84,7 +104,7 @@ def _with_common_options(command: Command) -> Command:
 
 for group, commands in GROUPS.items():
     for name, function in commands.items():
-        app.command(name, rich_help_panel=group)(_with_common_options(function))
+        app.command(name, cls=_Command, rich_help_panel=group)(_with_common_options(function))
 for name, function in RENAMED.items():
     app.command(name, hidden=True)(_with_common_options(function))
 
@@ -100,6 +120,7 @@ def _version(
 
 def main() -> None:
     """The entry point of the `fedforward` command."""
+    tolerate_narrow_encodings()
     app()
 
 

@@ -9,6 +9,7 @@ import typer
 
 from fedforward.cli.console import display, friendly, out_console, say
 from fedforward.core.errors import FedForwardError
+from fedforward.core.paths import home
 
 ConfigArgument = Annotated[Path, typer.Argument(help="TOML file", show_default=False)]
 OverridesArgument = Annotated[
@@ -23,7 +24,9 @@ RunArgument = Annotated[Path, typer.Argument(help="run directory", show_default=
 BaseOption = Annotated[
     str | None,
     typer.Option(
-        "--model", help="base model, where the run directory is a server's", show_default=False
+        "--model",
+        help="folder of the base model, where it has moved or the run directory is a server's",
+        show_default=False,
     ),
 ]
 
@@ -36,18 +39,25 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show the data as `fedforward preview` does, and stop")
     ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="in place of model.path", show_default=False),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Carry out a run: federated tuning of one model over simulated clients."""
     from fedforward.config.loading import load
 
     out = out or Path("runs") / config.stem
+    changes = overrides or []
+    if model is not None:
+        changes = [*changes, f"model.path={json.dumps(model, ensure_ascii=False)}"]
     if dry_run:
-        _preview_data(load(config, overrides or []), 3, as_json)
+        _preview_data(load(config, changes), 3, as_json)
         return
-    again = ["fedforward", "run", str(config), *(overrides or []), "--out", str(out), "--resume"]
+    again = ["fedforward", "run", str(config), *changes, "--out", str(out), "--resume"]
     with friendly(f"Continue with: {shlex.join(again)}"):
-        _carry_out(load(config, overrides or []), out, resume, as_json)
+        _carry_out(load(config, changes), out, resume, as_json)
 
 
 def preview(
@@ -89,6 +99,7 @@ def demo(
     from fedforward.demo import run as demonstration
 
     with friendly(f"Continue with: fedforward demo --out {shlex.quote(str(out))} --resume"):
+        out = home(out)
         data = out.parent / f"{out.name}-data" / "sites.jsonl"
         _carry_out(demonstration.prepare(data), out, resume, as_json)
 
@@ -125,8 +136,8 @@ def plan(
     from fedforward.config.loading import load
 
     settings = load(config, overrides or [])
-    if picture is not None and not picture.absolute().parent.is_dir():
-        raise FedForwardError(f"--png {picture}: there is no folder {picture.parent}.")
+    if picture is not None:
+        _check_picture(picture)
     with display("loading libraries"):
         from fedforward.models.libraries import quiet_libraries
 
@@ -145,6 +156,14 @@ def plan(
         plan_tables.draw(picture, result)
         if not as_json:
             say(out_console, f"\nwrote {picture}")
+
+
+def _check_picture(path: Path) -> None:
+    """Refuse a file that no picture can be written to, before anything is computed."""
+    if not path.absolute().parent.is_dir():
+        raise FedForwardError(f"--png {path}: there is no folder {path.parent}.")
+    if path.is_dir() or path.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise FedForwardError(f"--png {path}: give a file that ends in .png, .pdf or .svg.")
 
 
 def init(
@@ -167,7 +186,7 @@ def init(
     say(
         out_console,
         f"wrote {path}: set model.path and data.source, then fedforward "
-        f"{'client' if site else 'run'} {path}",
+        f"{'client' if site else 'run'} {shlex.quote(str(path))}",
     )
 
 

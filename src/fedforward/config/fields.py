@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from fedforward.config.names import Kind, Known, known
+from fedforward.core.paths import as_path
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Chance = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -15,6 +16,7 @@ Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 #: What a report or a ledger entry counts in 16 bits: clients, and the steps of a round.
 MOST_COUNTED = 65535
+PathText = Annotated[str, AfterValidator(as_path)]
 Method = Annotated[str, AfterValidator(Known("method"))]
 Estimator = Annotated[str, AfterValidator(Known("estimator"))]
 Objective = Annotated[str, AfterValidator(Known("objective"))]

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
+from fedforward.config import toml_text
 from fedforward.config.fields import Section, choices, names_of
 from fedforward.config.names import allowed
 from fedforward.config.schema import Config, sections_of
@@ -42,10 +43,22 @@ OLD_VALUES = {
 }
 
 
+class Content(dict[str, Any]):
+    """The content of a file, which knows where each key stands.
+
+    Attributes:
+        places: by section and by `section.key`, such as "line 7" or "on the command line".
+    """
+
+    def __init__(self, content: Mapping[str, Any], places: Mapping[str, str]) -> None:
+        super().__init__(content)
+        self.places = places
+
+
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file and apply `section.key=value` overrides.
 
-    Relative paths of `model.path` and `data.source` are taken from the working directory.
+    Relative paths stay as they are: they are relative to the folder of this process.
 
     Raises:
         FedForwardError: no such file, not TOML, or a key or value that is not legal.
@@ -53,27 +66,19 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     return validate(read_toml(path, overrides), str(path))
 
 
-def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_toml(path: Path, overrides: Sequence[str] = ()) -> Content:
     """The content of a TOML file with `section.key=value` overrides, nothing checked yet.
 
     Raises:
-        FedForwardError: no such file, not TOML, or an override that is none.
+        FedForwardError: no such file, not TOML (with the line), or an override that is none.
     """
-    if not path.is_file():
-        raise FedForwardError(
-            f"{path}: no such configuration file. `fedforward init` writes a commented example."
-        )
-    try:
-        # Some editors begin a file with a byte-order mark.
-        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise FedForwardError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        # Bytes that are not UTF-8 and numbers of thousands of digits are ValueErrors too.
-        raise FedForwardError(f"{path} is not valid TOML: {error}.") from error
+    file = toml_text.read(path)
+    places = {key: f"line {number}" for key, number in file.lines.items()}
+    content = Content(file.content, places)
     for override in overrides:
         section, key, value = parse_override(override)
         assign(content, section, key, value, str(path))
+        places[f"{section}.{key}"] = "on the command line"
     return content
 
 
@@ -101,6 +106,11 @@ def assign(
 
 def parse_override(text: str) -> tuple[str, str, Any]:
     """("section", "key", value) of `section.key=value`; the value is TOML, or else a string."""
+    try:
+        # Python keeps bytes of the command line that its encoding does not know as surrogates.
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise FedForwardError(f"{text!r} is no UTF-8 text. Write it in UTF-8.") from error
     name, equals, raw = text.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and section and all(key.split("."))):
@@ -110,6 +120,12 @@ def parse_override(text: str) -> tuple[str, str, Any]:
     try:
         content = tomllib.loads(f"value = {raw}")
     except (ValueError, RecursionError):
+        value = raw.strip()
+        if value[:1] == value[-1:] == '"' and len(value) > 1 and "\\" in value:
+            raise FedForwardError(
+                f"{text!r}: a backslash in double quotes begins an escape. Leave the double quotes "
+                "out, or write forward slashes."
+            ) from None
         return section, key, raw
     # Text with a line break may read as a second key.
     return section, key, content["value"] if len(content) == 1 else raw
@@ -130,15 +146,23 @@ def validate_as(kind: type[Sections], content: Mapping[str, Any], origin: str) -
         return kind.model_validate(content)
     except ValidationError as error:
         sections = sections_of(kind)
+        places = content.places if isinstance(content, Content) else {}
         # A value that fits no branch of a union is a problem for each branch; one is enough.
         problems = list(
             {
-                problem["loc"][:2]: _sentence(problem, sections, content)
+                problem["loc"][:2]: _place(problem, places) + _sentence(problem, sections, content)
                 for problem in error.errors()[::-1]
             }.values()
         )[::-1]
         head = f"{origin}: " if len(problems) == 1 else f"{origin}:\n  "
         raise FedForwardError(head + "\n  ".join(problems)) from error
+
+
+def _place(problem: Any, places: Mapping[str, str]) -> str:
+    """Where the key of a problem stands, in front of its sentence; empty if that is not known."""
+    key = ".".join(str(part) for part in problem["loc"][:2])
+    place = places.get(key) or next((p for k, p in places.items() if k.startswith(f"{key}.")), "")
+    return f"{place}: " if key and place else ""
 
 
 def renamed(key: str, value: Any) -> str | None:
@@ -170,6 +194,8 @@ def _sentence(
     if kind == "string_unicode" and len(location) < 2:
         # Only a site's JSON can have such keys; a file cannot.
         return f"a key in {key or 'it'} is not text: {found!r}."
+    if kind == "string_unicode":
+        return f"{key} = {found!r} is no UTF-8 text. Write it in UTF-8."
     if kind == "extra_forbidden":
         legal = list(sections if len(location) == 1 else sections[location[0]].model_fields)
         if location[0] == "method" and len(location) == 2:
@@ -181,8 +207,7 @@ def _sentence(
                     f"method.name is {name!r}. Leave it out."
                 )
             legal += _settings(content["method"].get("name", "fedmezo"))
-        near = difflib.get_close_matches(location[-1], legal, n=1)
-        hint = f" Did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
+        hint = _misplaced(location, legal, sections, isinstance(found, Mapping))
         what = "section" if len(location) == 1 else "key"
         return f"{key} is not a known {what}.{hint} Allowed are {', '.join(legal)}."
     if kind == "missing":
@@ -199,6 +224,32 @@ def _sentence(
         return f"{key} = {found!r} must be a section, written [{key}]."
     field = sections[location[0]].model_fields[location[1]]
     return f"{key} = {found!r} is not allowed: {_allowed(field)}."
+
+
+def _misplaced(
+    location: Sequence[str],
+    legal: Sequence[str],
+    sections: Mapping[str, type[Section]],
+    table: bool,
+) -> str:
+    """What an unknown section or key should have been, after a space; empty if nothing is near.
+
+    Args:
+        table: whether its value is a table.
+    """
+    *before, name = location
+    owners = (
+        []
+        if table
+        else [section for section, kind in sections.items() if name in kind.model_fields]
+    )
+    if before and name in sections:
+        return f" [{name}] is a section of its own: write [{name}], not [{before[0]}.{name}]."
+    if owners and not (before and difflib.get_close_matches(name.lower(), legal, n=1)):
+        keys = " or ".join(f"{section}.{name}" for section in owners)
+        return f" There is {keys}: write it below [{owners[0]}]."
+    near = difflib.get_close_matches(name.strip().lower(), legal, n=1)
+    return f" Did you mean {'.'.join([*before, near[0]])}?" if near else ""
 
 
 def owners_of(setting: str) -> list[str]:

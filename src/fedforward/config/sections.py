@@ -18,6 +18,7 @@ from fedforward.config.fields import (
     Method,
     Metrics,
     Objective,
+    PathText,
     Positive,
     ReportFilters,
     Section,
@@ -34,7 +35,7 @@ from fedforward.methods.parameters import parameters_of
 class ModelSection(Section):
     """[model]"""
 
-    path: str = Field(description="folder in Hugging Face format, or a hub name")
+    path: PathText = Field(description="folder in Hugging Face format, or a hub name")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the weights as they are held in memory"
     )
@@ -113,7 +114,7 @@ class LoraSection(Section):
 class DataSection(Section):
     """[data]"""
 
-    source: str | list[str] = Field(
+    source: PathText | list[PathText] = Field(
         description="file (.jsonl .json .csv .tsv .parquet .arrow, also .jsonl.gz or .zst), "
         "folder, pattern such as 'part-*.jsonl', or hub data set; or a list of them"
     )
@@ -133,7 +134,7 @@ class DataSection(Section):
         description="field with a conversation, or 'alpaca' or 'prompt-completion', in place of "
         "prompt and answer; the tokenizer's chat template makes the text",
     )
-    chat_template: str | None = Field(
+    chat_template: PathText | None = Field(
         None, description="file with a Jinja template, in place of the tokenizer's own"
     )
     loss_on: Literal["last", "all"] = Field(
@@ -209,7 +210,7 @@ class EvaluationSection(Section):
     metrics: Metrics = Field(
         [], description="measured beside the held-out loss; also package.module:function"
     )
-    source: str | None = Field(
+    source: PathText | None = Field(
         None, description="file or hub data set to evaluate on; default examples kept by heldout"
     )
     subset: str | None = Field(None, description="configuration name of a hub data set")

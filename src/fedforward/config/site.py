@@ -11,7 +11,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedforward.config import rules
-from fedforward.config.fields import MOST_COUNTED, Count, Positive, ReportFilters, Section
+from fedforward.config.fields import (
+    MOST_COUNTED,
+    Count,
+    PathText,
+    Positive,
+    ReportFilters,
+    Section,
+)
 from fedforward.config.loading import read_toml, validate, validate_as
 from fedforward.config.schema import Config
 from fedforward.config.sections import RunSection
@@ -46,7 +53,9 @@ class SiteSection(Section):
     name: Annotated[str, Field(max_length=64, pattern=r"^[\w.-]*$")] = Field(
         "", description="what people are shown beside the name that its key is registered under"
     )
-    out: str = Field("site", description="folder for the log, and for what was tuned at the end")
+    out: PathText = Field(
+        "site", description="folder for the log, and for what was tuned at the end"
+    )
     keep_messages: bool = Field(
         False,
         description="keep every message, in and out, in OUT/messages; "
@@ -62,7 +71,7 @@ class SiteSection(Section):
 class SiteModelSection(Section):
     """[model]"""
 
-    path: str = Field(description="folder in Hugging Face format, or a hub name")
+    path: PathText = Field(description="folder in Hugging Face format, or a hub name")
     device_map: Literal["none", "auto"] = Field(
         "none", description='"auto" spreads a frozen base over all devices'
     )
@@ -74,7 +83,7 @@ class SiteModelSection(Section):
 class SiteDataSection(Section):
     """[data]"""
 
-    source: str | list[str] = Field(
+    source: PathText | list[PathText] = Field(
         description="file, folder or pattern of files, or hub data set; or a list of them"
     )
     weights: list[Positive] | None = Field(
@@ -93,7 +102,7 @@ class SiteDataSection(Section):
     chat: str | None = Field(
         None, description="in place of the terms' field with a conversation; see a run's data.chat"
     )
-    chat_template: str | None = Field(
+    chat_template: PathText | None = Field(
         None, description="file with a Jinja template, in place of the tokenizer's own"
     )
 

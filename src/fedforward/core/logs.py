@@ -5,6 +5,7 @@ a handler is attached (`shown`): the command line and a model server do so.
 """
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,16 @@ PACKAGE = logging.getLogger("fedforward")
 PACKAGE.addHandler(logging.NullHandler())
 #: What a run is doing just now. A terminal shows it in one line, in place of the phase before.
 PHASES = logging.getLogger("fedforward.phase")
+
+
+def tolerate_narrow_encodings() -> None:
+    """Let this process print any text: what its output cannot encode becomes an escape.
+
+    A terminal may be ASCII, and a file name may hold bytes that are no text.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

@@ -52,9 +52,9 @@ def processor_name() -> str:
     try:
         if sys.platform == "darwin":
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-            return done.stdout.strip() or platform.processor()
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            done = subprocess.run(command, capture_output=True, timeout=5, check=False)
+            return done.stdout.decode("utf-8", "replace").strip() or platform.processor()
+        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except (OSError, subprocess.SubprocessError):

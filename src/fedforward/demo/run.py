@@ -18,7 +18,10 @@ def prepare(data: Path, rounds: int = ROUNDS) -> Config:
     """Write the sites' examples to `data` and return the demonstration's configuration."""
     rows = site_examples(seed=0, per_site=PER_SITE)
     data.parent.mkdir(parents=True, exist_ok=True)
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    # Another process may be reading it for a demonstration in the same folder.
+    if not data.is_file() or data.read_text(encoding="utf-8") != text:
+        data.write_text(text, encoding="utf-8")
     return validate(
         {
             "model": {"path": str(files("fedforward.demo").joinpath("model"))},

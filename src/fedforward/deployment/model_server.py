@@ -117,8 +117,9 @@ def _die_with(parent: int) -> None:
 
 def main() -> None:
     """The process of a model server; its log goes to standard output, for the supervisor."""
-    from fedforward.core.logs import shown
+    from fedforward.core.logs import shown, tolerate_narrow_encodings
 
+    tolerate_narrow_encodings()
     settings, path = sys.argv[1:3]
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
     with shown(logging.StreamHandler(sys.stdout)):

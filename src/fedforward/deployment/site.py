@@ -5,15 +5,16 @@ nothing on disk but what was tuned at the end: a site that starts again is sent 
 """
 
 import logging
+import re
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fedforward.config.schema import Config
 from fedforward.config.site import SiteConfig, join, refusals
 from fedforward.core.errors import FedForwardError, MessageError, out_of_memory
 from fedforward.core.identity import ModelIdentity
+from fedforward.core.paths import absolute_text, home
 from fedforward.data.corpus import Corpus
 from fedforward.data.sampler import Batches, Collate
 from fedforward.evaluation import heldout as evaluation
@@ -29,6 +30,16 @@ from fedforward.training.assembly import build_method
 from fedforward.training.run_directory import strict, write_json
 
 LOGGER = logging.getLogger("fedforward.deployment.site")
+#: Stands for a path in what leaves a site.
+_OWN_PATH = "(a path of this site)"
+_NEAR_NAME = re.compile(r" Did you mean '[^']*'\?")
+#: Where a row is, and the name of a file of rows.
+_FILE = r"\.(?:jsonl?|ndjson|[ct]sv|parquet|arrow|feather)(?:\.gz|\.zst)?\b"
+_ROW = re.compile(rf"((?:line|row) \d+) of (?:.*?{_FILE}|\S+)")
+_ROWS_FILE = re.compile(rf"[^\s'\"(]+{_FILE}")
+#: A text in quotes, and what looks like a path without them.
+_QUOTED = re.compile(r"(?<!\w)'[^'\n]*'")
+_PATH = re.compile(r"(?<![\w/\\<])(?:~|\.{1,2})?(?:/|[A-Za-z]:[/\\])[^\s'\",;:)]*[^\s'\",;:).]")
 
 
 @dataclass
@@ -135,23 +146,40 @@ class Site:
             run = envelope.run
             kind, body = self._answer(envelope)
         except FedForwardError as error:
-            kind, body = MessageKind.REFUSAL, str(error).encode()
+            kind, body = MessageKind.REFUSAL, _encoded(str(error))
         except Exception as error:
             kind, body = MessageKind.REFUSAL, b"there is not enough memory here for what was asked"
             if not out_of_memory(error):
                 # The server must hear of it, and the site's log has where it came from.
                 LOGGER.exception("an error that was not foreseen")
-                body = f"{type(error).__name__}: {error}".encode()
+                body = _encoded(f"{type(error).__name__}: {error}")
         if kind is MessageKind.REFUSAL:
             LOGGER.info("refused: %s", body.decode())
+            body = self._without_paths(body.decode()).encode()
         answer = Envelope(kind, run, body).encode()
         if self.settings.site.keep_messages:
             self._keep_messages(data, answer, kind)
         return answer
 
+    def _without_paths(self, text: str) -> str:
+        """A refusal without paths and names of this site; its log has them."""
+        own = self.settings
+        sources = own.data.source
+        places = [own.model.path, *([sources] if isinstance(sources, str) else sources)]
+        text = _ROW.sub(rf"\1 of {_OWN_PATH}", text)
+        for place in places:
+            for form in sorted({place, absolute_text(place)}, key=len, reverse=True):
+                text = text.replace(repr(form), repr(_OWN_PATH))
+        text = _NEAR_NAME.sub("", text)
+        quoted = repr(_OWN_PATH)
+        text = _QUOTED.sub(
+            lambda found: quoted if "/" in found[0] or "\\\\" in found[0] else found[0], text
+        )
+        return _ROWS_FILE.sub(_OWN_PATH, _PATH.sub(_OWN_PATH, text))
+
     def _keep_messages(self, data: bytes, answer: bytes, kind: MessageKind) -> None:
         """Write down what came in and what goes out, before it goes."""
-        folder = Path(self.settings.site.out) / "messages"
+        folder = home(self.settings.site.out) / "messages"
         folder.mkdir(parents=True, exist_ok=True)
         number = 1 + max((int(path.name[:6]) for path in folder.glob("??????-*")), default=0)
         (folder / f"{number:06}-in").write_bytes(data)
@@ -239,7 +267,7 @@ class Site:
 
     def _keep(self, tuning: Tuning, task: Task, body: bytes) -> tuple[MessageKind, bytes]:
         tuning.client(task.client).sync(task)
-        folder = Path(self.settings.site.out)
+        folder = home(self.settings.site.out)
         kept = folder / ("adapter" if tuning.config.model.tune == "lora" else "model")
         tuning.model.save(kept)
         progress = self._progress(tuning)
@@ -254,6 +282,11 @@ class Site:
             "examples": len(tuning.corpus.heldout),
             "tokens": tuning.answer_tokens(),
         }
+
+
+def _encoded(text: str) -> bytes:
+    """UTF-8; bytes of file names that are no text become escapes."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _first_missing(task: Task, rounds: int) -> int:

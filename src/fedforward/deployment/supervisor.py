@@ -20,6 +20,8 @@ STABLE_S = 60.0
 #: Seconds between asking a process to end and ending it.
 TERMINATE_TIMEOUT_S = 8.0
 _DEATH_SIGNAL = 1
+#: What the processes print is UTF-8, whatever the locale is.
+UTF8 = {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
 
 
 def free_port() -> int:
@@ -83,7 +85,7 @@ class Child:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **self.environment},
+                env={**os.environ, **UTF8, **self.environment},
                 # Ctrl-C is for the one who started it, who then stops it in order.
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
@@ -123,7 +125,8 @@ class Child:
         """The end of its log."""
         if not self.log.is_file():
             return ""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        return "\n".join(text.splitlines()[-lines:])
 
     def stop(self) -> None:
         """Ask it to end, and end it and all that it started if it does not."""

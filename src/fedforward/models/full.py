@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fedforward.core.errors import FedForwardError
+from fedforward.core.paths import absolute_text
 from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 from fedforward.directions import Distribution
 from fedforward.directions.ops import commit_all
@@ -93,15 +94,16 @@ class FullModel(CausalModel):
         """
         allow("distribution", distribution, tuple(Distribution))
         network, tokenizer, plan, device = loaded(path, dtype, device, seed)
+        place = absolute_text(str(path))
         model = cls(
             network,
             distribution=Distribution(distribution),
             plan=plan,
             tokenizer=tokenizer,
-            reload=lambda: loaded(path, dtype, device, seed)[0],
+            reload=lambda: loaded(place, dtype, device, seed)[0],
         )
         model.settings = {
-            "model": {"path": str(path), "dtype": dtype, "tune": "full"},
+            "model": {"path": place, "dtype": dtype, "tune": "full"},
             "method": {"distribution": distribution},
             "run": {"seed": seed, "device": device},
         }

@@ -10,7 +10,6 @@ import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -18,6 +17,7 @@ from urllib.request import getproxies
 import torch
 
 from fedforward.core.errors import FedForwardError
+from fedforward.core.paths import absolute_text, check_folder, hint, home, is_path
 from fedforward.core.seeds import derive
 from fedforward.core.steps import Steps
 from fedforward.directions import Distribution, Layout, Stream
@@ -69,12 +69,14 @@ def load(
         AutoTokenizer,
     )
 
-    folder = Path(path).expanduser()
-    local = folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
-    if local and not folder.is_dir():
-        raise FedForwardError(
-            f"model.path = {path!r}: no such folder. Give a folder with config.json, weights and "
-            "tokenizer, or a hub name such as 'Qwen/Qwen3-0.6B'."
+    folder = home(path)
+    local = is_path(path)
+    if local:
+        check_folder(
+            path,
+            "model.path",
+            "a folder with config.json, weights and tokenizer, or a hub name such as "
+            "'Qwen/Qwen3-0.6B'",
         )
     if local and not (folder / "config.json").is_file():
         raise FedForwardError(
@@ -92,7 +94,8 @@ def load(
     if quantization != "none":
         _check_package(quantization)
         options = {"device_map": {"": "cpu"}} | options
-    name = str(folder) if local else path
+    # PEFT writes this name into the adapter, which is then loaded from any folder.
+    name = absolute_text(path)
     # Offline the hub's client tries again for most of a minute; what it has cached needs no hub.
     kept = local or not hub_is_reachable()
     try:
@@ -119,7 +122,7 @@ def load(
         SafetensorError,
     ) as error:
         # The first line often ends before what it announces ("… one of:").
-        reason = " ".join(str(error).split("\n\n")[0].split())
+        reason = " ".join(str(error).replace(name, path).split("\n\n")[0].split())
         if "ignore_mismatched_sizes" in reason:
             reason = "the weights have other shapes than its config.json says."
         if "dispatched on the CPU or the disk" in reason:
@@ -128,7 +131,7 @@ def load(
                 "it must fit on the CUDA devices, and it does not."
             )
         if not local and kept:
-            reason = f"there is no such folder here, and the hub cannot be reached. {reason}"
+            reason = f"no such folder is here, and the hub cannot be reached.{hint(path)} {reason}"
         raise FedForwardError(f"model.path = {path!r} cannot be loaded: {reason}") from error
     heads = tuple(f"{name}." for name in class_heads(network))
     missing = {name for name in loading["missing_keys"] if not name.startswith(heads)}
@@ -160,9 +163,10 @@ def load_tokenizer(path: str) -> tuple[Any, int | None]:
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    folder = Path(path).expanduser()
-    name = str(folder) if folder.exists() else path
-    kept = folder.exists() or not hub_is_reachable()
+    if is_path(path):
+        check_folder(path, "model.path", "a folder with config.json and tokenizer, or a hub name")
+    name = absolute_text(path)
+    kept = is_path(path) or not hub_is_reachable()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=kept)
         stored = AutoConfig.from_pretrained(name, local_files_only=kept)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from fedforward.core.batches import TokenBatch
 from fedforward.core.errors import FedForwardError
+from fedforward.core.paths import absolute_text
 from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 from fedforward.directions import TILE, Distribution, Layout
 from fedforward.directions.ops import accumulate, displace
@@ -227,7 +228,11 @@ class LoraModel(CausalModel):
         )
         model.tokenizer = tokenizer
         model.settings = {
-            "model": {"path": str(path), "dtype": dtype, "quantization": quantization},
+            "model": {
+                "path": absolute_text(str(path)),
+                "dtype": dtype,
+                "quantization": quantization,
+            },
             "lora": {
                 "rank": rank,
                 "alpha": float(alpha),

@@ -66,8 +66,8 @@ def check_header(ledger: Ledger, header: dict[str, Any]) -> None:
     for key, value in header.items():
         if ledger.header.get(key) != value:
             what = {
-                "base": "the base model's weights have changed since the run started",
-                "data": "the data have changed since the run started",
+                "base": "the base model has other weights than that of the run",
+                "data": "the data are not those of the run, or have changed",
                 "classes": "the data have other classes than when the run started",
                 "lora": "the adapters are set up in another way",
                 "layout": "the model's tuned tensors are not those of the run",

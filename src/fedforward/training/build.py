@@ -4,6 +4,7 @@ The same configuration and probe plan give the same parts, bit for bit; whoever 
 verifies a run builds them here.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ from fedforward.models.lora import LoraModel
 from fedforward.models.masks import random_mask, small_weights_mask
 from fedforward.planning import probe_grouping as probes
 from fedforward.training.faults import Faults
+
+LOGGER = logging.getLogger("fedforward.training.build")
 
 
 def corpus_reader(config: Config) -> CorpusReader:
@@ -56,7 +59,22 @@ def read_corpus(
     Args and errors: see `CorpusReader.corpus`.
     """
     measured = (config.method.objective, *config.evaluation.metrics)
+    _warn_of_no_end(config, tokenizer)
     return reader.corpus(tokenizer, positions, classes, generates=any(map(needs_answers, measured)))
+
+
+def _warn_of_no_end(config: Config, tokenizer: Any) -> None:
+    """Say that answers cannot learn where to end, where the tokenizer has no token for it."""
+    asked = config.model.head == "causal" and config.data.label_words is None
+    if asked and tokenizer.eos_token_id is None:
+        LOGGER.warning(
+            "the tokenizer of model.path = %r has no end-of-sequence token: nothing is put after "
+            "an answer, so the model does not learn where to end, and a generated answer has "
+            "data.answer_tokens = %d tokens. Set eos_token in its tokenizer_config.json if the "
+            "model knows one.",
+            config.model.path,
+            config.data.answer_tokens,
+        )
 
 
 def resolve_plan(config: Config) -> ProbePlan:

@@ -5,6 +5,7 @@ machines (`deployment.coordinator.Coordinator`). The loop writes the metrics and
 decides when a run ends. Imports no PyTorch.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from math import isfinite
@@ -23,6 +24,8 @@ from fedforward.training.summary import (
     SimulationSummary,
     summarize,
 )
+
+LOGGER = logging.getLogger("fedforward.training.loop")
 
 
 class RoundRunner(Protocol):
@@ -85,6 +88,7 @@ class Loop:
         self.clock = clock
         self.lines: list[dict[str, Any]] = []
         self.summary: RunSummary | None = None
+        self._rounding = metrics.RoundingWatch(config)
 
     def run(self) -> RunSummary:
         """Carry the run to its end, write the summary and close the ledger.
@@ -126,6 +130,8 @@ class Loop:
             self._evaluate_into(line)
         self.lines.append(line)
         self.directory.append_metrics(line)
+        if words := self._rounding.look(line):
+            LOGGER.warning("%s", words)
         if self.progress is not None:
             self.progress(line["round"], self.config.federation.rounds, line)
 

@@ -5,7 +5,7 @@ the same reasons. Imports no PyTorch.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,10 @@ from fedforward.core.errors import FedForwardError
 from fedforward.federation.ledger import Round
 from fedforward.messages.report import Report
 
+#: So many projected gradients that are 0, and such a share of all, are said to be too many.
+LEAST_ZEROS, MOST_ZEROS = 3, 0.02
+#: A training loss below this may well be the same for both probes of a pair.
+LEAST_LOSS = 0.01
 #: A held-out loss above this multiple of the loss at the start counts as divergence.
 DIVERGED = 1.5
 
@@ -113,6 +117,48 @@ def _zero_gradients(reports: Sequence[Report]) -> dict[str, float]:
     """
     gradients = [gradient for report in reports for gradient in report.gradients.tolist()]
     return {"zero_gradients": gradients.count(0.0) / len(gradients)} if gradients else {}
+
+
+class RoundingWatch:
+    """Looks whether probes tell nothing because the losses of a pair round to the same number."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._zeros = self._gradients = 0
+        # Other objectives take few values, which are often equal for a good reason.
+        self._over = config.method.objective != "loss"
+
+    def look(self, line: Mapping[str, Any]) -> str:
+        """A sentence, once, when too many projected gradients were exactly 0; else empty.
+
+        Args:
+            line: of the next round.
+        """
+        method = self.config.method
+        # Those of skipped steps are 0 as well, and their losses were not finite; a loss of 0 has
+        # nothing left to tell.
+        if self._over or line["skipped_steps"] or (line["training_loss"] or 0.0) < LEAST_LOSS:
+            return ""
+        gradients = method.local_steps * method.directions * len(line["learning_rates"])
+        self._gradients += gradients
+        self._zeros += round(gradients * line.get("zero_gradients", 0.0))
+        if self._zeros < LEAST_ZEROS or self._zeros < MOST_ZEROS * self._gradients:
+            return ""
+        self._over = True
+        mu, dtype = method.mu, self.config.model.dtype
+        wider = "" if dtype == "float32" else ", or set model.dtype = 'float32'"
+        return (
+            f"{self._zeros} of {self._gradients} projected gradients were exactly 0: with "
+            f"method.mu = {mu:g} both losses of a pair often round to the same number in {dtype}, "
+            f"so that steps tell little. Raise method.mu (try {_larger(mu, dtype):g}){wider}. "
+            "The run goes on."
+        )
+
+
+def _larger(mu: float, dtype: str) -> float:
+    """A perturbation scale that this rounding seldom swallows, and that is above this one."""
+    usual = 1e-3 if dtype == "float32" else 3e-3
+    return usual if mu < usual else 10 * mu
 
 
 def reason_to_stop(config: Config, lines: Sequence[dict[str, Any]]) -> str:

@@ -14,6 +14,14 @@ import torch
 from fedforward.config.schema import Config
 from fedforward.config.site import AT_SITES
 from fedforward.core.errors import FedForwardError
+from fedforward.core.paths import (
+    absolute_text,
+    as_path,
+    check_folder,
+    check_new_folder,
+    home,
+    is_path,
+)
 from fedforward.federation.client import Replica
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.state_file import read_state
@@ -79,24 +87,17 @@ def rebuild(
     """Base model plus ledger; checks on the way the digests that clients proved.
 
     Args:
-        base: folder or hub name of the base model; needed where the run directory is that of a
-            server, which has none.
+        base: folder or hub name of the base model; needed where it is no longer where it was when
+            the run was started, or where the run directory is that of a server, which has none.
         on_round: called after each round.
 
     Raises:
         FedForwardError: no base model, or another one than the ledger's.
     """
-    config = directory.config()
-    if base is None and config.model.path == AT_SITES:
-        raise FedForwardError(
-            f"{directory.path} is of a server, which has no model. Give --model FOLDER, the base "
-            "model that its sites have."
-        )
-    if base is None:
-        _, plan = directory.load()
-    else:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"path": base})})
-        plan = experiment.resolve_plan(config)
+    config = _with_base(directory, directory.config(), base)
+    # A server has no plan.
+    planned = base is None or (directory.path / "plan.json").is_file()
+    plan = directory.load()[1] if planned else experiment.resolve_plan(config)
     ledger = Ledger(directory.ledger)
     # The data need not be there any more.
     classes = ledger.header.get("classes") or ()
@@ -123,6 +124,32 @@ def rebuild(
         replica.catch_up([record.entry])
         on_round(record.entry.round + 1, ledger.length)
     return Rebuilt(model, tokenizer, ledger, proofs, differences)
+
+
+def _with_base(directory: RunDirectory, config: Config, base: str | None) -> Config:
+    """The configuration of a run with its base model where that is now.
+
+    Raises:
+        FedForwardError: there is no such folder, or none is known.
+    """
+    if base is None:
+        if config.model.path == AT_SITES:
+            raise FedForwardError(
+                f"{directory.path} is of a server, which has no model. Give --model FOLDER, the "
+                "base model that its sites have."
+            )
+        if is_path(config.model.path):
+            where = "the base model's place with --model FOLDER"
+            check_folder(config.model.path, "model.path", where)
+        return config
+    try:
+        as_path(base)
+    except ValueError as error:
+        raise FedForwardError(f"--model {error}.") from error
+    if is_path(base):
+        check_folder(base, "--model", "the folder of the base model, or its hub name")
+    section = config.model.model_copy(update={"path": absolute_text(base)})
+    return config.model_copy(update={"model": section})
 
 
 def verify(
@@ -250,7 +277,8 @@ def export(
     Raises:
         FedForwardError: `out` is in use, or the run cannot be rebuilt.
     """
-    path, out = Path(path), Path(out)
+    path, out = Path(path), home(out)
+    check_new_folder(out, "--out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FedForwardError(f"--out {out} exists and is not an empty folder. Choose another.")
     rebuilt = rebuild(RunDirectory(path), base, on_round)

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedforward.config import paths
 from fedforward.config.schema import Config
 from fedforward.core.batches import AnswerBatch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.logs import PHASES
 from fedforward.core.machine import peak_resident_bytes
+from fedforward.core.paths import absolute_text
 from fedforward.core.steps import Probe, ProbePlan
 from fedforward.evaluation import heldout as evaluation
 from fedforward.federation.client import Client, Replica
@@ -80,9 +82,9 @@ class Run:
 
     def _build(self, resume: bool, built: tuple[CausalModel, Any] | None) -> None:
         """Make the parts, and start the run directory once nothing more can be refused."""
-        config = self.config
-        self.method = assembly.build_method(config)
+        self.method = assembly.build_method(self.config)
         self.plan = self._claim(resume)
+        config = self.config
         build.use_threads(self.plan)
         PHASES.info("loading the model")
         reader = build.corpus_reader(config)
@@ -111,9 +113,13 @@ class Run:
         allocate = self._allocator()
         with errors_of_the_disk(self.directory.path):
             # Only now: a mistake in the configuration must not leave a run behind. On resume
-            # the keys that may change are brought up to date.
-            self.directory.start(config, self.plan)
-            self.ledger = self._open_ledger()
+            # the keys that may change are brought up to date, once model and data are the run's.
+            if self.directory.started:
+                self.ledger = self._open_ledger()
+                self.directory.start(config, self.plan)
+            else:
+                self.directory.start(config, self.plan)
+                self.ledger = self._open_ledger()
         self.replica = Replica(self.model, self.method)
         self.server = self._build_server(allocate)
         batches = build.client_batches(config, self.corpus, self.collate)
@@ -171,7 +177,8 @@ class Run:
         """Make the run directory ours, or refuse it; returns the plan of the run."""
         directory = self.directory
         if directory.continues(self.config, resume):
-            plan = directory.load()[1]
+            started, plan = directory.load()
+            self.config = paths.as_started(self.config, started)
             device = build.resolve_device(self.config.run.device)
             if device.split(":")[0] != plan.device.split(":")[0]:
                 raise FedForwardError(
@@ -329,7 +336,7 @@ class Run:
         zeros = [line["zero_gradients"] for line in lines if "zero_gradients" in line]
         example = lines[0]["example"]
         return SimulationSummary(
-            model=self.config.model.path,
+            model=absolute_text(self.config.model.path),
             classes=list(self.model.classes) or None,
             dtype=self.config.model.dtype,
             tuned_parameters=self.model.layout.parameters,

@@ -4,7 +4,7 @@ config.toml       the resolved configuration        metrics.jsonl   a line per r
 plan.json         the probe plan                    loss.png        the loss curve
 environment.json  versions and machine              summary.json    the result
 ledger.sqlite     the source of truth               adapter/ or model/   what was tuned
-lock              held by the process that writes here
+lock, lock.json   held by the process that writes here, and which one that is
 """
 
 import json
@@ -13,27 +13,27 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from fedforward.config.loading import load, renamed
+from fedforward.config.paths import PATH_KEYS, absolute
 from fedforward.config.schema import Config
 from fedforward.config.template import to_toml
 from fedforward.core.errors import FedForwardError
 from fedforward.core.machine import processor_name
+from fedforward.core.paths import check_new_folder, home
 from fedforward.core.steps import ProbePlan
 from fedforward.core.version import __version__
+from fedforward.training.folder_lock import HOLDER, LOCK, FolderLock
 
 #: Keys that may change on resume: no committed step depends on them.
 FREE_KEYS = {"run.patience", "run.evaluate_every"}
-LOCK = "lock"
 #: What a start that was cut short may leave behind; nothing has been computed yet.
-_FIRST_FILES = {LOCK} | {
+_FIRST_FILES = {LOCK, HOLDER} | {
     name + ending
     for name in ("plan.json", "environment.json", "config.toml", "federation.json")
     for ending in ("", ".partial")
@@ -45,18 +45,22 @@ class RunDirectory:
     """Paths and files of one run."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        # A shell leaves the "~" of --out=~/run as it is.
+        path = self.path = home(path)
         self.ledger = path / "ledger.sqlite"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.plot = path / "loss.png"
-        # One thread may build a run and another carry it out.
-        self._lock = FileLock(path / LOCK, timeout=0, thread_local=False)
+        self._lock = FolderLock(path, "--out")
 
     @property
     def started(self) -> bool:
         """Whether a run has been started here."""
-        return (self.path / "config.toml").is_file()
+        try:
+            return (self.path / "config.toml").is_file()
+        except OSError:
+            # A name that the system does not take.
+            return False
 
     def tuned(self, config: Config) -> Path:
         """Where the adapter or the model lies when the run is done."""
@@ -68,6 +72,7 @@ class RunDirectory:
         Raises:
             FedForwardError: the folder is in use, or cannot be made.
         """
+        check_new_folder(self.path, "--out")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             used = any(file.name not in _FIRST_FILES for file in self.path.iterdir())
@@ -90,26 +95,11 @@ class RunDirectory:
         """
         if not self.started:
             self.claim()
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise FedForwardError(
-                f"{self.path} is in use by another fedforward process. Wait until that one has "
-                "ended, stop it, or choose another --out."
-            ) from error
-        except OSError as error:
-            raise FedForwardError(
-                f"{self.path / LOCK} cannot be locked: {error.strerror or error}. Look at the "
-                "rights of the folder, or choose another --out."
-            ) from error
+        self._lock.acquire()
 
     def unlock(self) -> None:
         """Let others write here; a folder in which no run was started is left as it was."""
-        if self._lock.is_locked and not self.started:
-            # Windows does not remove a file that is open; an empty one does no harm.
-            with suppress(OSError):
-                (self.path / LOCK).unlink()
-        self._lock.release(force=True)
+        self._lock.release(remove=not self.started)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -145,7 +135,7 @@ class RunDirectory:
         return True
 
     def start(self, config: Config, plan: ProbePlan | None = None) -> None:
-        """Write what the run is, before its first round.
+        """Write what the run is, before its first round; its paths become absolute.
 
         Args:
             plan: None for a run across machines, whose sites have their own.
@@ -153,7 +143,7 @@ class RunDirectory:
         if plan is not None:
             write_json(self.path / "plan.json", asdict(plan))
         write_json(self.path / "environment.json", environment())
-        write_text(self.path / "config.toml", to_toml(config))
+        write_text(self.path / "config.toml", to_toml(absolute(config)))
 
     def config(self) -> Config:
         """The configuration of a run that was started here.
@@ -162,9 +152,11 @@ class RunDirectory:
             FedForwardError: this is not a run directory, or its configuration is damaged.
         """
         if not self.started:
+            above = RunDirectory(self.path.parent)
+            place = f", {above.path}" if self.path.name and above.started else ""
             raise FedForwardError(
                 f"{self.path} is not a run directory: it has no config.toml. Give the --out "
-                "folder of a run."
+                f"folder of a run{place}."
             )
         return load(self.path / "config.toml")
 
@@ -191,7 +183,8 @@ class RunDirectory:
     def check_same(self, requested: Config) -> None:
         """Refuse to resume a run of another configuration, naming the keys that differ."""
         found = self.config()
-        free = set(FREE_KEYS)
+        # The ledger's header has the digests of what lies there.
+        free = FREE_KEYS | set(PATH_KEYS)
         if found.method.schedule == requested.method.schedule == "constant":
             free.add("federation.rounds")
         old, new = _flat(found), _flat(requested)

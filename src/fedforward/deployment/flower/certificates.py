@@ -43,6 +43,8 @@ def make(folder: Path, hosts: Sequence[str], sites: Sequence[str]) -> list[Path]
                 f"--site {name!r} is not allowed: it must be at most 32 letters, digits, '.', '_' "
                 "or '-', and begin with a letter or digit."
             )
+    if folder.is_file():
+        raise FedForwardError(f"{folder} is a file. Give a folder, or the name of a new one.")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sites").mkdir(exist_ok=True)
     written = []
@@ -89,6 +91,7 @@ def check_server(folder: Path) -> None:
     Raises:
         FedForwardError: with the file that is missing or cannot be read.
     """
+    _check_no_file(folder)
     for name in ("ca.crt", "server.crt", "server.key"):
         if not (folder / name).is_file():
             raise FedForwardError(
@@ -104,19 +107,26 @@ def check_server(folder: Path) -> None:
         ) from error
 
 
+def _check_no_file(folder: Path) -> None:
+    if folder.is_file():
+        raise FedForwardError(f"--tls {folder} is a file. Give the folder that it lies in.")
+
+
 def check_site(folder: Path, key: Path) -> None:
     """Make sure that a site can use an authority's certificate and a key.
 
     Raises:
         FedForwardError: with the file that is missing or is not what it should be.
     """
+    _check_no_file(folder)
     authority = folder / "ca.crt"
     if not authority.is_file():
         raise FedForwardError(
             f"--tls {folder}: there is no ca.crt. It is the server's, and says whom to trust."
         )
     if not key.is_file():
-        raise FedForwardError(f"--key {key}: no such file.")
+        what = "it is a folder; give the file in it" if key.is_dir() else "no such file"
+        raise FedForwardError(f"--key {key}: {what}.")
     try:
         found = serialization.load_ssh_private_key(key.read_bytes(), None)
     except (ValueError, TypeError):

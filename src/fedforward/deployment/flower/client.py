@@ -16,10 +16,12 @@ import httpx
 
 from fedforward.config.site import SiteConfig
 from fedforward.core.errors import FedForwardError
+from fedforward.core.paths import check_new_folder, home
 from fedforward.deployment.flower import certificates, engine
 from fedforward.deployment.flower.client_app import SOCKET
 from fedforward.deployment.flower.reverse_proxy import SITES_PATH
 from fedforward.deployment.supervisor import Child, Supervisor, free_port
+from fedforward.training.folder_lock import FolderLock
 
 LOGGER = logging.getLogger("fedforward.deployment.client")
 #: Seconds between two looks at the processes.
@@ -96,19 +98,24 @@ def take_part(
         raise FedForwardError(
             f"--server {server!r} is not allowed: it must be HOST:PORT, as in fed.example.org:9400."
         )
-    out = Path(settings.site.out)
-    home = out / "flower"
+    out = home(settings.site.out)
+    engine_home = out / "flower"
+    check_new_folder(out, "site.out")
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        engine_home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FedForwardError(f"site.out = {settings.site.out!r}: {error.strerror}.") from error
+    # Two sites in one folder would write each other's logs and results.
+    lock = FolderLock(out, "site.out")
+    lock.acquire()
     # A socket's path must be short, and its folder this user's alone.
     private = Path(tempfile.mkdtemp(prefix="fedforward-"))
     try:
         with Supervisor() as supervisor:
-            _watch(supervisor, path, out, home, private / "s", server, tls, key, once)
+            _watch(supervisor, path, out, engine_home, private / "s", server, tls, key, once)
     finally:
         shutil.rmtree(private, ignore_errors=True)
+        lock.release()
 
 
 def _watch(

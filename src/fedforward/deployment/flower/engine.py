@@ -12,6 +12,7 @@ from pathlib import Path
 from fedforward.config.schema import Config
 from fedforward.config.template import toml_value
 from fedforward.core.errors import FedForwardError
+from fedforward.deployment.supervisor import UTF8
 
 #: The name under which Flower's command line knows our engine.
 CONNECTION = "fedforward"
@@ -89,9 +90,10 @@ class CommandLine:
             done = subprocess.run(
                 program,
                 input=json.dumps([[*command, "--format", "json"] for command in commands]),
-                env={**os.environ, **environment(self.home)},
+                env={**os.environ, **UTF8, **environment(self.home)},
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 timeout=timeout_s,
                 start_new_session=True,
                 check=False,

@@ -26,7 +26,7 @@ from fedforward.deployment.flower import certificates, engine
 from fedforward.deployment.flower.reverse_proxy import ReverseProxy
 from fedforward.deployment.state import CoordinatorState
 from fedforward.deployment.supervisor import Child, Supervisor, free_port
-from fedforward.training.metrics import ProgressCallback
+from fedforward.training.metrics import ProgressCallback, RoundingWatch
 from fedforward.training.run_directory import RunDirectory, write_json
 
 LOGGER = logging.getLogger("fedforward.deployment.server")
@@ -146,6 +146,7 @@ class _Service:
         self.status = directory.path / "status.json"
         self.port = free_port()
         self.lines_seen = 0
+        self.rounding = RoundingWatch(config)
         self.notes: dict[str, str] = {}
         self.run_number = self.phase = ""
 
@@ -286,6 +287,10 @@ class _Service:
                 LOGGER.info(f"site {site['label']}: {words}")
         lines = self.directory.read_metrics(self.config.federation.rounds)
         if len(lines) > self.lines_seen:
+            for line in lines[max(1, self.lines_seen) :]:
+                # The coordinator is another process, whose log nobody sees.
+                if words := self.rounding.look(line):
+                    LOGGER.warning(words)
             self.lines_seen = len(lines)
             if len(lines) > 1:
                 total = self.config.federation.rounds
