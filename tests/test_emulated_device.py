@@ -50,14 +50,21 @@ from tests.support import emulated_device, sites
 DEVICE = "emulated"
 
 
+@pytest.fixture(scope="module")
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the device is compiled: once for all runs, or once for this one without their cache."""
+    cache = getattr(request.config, "cache", None)
+    if cache is None:
+        return tmp_path_factory.mktemp("emulated-device")
+    folder: Path = cache.mkdir("emulated-device")
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def device(
-    request: pytest.FixtureRequest, libraries_are_no_garbage: None
-) -> Iterator[torch.device]:
+def device(built: Path, libraries_are_no_garbage: None) -> Iterator[torch.device]:
     """The device, in sight of PyTorch for one test."""
-    assert request.config.cache is not None
     try:
-        emulated_device.load(request.config.cache.mkdir("emulated-device"))
+        emulated_device.load(built)
     except emulated_device.UnavailableError as error:
         pytest.skip(str(error))
     with emulated_device.shown() as device, emulated_device.plain_attention():
@@ -454,16 +461,14 @@ def first_order(cache: Path, settings: Any, out: Path) -> float:
 
 @pytest.mark.slow
 def test_the_first_order_baseline_runs_on_the_device(
-    configure: Any, carry_out: Any, tmp_path: Path, request: pytest.FixtureRequest
+    configure: Any, carry_out: Any, tmp_path: Path, built: Path
 ) -> None:
     """In a process of its own: PyTorch counts devices once, before the first gradient."""
     options = {"method__name": "fedavg", "federation__rounds": 1, "method__mu": 1e-3}
     expected = carry_out(configure(**options), tmp_path / "cpu")["heldout_loss"]["end"]
-    assert request.config.cache is not None
-    cache = request.config.cache.mkdir("emulated-device")
     settings = configure(**options, run__device=DEVICE)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        found = pool.submit(first_order, cache, settings, tmp_path / DEVICE).result()
+        found = pool.submit(first_order, built, settings, tmp_path / DEVICE).result()
     assert found == pytest.approx(expected, rel=1e-5)
 
 

@@ -189,7 +189,7 @@ def test_an_interrupted_calibration_leaves_no_trace(monkeypatch: pytest.MonkeyPa
     model, _ = build("full cache")
     plan = model.plan
 
-    def stop(*_: Any) -> None:
+    def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(model.network, "forward", stop)
