@@ -93,6 +93,17 @@ def test_every_index_goes_to_one_client(kind: str, clients: int) -> None:
     assert divided(SITES, clients, kind, seed=2) != parts
 
 
+@pytest.mark.parametrize("clients", [1, 7, 60])
+def test_iid_is_that_of_the_partitioner(clients: int) -> None:
+    import datasets
+    from flwr_datasets.partitioner import IidPartitioner
+
+    partitioner = IidPartitioner(num_partitions=clients)
+    partitioner.dataset = datasets.Dataset.from_dict({"n": list(range(60))}).shuffle(seed=1)
+    parts = [partitioner.load_partition(client)["n"] for client in range(clients)]
+    assert divided(SITES, clients, "iid") == [list(part) for part in parts]
+
+
 def test_by_keeps_a_site_together() -> None:
     owners: dict[str, set[int]] = {}
     for client, part in enumerate(divided(SITES, 3, "by-field")):
