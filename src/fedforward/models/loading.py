@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
+from safetensors import SafetensorError
 
 from fedforward.core.errors import FedForwardError
 from fedforward.core.seeds import derive
@@ -25,6 +26,17 @@ from fedforward.directions.ops import accumulate
 from fedforward.models.blocks import class_heads
 from fedforward.models.offload import place_the_rest
 
+#: What transformers raises where a model or tokenizer cannot be loaded.
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -61,7 +73,6 @@ def load(
         FedForwardError: there is no such folder, it lacks a file, or the hub cannot be reached; it
             cannot be quantised or placed like that.
     """
-    from safetensors import SafetensorError
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -105,23 +116,12 @@ def load(
             kind = AutoModelForSequenceClassification
             _name_classes(path, stored, classes)
             options["config"] = stored
-        with _without_report(bool(classes)):
+        with load_report_hidden(bool(classes)):
             network, loading = kind.from_pretrained(
                 name, output_loading_info=True, local_files_only=kept, **options
             )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        ImportError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
-        # The first line often ends before what it announces ("… one of:").
-        reason = " ".join(str(error).split("\n\n")[0].split())
-        if "ignore_mismatched_sizes" in reason:
-            reason = "the weights have other shapes than its config.json says."
+    except LOADING_ERRORS as error:
+        reason = reason_of(error)
         if "dispatched on the CPU or the disk" in reason:
             reason = (
                 f"with model.quantization = {quantization!r} and model.device_map = 'auto' all of "
@@ -152,6 +152,19 @@ def load(
     return network, tokenizer
 
 
+def reason_of(error: BaseException) -> str:
+    """What a library says of a model that it cannot load, in one line."""
+    # The first line often ends before what it announces ("… one of:").
+    reason = " ".join(str(error).split("\n\n")[0].split())
+    if "ignore_mismatched_sizes" in reason:
+        reason = "the weights have other shapes than its config.json says."
+    if "automatic conversion of the weights" in reason:
+        reason = (
+            "parts of some tensors are missing, or have other shapes than its config.json says."
+        )
+    return reason or type(error).__name__
+
+
 def _name_classes(path: str, stored: Any, classes: Sequence[str]) -> None:
     """Write the classes into a configuration, in the order of the head that the folder has.
 
@@ -172,8 +185,8 @@ def _name_classes(path: str, stored: Any, classes: Sequence[str]) -> None:
 
 
 @contextmanager
-def _without_report(hidden: bool) -> Iterator[None]:
-    """Leave out transformers' table of the head's missing tensors; they are looked at here."""
+def load_report_hidden(hidden: bool = True) -> Iterator[None]:
+    """Leave out transformers' table of tensors that do not fit; they are looked at here."""
 
     def is_shown(record: logging.LogRecord) -> bool:
         return not (hidden and "LOAD REPORT" in record.getMessage())

@@ -8,10 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from fedforward.config.schema import Config
 from fedforward.config.site import AT_SITES
 from fedforward.core.errors import FedForwardError
 from fedforward.federation.client import Replica
@@ -25,6 +21,7 @@ from fedforward.models.lora import LoraModel
 from fedforward.training import build as experiment
 from fedforward.training.assembly import build_method, check_header, ledger_header
 from fedforward.training.run_directory import RunDirectory
+from fedforward.training.saved import compare
 
 #: Called with the rounds that are rebuilt and all there are.
 RoundCallback = Callable[[int, int], None]
@@ -171,9 +168,7 @@ def verify(
     folder = directory.tuned(config)
     saved = current and folder.is_dir()
     if saved:
-        differences += _compare(rebuilt.model, folder)
-        if isinstance(rebuilt.model, LoraModel):
-            differences += _compare_settings(config, folder / "adapter_config.json")
+        differences += compare(rebuilt.model, config, folder)
     elif current and config.model.path != AT_SITES:
         differences.append(f"{folder.name}/ is missing (--resume writes it again)")
     rebuilt.ledger.close()
@@ -186,48 +181,6 @@ def verify(
         replayed=method_class(config.method.name).capabilities.replayable,
         differences=differences,
     )
-
-
-def _compare(model: CausalModel, folder: Path) -> list[str]:
-    """A sentence for each tuned tensor whose saved bits differ."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    stored: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            stored |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            return [f"{folder.name}/{file.name} cannot be read: {error}"]
-    expected = model.saved_tensors()
-    differences = []
-    if isinstance(model, LoraModel):
-        extra = sorted(stored.keys() - expected.keys())
-        differences += [f"{folder.name}/: the tensor {name} is not the run's" for name in extra]
-    for name, tensor in expected.items():
-        other = stored.get(name)
-        if other is None or other.dtype != tensor.dtype or other.shape != tensor.shape:
-            differences.append(f"{folder.name}/: the tensor {name} is missing or of another kind")
-            continue
-        mine, theirs = (t.detach().cpu().contiguous().view(torch.uint8) for t in (tensor, other))
-        if not torch.equal(mine, theirs):
-            changed = int(np.count_nonzero((tensor.detach().cpu() != other).numpy()))
-            differences.append(f"{folder.name}/: {changed} values of {name} differ")
-    return differences
-
-
-def _compare_settings(config: Config, file: Path) -> list[str]:
-    """A sentence for each setting of the saved adapter that is not the run's."""
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return [f"{file.parent.name}/{file.name} cannot be read"]
-    wanted = {"r": config.lora.rank, "lora_alpha": config.lora.alpha, "lora_dropout": 0.0}
-    return [
-        f"{file.parent.name}/{file.name} has {key} {stored.get(key)}, the run {value}"
-        for key, value in wanted.items()
-        if stored.get(key) != value
-    ]
 
 
 def export(
