@@ -34,6 +34,9 @@ class ModelSection(Section):
     """[model]"""
 
     path: str = Field(description="folder in Hugging Face format, or a hub name")
+    adapter: str | None = Field(
+        None, description="folder of a LoRA adapter in PEFT format that the run goes on from"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the weights as they are held in memory"
     )
@@ -79,6 +82,15 @@ class ModelSection(Section):
             raise ValueError(
                 f"blocks = {self.blocks!r} is not allowed: it must be 'all', a range such as "
                 "'8-15', or a list of whole numbers from 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _an_adapter_is_tuned_as_one(self) -> "ModelSection":
+        if self.adapter is not None and self.tune == "full":
+            raise ValueError(
+                f"adapter = {self.adapter!r} is what a run with tune = 'lora' goes on from; use "
+                "that, or merge the adapter into its base and leave it out"
             )
         return self
 

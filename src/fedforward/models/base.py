@@ -46,6 +46,7 @@ class CausalModel(ABC):
         base_fingerprint: of all weights as loaded, hexadecimal; parties must agree on it.
         masks: bool, by tensor, which coordinates may move at all; empty is all of them.
         offload: of the transformer blocks, where inactive ones are offloaded; else None.
+        adapter_digest: of the adapter that the tuned tensors begin with; "" if they are new.
         changed_share: of the tuned weights, how many the last update changed; None in float32,
             where it says nothing.
         tokenizer: that came with the model; None unless it was loaded by `from_pretrained`.
@@ -54,6 +55,7 @@ class CausalModel(ABC):
 
     tokenizer: Any = None
     settings: Mapping[str, Mapping[str, Any]] = {}
+    adapter_digest = ""
     _applied = 0
 
     def __init__(

@@ -71,7 +71,10 @@ class Rebuilt:
 
 
 def rebuild(
-    directory: RunDirectory, base: str | None = None, on_round: RoundCallback = _ignore
+    directory: RunDirectory,
+    base: str | None = None,
+    on_round: RoundCallback = _ignore,
+    adapter: str | None = None,
 ) -> Rebuilt:
     """Base model plus ledger; checks on the way the digests that clients proved.
 
@@ -79,9 +82,11 @@ def rebuild(
         base: folder or hub name of the base model; needed where the run directory is that of a
             server, which has none.
         on_round: called after each round.
+        adapter: folder of the adapter that the run went on from; needed where it is no longer
+            where it was, or where the run directory is that of a server.
 
     Raises:
-        FedForwardError: no base model, or another one than the ledger's.
+        FedForwardError: no base model or adapter, or another one than the ledger's.
     """
     config = directory.config()
     if base is None and config.model.path == AT_SITES:
@@ -95,6 +100,15 @@ def rebuild(
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": base})})
         plan = experiment.resolve_plan(config)
     ledger = Ledger(directory.ledger)
+    if adapter is not None:
+        config = config.model_copy(
+            update={"model": config.model.model_copy(update={"adapter": adapter})}
+        )
+    elif ledger.header.get("adapter") and config.model.adapter is None:
+        raise FedForwardError(
+            f"{directory.path} is of a server, whose sites went on from an adapter. Give --adapter "
+            "FOLDER, the one that they have as model.adapter."
+        )
     # The data need not be there any more.
     classes = ledger.header.get("classes") or ()
     model, tokenizer = experiment.build_model(config, plan, classes)
@@ -123,7 +137,10 @@ def rebuild(
 
 
 def verify(
-    path: Path | str, base: str | None = None, on_round: RoundCallback = _ignore
+    path: Path | str,
+    base: str | None = None,
+    on_round: RoundCallback = _ignore,
+    adapter: str | None = None,
 ) -> Verification:
     """Rebuild the tuned state and compare it, bit for bit, with all that the run left.
 
@@ -134,13 +151,14 @@ def verify(
     Args:
         base: see `rebuild`.
         on_round: see `rebuild`.
+        adapter: see `rebuild`.
 
     Raises:
         FedForwardError: this is not a run, or its ledger or base model cannot be used.
     """
     directory = RunDirectory(Path(path))
     config = directory.config()
-    rebuilt = rebuild(directory, base, on_round)
+    rebuilt = rebuild(directory, base, on_round, adapter)
     differences = list(rebuilt.differences)
     digest = rebuilt.model.digest().hex()
     current = False
@@ -168,7 +186,7 @@ def verify(
     folder = directory.tuned(config)
     saved = current and folder.is_dir()
     if saved:
-        differences += compare(rebuilt.model, config, folder)
+        differences += compare(rebuilt.model, folder)
     elif current and config.model.path != AT_SITES:
         differences.append(f"{folder.name}/ is missing (--resume writes it again)")
     rebuilt.ledger.close()
@@ -190,6 +208,7 @@ def export(
     merge: bool = False,
     base: str | None = None,
     on_round: RoundCallback = _ignore,
+    adapter: str | None = None,
 ) -> Path:
     """Write the adapter, or with `merge` (or full tuning) a whole model, rebuilt from the ledger.
 
@@ -199,6 +218,7 @@ def export(
     Args:
         base: see `rebuild`.
         on_round: see `rebuild`.
+        adapter: see `rebuild`.
 
     Raises:
         FedForwardError: `out` is in use, or the run cannot be rebuilt.
@@ -206,7 +226,7 @@ def export(
     path, out = Path(path), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FedForwardError(f"--out {out} exists and is not an empty folder. Choose another.")
-    rebuilt = rebuild(RunDirectory(path), base, on_round)
+    rebuilt = rebuild(RunDirectory(path), base, on_round, adapter)
     rebuilt.ledger.close()
     if rebuilt.differences:
         raise FedForwardError(

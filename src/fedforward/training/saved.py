@@ -12,21 +12,22 @@ from typing import Any
 
 import torch
 
-from fedforward.config.schema import Config
+from fedforward.models.adapters import KEPT, SETTINGS
 from fedforward.models.base import CausalModel
 from fedforward.models.loading import LOADING_ERRORS, load_report_hidden, reason_of
 from fedforward.models.lora import LoraModel
+from fedforward.models.lora_layers import ADAPTER
 
 #: Entries of `config.json` that say where and with what a model was written, not what it computes.
 _CIRCUMSTANCES = {"_name_or_path", "transformers_version", "architectures"}
 
 
-def compare(model: CausalModel, config: Config, folder: Path) -> list[str]:
+def compare(model: CausalModel, folder: Path) -> list[str]:
     """A sentence for each thing in `folder` that is not what `model` would save; none if all is."""
     if isinstance(model, LoraModel):
         return [
             *_compare_adapter(model, folder),
-            *_compare_settings(config, folder / "adapter_config.json"),
+            *_compare_settings(model, folder / SETTINGS),
         ]
     return compare_model(model.network, folder)
 
@@ -125,15 +126,17 @@ def _compare_tensor(
     return [f"{folder.name}/: {changed} values of {name} differ"] if changed else []
 
 
-def _compare_settings(config: Config, file: Path) -> list[str]:
+def _compare_settings(model: LoraModel, file: Path) -> list[str]:
     """A sentence for each setting of the saved adapter that is not the run's."""
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError
     except (OSError, ValueError):
         return [f"{file.parent.name}/{file.name} cannot be read"]
-    wanted = {"r": config.lora.rank, "lora_alpha": config.lora.alpha, "lora_dropout": 0.0}
+    wanted = model.peft.peft_config[ADAPTER].to_dict()
     return [
-        f"{file.parent.name}/{file.name} has {key} {stored.get(key)}, the run {value}"
-        for key, value in wanted.items()
-        if stored.get(key) != value
+        f"{file.parent.name}/{file.name} has {key} {stored.get(key)}, the run {wanted[key]}"
+        for key in ("r", "lora_alpha", "bias", "use_dora", *KEPT)
+        if stored.get(key) != wanted[key]
     ]
