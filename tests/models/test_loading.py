@@ -49,7 +49,7 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA devi
 def folder(tmp_path: Path, tiny_network: Callable[..., Any]) -> Path:
     """A tiny random Llama with a tokenizer, as a folder."""
     path = tmp_path / "tiny"
-    tiny_network().save_pretrained(path)
+    tiny_network(vocabulary=958).save_pretrained(path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO_MODEL / name, path / name)
     return path
@@ -175,7 +175,7 @@ def test_the_base_fingerprint_covers_the_scales(
     folder: Path, tmp_path: Path, tiny_network: Callable[..., Any]
 ) -> None:
     """Twice the weights are the same codes: only the scales differ."""
-    network = tiny_network()
+    network = tiny_network(vocabulary=958)
     layer = network.model.layers[1].mlp.up_proj
     layer.weight.data *= 2
     shutil.copytree(folder, tmp_path / "double")
@@ -223,7 +223,7 @@ def test_a_transposed_family_is_merged_and_saved(folder: Path, tmp_path: Path) -
 
     torch.manual_seed(0)
     settings = AutoConfig.for_model(
-        "gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=97, n_positions=64,
+        "gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=958, n_positions=64,
         bos_token_id=1, eos_token_id=2, initializer_range=0.1,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(settings).save_pretrained(folder)

@@ -33,7 +33,7 @@ from fedforward.methods.parameters import parameters_of
 class ModelSection(Section):
     """[model]"""
 
-    path: str = Field(description="folder in Hugging Face format, or a hub name")
+    path: str = Field(description="folder in Hugging Face format, GGUF file, or hub name")
     adapter: str | None = Field(
         None, description="folder of a LoRA adapter in PEFT format that the run goes on from"
     )

@@ -53,7 +53,7 @@ class SiteSection(Section):
 class SiteModelSection(Section):
     """[model]"""
 
-    path: str = Field(description="folder in Hugging Face format, or a hub name")
+    path: str = Field(description="folder in Hugging Face format, GGUF file, or hub name")
     adapter: str | None = Field(
         None, description="folder of the LoRA adapter that the run goes on from, alike at all sites"
     )

@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,24 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
-from safetensors import SafetensorError
 
 from fedforward.core.errors import FedForwardError
 from fedforward.core.seeds import derive
 from fedforward.core.steps import Steps
 from fedforward.directions import Distribution, Layout, Stream
 from fedforward.directions.ops import accumulate
+from fedforward.models import gguf_files
+from fedforward.models.auto_classes import (
+    check_blocks,
+    check_vocabulary,
+    load_tokenizer,
+    network_class,
+    reason_of,
+)
 from fedforward.models.blocks import class_heads
+from fedforward.models.folders import check_folder
 from fedforward.models.offload import place_the_rest
 
-#: What transformers raises where a model or tokenizer cannot be loaded.
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    SafetensorError,
-)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -57,7 +54,7 @@ def load(
     they keep its order; a head that it lacks is made from the run seed.
 
     Args:
-        path: a folder in Hugging Face format, or a hub name.
+        path: a folder in Hugging Face format, a GGUF file, or a hub name.
         dtype: of the weights, and of the arithmetic where they are held in fewer bits.
         device: where the network goes, unless `device_map` decides.
         quantization: "nf4" holds the linear layers in 4 bits through bitsandbytes. They are
@@ -73,25 +70,20 @@ def load(
         FedForwardError: there is no such folder, it lacks a file, or the hub cannot be reached; it
             cannot be quantised or placed like that.
     """
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-    )
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     folder = Path(path).expanduser()
     local = folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
-    if local and not folder.is_dir():
+    gguf = gguf_files.is_gguf(path)
+    if gguf:
+        gguf_files.check_gguf(path)
+    elif local and not folder.is_dir():
         raise FedForwardError(
             f"model.path = {path!r}: no such folder. Give a folder with config.json, weights and "
             "tokenizer, or a hub name such as 'Qwen/Qwen3-0.6B'."
         )
-    if local and not (folder / "config.json").is_file():
-        raise FedForwardError(
-            f"model.path = {path!r}: the folder has no config.json. It must be a model saved in "
-            "Hugging Face format."
-        )
+    elif local:
+        check_folder(path)
     if device_map == "auto" and torch.device(device).type == "cpu":
         raise FedForwardError(
             "model.device_map = 'auto' spreads a model over CUDA devices, and PyTorch finds none "
@@ -105,31 +97,47 @@ def load(
         options = {"device_map": {"": "cpu"}} | options
     name = str(folder) if local else path
     # Offline the hub's client tries again for most of a minute; what it has cached needs no hub.
-    kept = local or not hub_is_reachable()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=kept)
-        stored = AutoConfig.from_pretrained(name, local_files_only=kept)
-        if quantization != _stored_quantization(path, stored, quantization):
-            options["quantization_config"] = _settings(dtype)
-        kind: Any = AutoModelForCausalLM
-        if classes:
-            kind = AutoModelForSequenceClassification
-            _name_classes(path, stored, classes)
-            options["config"] = stored
-        with load_report_hidden(bool(classes)):
-            network, loading = kind.from_pretrained(
-                name, output_loading_info=True, local_files_only=kept, **options
+    kept = local or gguf or not hub_is_reachable()
+    where: dict[str, Any] = {"local_files_only": kept, "trust_remote_code": False}
+    if gguf:
+        where["gguf_file"] = folder.name
+        if quantization != "none":
+            raise FedForwardError(
+                f"model.quantization = {quantization!r} does not go with model.path = {path!r}: "
+                "the weights of a GGUF file are made plain when they are read. Use "
+                "model.quantization = 'none'."
             )
-    except LOADING_ERRORS as error:
-        reason = reason_of(error)
-        if "dispatched on the CPU or the disk" in reason:
-            reason = (
-                f"with model.quantization = {quantization!r} and model.device_map = 'auto' all of "
-                "it must fit on the CUDA devices, and it does not."
-            )
-        if not local and kept:
-            reason = f"there is no such folder here, and the hub cannot be reached. {reason}"
-        raise FedForwardError(f"model.path = {path!r} cannot be loaded: {reason}") from error
+    with gguf_files.folder_of(path) if gguf else nullcontext(name) as name:
+        try:
+            stored = AutoConfig.from_pretrained(name, **where)
+            if quantization != _stored_quantization(path, stored, quantization):
+                options["quantization_config"] = _settings(dtype)
+            kind = network_class(stored)
+            if classes:
+                kind = AutoModelForSequenceClassification
+                _name_classes(path, stored, classes)
+                options["config"] = stored
+            with load_report_hidden(bool(classes)):
+                network, loading = kind.from_pretrained(
+                    name, output_loading_info=True, **where, **options
+                )
+        except (FedForwardError, MemoryError):
+            raise
+        except Exception as error:
+            # Each library that transformers stands on has errors of its own.
+            reason = reason_of(error)
+            if "dispatched on the CPU or the disk" in reason:
+                reason = (
+                    f"with model.quantization = {quantization!r} and model.device_map = 'auto' "
+                    "all of it must fit on the CUDA devices, and it does not."
+                )
+            if not local and kept:
+                reason = f"there is no such folder here, and the hub cannot be reached. {reason}"
+            raise FedForwardError(f"model.path = {path!r} cannot be loaded: {reason}") from error
+        tokenizer = load_tokenizer(path, name, where)
+        check_vocabulary(path, network, tokenizer)
+    if gguf:
+        gguf_files.settle(network, tokenizer, path)
     heads = tuple(f"{name}." for name in class_heads(network))
     missing = {name for name in loading["missing_keys"] if not name.startswith(heads)}
     if missing:
@@ -137,6 +145,7 @@ def load(
             f"model.path = {path!r}: the weights lack {len(missing)} tensors that "
             f"its config.json asks for, such as {min(missing)}. Give a complete model."
         )
+    check_blocks(path, network, loading["unexpected_keys"])
     if classes:
         _initialise_head(network, loading["missing_keys"], run_seed)
         _choose_padding(path, network, tokenizer)
@@ -150,19 +159,6 @@ def load(
         network.to(device)
     network.eval().requires_grad_(False)
     return network, tokenizer
-
-
-def reason_of(error: BaseException) -> str:
-    """What a library says of a model that it cannot load, in one line."""
-    # The first line often ends before what it announces ("… one of:").
-    reason = " ".join(str(error).split("\n\n")[0].split())
-    if "ignore_mismatched_sizes" in reason:
-        reason = "the weights have other shapes than its config.json says."
-    if "automatic conversion of the weights" in reason:
-        reason = (
-            "parts of some tensors are missing, or have other shapes than its config.json says."
-        )
-    return reason or type(error).__name__
 
 
 def _name_classes(path: str, stored: Any, classes: Sequence[str]) -> None:

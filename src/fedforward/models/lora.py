@@ -425,7 +425,8 @@ class LoraModel(CausalModel):
 
     def save(self, folder: Path) -> None:
         """Write the adapter in PEFT format."""
-        self.peft.save_pretrained(str(folder))
+        # No embeddings are tuned; PEFT would look for those of the base, on the hub as well.
+        self.peft.save_pretrained(str(folder), save_embedding_layers=False)
 
     def saved_tensors(self) -> dict[str, torch.Tensor]:
         """Both factors of every adapter, the frozen A included, and a classifier's head."""

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from fedforward.models.adapters import KEPT, SETTINGS
+from fedforward.models.auto_classes import reason_of
 from fedforward.models.base import CausalModel
-from fedforward.models.loading import LOADING_ERRORS, load_report_hidden, reason_of
+from fedforward.models.loading import load_report_hidden
 from fedforward.models.lora import LoraModel
 from fedforward.models.lora_layers import ADAPTER
 
@@ -44,7 +45,10 @@ def compare_model(network: Any, folder: Path) -> list[str]:
             saved, loading = type(network).from_pretrained(
                 str(folder), dtype="auto", output_loading_info=True, local_files_only=True
             )
-    except LOADING_ERRORS as error:
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Each library that transformers stands on has errors of its own.
         return [f"{folder.name}/ cannot be loaded: {reason_of(error)}"]
     absent = {str(name) for name in loading["missing_keys"]}
     absent |= {str(key[0]) for key in loading["mismatched_keys"]}
