@@ -5,6 +5,7 @@ load (see `loading`).
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ _TOKENIZERS = (
     "tiktoken.model",
 )
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+#: What transformers saves of a processor beside its tokenizer.
+_PROCESSORS = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
 #: What Git LFS leaves in place of a file that it has not fetched.
 _POINTER = b"version https://git-lfs"
 
@@ -54,6 +61,13 @@ def check_folder(path: str) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         if (folder / name).is_file():
             _read_json(folder / name, given)
+
+
+def copy_processor(source: str, folder: Path) -> None:
+    """Copy how a local base prepares images to where a tuned model of it was saved."""
+    for name in _PROCESSORS:
+        if (Path(source).expanduser() / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(Path(source).expanduser() / name, folder / name)
 
 
 def _refuse_adapter(path: str, folder: Path) -> None:

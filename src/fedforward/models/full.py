@@ -21,8 +21,10 @@ from fedforward.models.batching import Arrays, Measure
 from fedforward.models.blocks import class_heads, names_in_blocks
 from fedforward.models.displaced_tensor import DisplacedTensor, Displacement
 from fedforward.models.fingerprints import fingerprint
+from fedforward.models.folders import copy_processor
 from fedforward.models.lm_head import VocabularyTile, tile_rows
 from fedforward.models.pretrained import allow, loaded
+from fedforward.models.text_part import text_prefixes
 
 
 class FullModel(CausalModel):
@@ -47,7 +49,7 @@ class FullModel(CausalModel):
         """
         parameters = dict(network.named_parameters())
         base = fingerprint(sorted(parameters.items()))
-        inside: tuple[str, ...] = ("",)
+        inside = text_prefixes(network)
         if blocks is not None:
             heads = [f"{name}." for name in class_heads(network)]
             inside = (*names_in_blocks(network, blocks), *heads)
@@ -235,3 +237,4 @@ class FullModel(CausalModel):
         self.network.save_pretrained(str(folder))
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
+        copy_processor(self.network.name_or_path, Path(folder))

@@ -416,5 +416,5 @@ def hub_is_reachable(seconds: float = 5.0) -> bool:
 
 def longest_sequence(network: Any) -> int | None:
     """Positions that the model takes, or None if its configuration names no limit."""
-    limit = getattr(network.config, "max_position_embeddings", None)
+    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else None

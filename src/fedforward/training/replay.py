@@ -17,6 +17,7 @@ from fedforward.messages.report import DIGEST_BYTES
 from fedforward.messages.snapshot import Snapshot
 from fedforward.methods.base import method_class
 from fedforward.models.base import CausalModel
+from fedforward.models.folders import copy_processor
 from fedforward.models.lora import LoraModel
 from fedforward.training import build as experiment
 from fedforward.training.assembly import build_method, check_header, ledger_header
@@ -237,6 +238,7 @@ def export(
         merged = rebuilt.model.merge()
         merged.save_pretrained(str(out))
         rebuilt.tokenizer.save_pretrained(str(out))  # type: ignore[attr-defined]
+        copy_processor(merged.name_or_path, out)
     else:
         rebuilt.model.save(out)
     return out
