@@ -47,8 +47,10 @@ class ModelSection(Section):
     blocks: str | list[int] = Field(
         "all", description='transformer blocks that are tuned: "all", "8-15" or [0, 5], from 0'
     )
-    quantization: Literal["none", "nf4"] = Field(
-        "none", description="of a frozen base's linear layers: 4 bits through bitsandbytes"
+    quantization: Literal["none", "nf4", "stored"] = Field(
+        "none",
+        description='of a frozen base: "nf4" holds its linear layers in 4 bits through '
+        'bitsandbytes, "stored" takes a folder that is quantised already',
     )
     device_map: Literal["none", "auto"] = Field(
         "none", description='"auto" spreads a frozen base over all CUDA devices and host memory'

@@ -23,6 +23,7 @@ from fedforward.models.displaced_tensor import DisplacedTensor, Displacement
 from fedforward.models.fingerprints import fingerprint
 from fedforward.models.folders import copy_processor
 from fedforward.models.lm_head import VocabularyTile, tile_rows
+from fedforward.models.loading import DTYPES
 from fedforward.models.pretrained import allow, loaded
 from fedforward.models.text_part import text_prefixes
 
@@ -54,6 +55,13 @@ class FullModel(CausalModel):
             heads = [f"{name}." for name in class_heads(network)]
             inside = (*names_in_blocks(network, blocks), *heads)
         tensors = {n: p.data for n, p in parameters.items() if n.startswith(inside)}
+        packed = [name for name, t in tensors.items() if t.dtype not in DTYPES.values()]
+        if packed:
+            raise FedForwardError(
+                f"model.tune = 'full' changes every weight, and {len(packed)} tensors of this "
+                f"model are quantised, such as {min(packed)} ({tensors[min(packed)].dtype}). Use "
+                "model.tune = 'lora', or give the model as it was before."
+            )
         super().__init__(network, tensors, distribution, plan, base)
         self.tokenizer = tokenizer
         self._reload = reload

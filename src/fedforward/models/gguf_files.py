@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from fedforward.core.errors import FedForwardError
 
@@ -90,12 +89,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         reader.tqdm = shown
-
-
-def settle(network: Any, tokenizer: Any, path: str) -> None:
-    """Have a network that was read from a GGUF file be a plain one, which it is by now."""
-    network.config._name_or_path = network.name_or_path = tokenizer.name_or_path = path
-    network.hf_quantizer = None
-    network.is_quantized = False
-    if hasattr(network.config, "quantization_config"):
-        del network.config.quantization_config

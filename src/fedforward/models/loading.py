@@ -4,10 +4,9 @@ A frozen base may be held in fewer bits, and may lie on several devices; what it
 and its way back to plain weights, are here too.
 """
 
-import importlib.util
 import logging
 import socket
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +21,8 @@ from fedforward.core.seeds import derive
 from fedforward.core.steps import Steps
 from fedforward.directions import Distribution, Layout, Stream
 from fedforward.directions.ops import accumulate
-from fedforward.models import gguf_files
+from fedforward.models import gguf_files, int8
+from fedforward.models import quantization as packing
 from fedforward.models.auto_classes import (
     check_blocks,
     check_vocabulary,
@@ -59,7 +59,7 @@ def load(
         device: where the network goes, unless `device_map` decides.
         quantization: "nf4" holds the linear layers in 4 bits through bitsandbytes. They are
             quantised on the CPU, so that every party has the same base, unless `device_map` places
-            them first.
+            them first. "stored" takes a folder that is quantised already.
         classes: their names; none makes a causal language model.
         run_seed: of a head that the folder lacks.
         device_map: "auto" spreads the layers over all CUDA devices and then host memory.
@@ -93,7 +93,8 @@ def load(
     if device_map == "auto":
         options["device_map"] = "auto"
     if quantization != "none":
-        _check_package(quantization)
+        if quantization == "nf4":
+            packing.check_package(quantization)
         options = {"device_map": {"": "cpu"}} | options
     name = str(folder) if local else path
     # Offline the hub's client tries again for most of a minute; what it has cached needs no hub.
@@ -110,8 +111,8 @@ def load(
     with gguf_files.folder_of(path) if gguf else nullcontext(name) as name:
         try:
             stored = AutoConfig.from_pretrained(name, **where)
-            if quantization != _stored_quantization(path, stored, quantization):
-                options["quantization_config"] = _settings(dtype)
+            if packing.quantises(path, stored, quantization):
+                options["quantization_config"] = packing.bits(DTYPES[dtype])
             kind = network_class(stored)
             if classes:
                 kind = AutoModelForSequenceClassification
@@ -137,7 +138,9 @@ def load(
         tokenizer = load_tokenizer(path, name, where)
         check_vocabulary(path, network, tokenizer)
     if gguf:
-        gguf_files.settle(network, tokenizer, path)
+        network.config._name_or_path = network.name_or_path = tokenizer.name_or_path = path
+        # Its weights are plain by now.
+        packing.make_plain(network)
     heads = tuple(f"{name}." for name in class_heads(network))
     missing = {name for name in loading["missing_keys"] if not name.startswith(heads)}
     if missing:
@@ -150,7 +153,7 @@ def load(
         _initialise_head(network, loading["missing_keys"], run_seed)
         _choose_padding(path, network, tokenizer)
     if quantization != "none":
-        _settle(path, network, quantization, dtype)
+        packing.settle(path, network, quantization, DTYPES[dtype])
     if device_map == "auto":
         check_placement(path, network.hf_device_map)
     elif offload:
@@ -245,70 +248,6 @@ def _choose_padding(path: str, network: Any, tokenizer: Any) -> None:
     )
 
 
-def _check_package(quantization: str) -> None:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise FedForwardError(
-            f"model.quantization = {quantization!r} needs the package bitsandbytes, which is not "
-            "installed. Install it with `pip install 'fedforward[quantization]'`, or use "
-            "model.quantization = 'none'."
-        )
-    # Its import warns of a kernel that `_settle` does without.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def _settings(dtype: str) -> Any:
-    """NF4 in blocks of 64 weights with a float32 scale each: 4.5 bits a weight."""
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]
-    )
-
-
-def _stored_quantization(path: str, stored: Any, asked: str) -> str:
-    """How the weights lie on disk: "none" or as asked.
-
-    Raises:
-        FedForwardError: they are quantised in another way.
-    """
-    found = getattr(stored, "quantization_config", None)
-    if found is None:
-        return "none"
-    settings = found if isinstance(found, dict) else found.to_dict()
-    method = str(settings.get("quant_method", "unknown"))
-    bits = method == "bitsandbytes"
-    if settings.get("load_in_4bit"):
-        bits, method = True, str(settings.get("bnb_4bit_quant_type", "fp4"))
-    if method == asked or (asked == "none" and not bits):
-        # What other packages have quantised is theirs to load.
-        return asked
-    advice = "Give the model as it was before."
-    if method == "nf4":
-        advice = "Set model.quantization = 'nf4'."
-    raise FedForwardError(
-        f"model.path = {path!r} is quantised on disk already ({method}), and model.quantization = "
-        f"{asked!r}. {advice}"
-    )
-
-
-def _settle(path: str, network: Any, quantization: str, dtype: str) -> None:
-    """Have the quantised layers compute in `dtype`, whatever the processor offers.
-
-    On processors with AVX512-BF16 bitsandbytes rounds activations to bfloat16 in a kernel of its
-    own. The two losses of a small perturbation then differ by little more than that rounding.
-    """
-    layers = [module for module in network.modules() if is_quantized(module)]
-    if not layers:
-        raise FedForwardError(
-            f"model.quantization = {quantization!r}: model.path = {path!r} has no linear layers "
-            "beside its head. Use model.quantization = 'none'."
-        )
-    for layer in layers:
-        layer.support_avx512bf16_for_cpu = False
-        layer.compute_dtype = DTYPES[dtype]
-        layer.compute_type_is_set = True
-
-
 def check_placement(path: str, places: dict[str, Any]) -> None:
     """Refuse a model that found no room on any CUDA device, or too little memory altogether."""
     kinds = {str(place) for place in places.values()}
@@ -323,11 +262,6 @@ def check_placement(path: str, places: dict[str, Any]) -> None:
             f"model.path = {path!r}: model.device_map = 'auto' finds no room on any CUDA device. "
             "Free their memory, or use run.device = 'cpu' and model.device_map = 'none'."
         )
-
-
-def is_quantized(module: Any) -> bool:
-    """Whether this module's weight is held in 4 bits."""
-    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
 
 
 def weights(network: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -350,7 +284,9 @@ def weights(network: Any) -> Iterator[tuple[str, torch.Tensor]]:
         with align_module_device(module, torch.device("cpu")):
             yield name, getattr(module, leaf)
     for name, module in sorted(network.named_modules()):
-        if is_quantized(module):
+        if isinstance(module, int8.Int8Linear):
+            yield f"{name}.weight.scale", module.scale
+        elif packing.is_quantized(module):
             for key, tensor in sorted(module.weight.quant_state.as_dict(packed=True).items()):
                 yield f"{name}.weight.{key}", tensor
 
@@ -372,31 +308,6 @@ def input_device(network: Any) -> torch.device:
         return torch.device(embeddings._hf_hook.execution_device)
     device: torch.device = embeddings.weight.device
     return device
-
-
-def dequantize(network: Any, added: Mapping[str, torch.Tensor]) -> Any:
-    """The same network with plain weights of the values that it computed with; this is used up.
-
-    Args:
-        network: as `load` quantised it.
-        added: float32 [outputs, inputs] to add to the weights of these modules.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    kinds = {name: m.source_cls for name, m in network.named_modules() if is_quantized(m)}
-    network = network.dequantize(network.dtype)
-    for name, delta in added.items():
-        weight = network.get_submodule(name).weight
-        weight.data = (weight.float() + delta.to(weight.device)).to(weight.dtype)
-    for name, kind in kinds.items():
-        if kind is Conv1D:
-            # GPT-2 stores its weights transposed; transformers leaves them the way they computed.
-            linear = network.get_submodule(name)
-            conv = Conv1D(linear.out_features, linear.in_features)
-            conv.weight = torch.nn.Parameter(linear.weight.T.contiguous())
-            conv.bias = linear.bias
-            network.set_submodule(name, conv)
-    return network.eval().requires_grad_(False)
 
 
 def hub_is_reachable(seconds: float = 5.0) -> bool:

@@ -28,7 +28,7 @@ from fedforward.models.base import CausalModel
 from fedforward.models.batching import Arrays, Measure, cut
 from fedforward.models.blocks import class_heads, transformer_blocks
 from fedforward.models.fingerprints import fingerprint
-from fedforward.models.loading import dequantize, input_device, is_quantized, weights
+from fedforward.models.loading import input_device, weights
 from fedforward.models.lora_layers import (
     ADAPTER,
     AdapterBank,
@@ -40,6 +40,7 @@ from fedforward.models.lora_layers import (
     views_of,
 )
 from fedforward.models.pretrained import allow, loaded
+from fedforward.models.quantization import dequantize, is_quantized
 
 
 class LoraModel(CausalModel):
@@ -203,7 +204,8 @@ class LoraModel(CausalModel):
             factors: "both" tunes A and B, "B" freezes A.
             dtype: of the frozen base: "float32", "bfloat16" or "float16".
             device: "auto", "cpu", "cuda" or "cuda:N".
-            quantization: "nf4" holds the base's linear layers in 4 bits.
+            quantization: "nf4" holds the base's linear layers in 4 bits; "stored" takes a folder
+                that is quantised already.
             distribution: of the directions, "gaussian" or "rademacher".
             seed: of the initial A, and of the run that is made with the model.
             adapter: a folder in PEFT format to go on from; rank, alpha and targets must be its own.
@@ -223,7 +225,7 @@ class LoraModel(CausalModel):
             )
         allow("distribution", distribution, tuple(Distribution))
         allow("factors", factors, ("both", "B"))
-        allow("quantization", quantization, ("none", "nf4"))
+        allow("quantization", quantization, ("none", "nf4", "stored"))
         network, tokenizer, plan, device = loaded(
             path, dtype, device, seed, quantization=quantization
         )
