@@ -220,14 +220,14 @@ def test_a_saved_four_bit_model_is_taken_as_it_is(folder: Path, tmp_path: Path) 
     assert identity(four_bits(tmp_path / "packed")) == identity(network)
 
 
-def saved_in(folder: Path, path: Path, **settings: Any) -> Path:
+def saved_in(folder: Path, path: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
     """The folder's model as bitsandbytes quantises and transformers saves it."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     shutil.copytree(folder, path, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     network = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=torch.float32,
+        dtype=dtype,
         device_map={"": "cpu"},
         quantization_config=BitsAndBytesConfig(**settings),
     )
@@ -279,6 +279,18 @@ def test_a_folder_that_is_quantised_computes_with_its_values(
 
 
 @needs_package
+@pytest.mark.parametrize("kind", STORED)
+def test_what_lies_beside_packed_weights_comes_to_the_dtype(tmp_path: Path, kind: str) -> None:
+    """The demonstration's own dtype is bfloat16, and so are its embeddings in the folder."""
+    packed = saved_in(DEMO_MODEL, tmp_path / "packed", torch.bfloat16, **STORED[kind])
+    network = loading.load(str(packed), "float32", "cpu", quantization="stored")[0]
+    plain = {p.dtype for p in network.parameters() if p.is_floating_point()}
+    assert plain == {torch.float32} and network.dtype is torch.float32
+    logits = network(input_ids=torch.arange(5, 25)[None]).logits
+    assert logits.dtype is torch.float32 and not torch.equal(logits, logits.bfloat16().float())
+
+
+@needs_package
 def test_the_fingerprint_of_eight_bits_covers_the_scales(folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -304,6 +316,44 @@ def test_a_run_on_a_quantised_folder(
     assert result.saved and result.differences == []
     artefacts.export(tmp_path / "run", tmp_path / "merged", merge=True)
     plain = configure(model__path=str(tmp_path / "merged"), federation__rounds=1)
+    after = carry_out(plain, tmp_path / "after")
+    assert after["heldout_loss"]["start"] == pytest.approx(summary["heldout_loss"]["end"], rel=1e-5)
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_a_base_in_fp8_is_made_plain(
+    configure: Configure, carry_out: CarryOut, tmp_path: Path, tune: str
+) -> None:
+    """Its layers would round activations; saved as it was, an export would be rounded again."""
+    from safetensors.torch import load_file, save_file
+
+    packed = tmp_path / "packed"
+    shutil.copytree(DEMO_MODEL, packed)
+    tensors = load_file(packed / "model.safetensors")
+    for name in [name for name in tensors if "_proj." in name]:
+        weight = tensors[name].float()
+        rows, columns = (size // 32 for size in weight.shape)
+        scale = weight.abs().amax() / 448
+        tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
+        place = name.replace("weight", "weight_scale_inv")
+        tensors[place] = torch.full((rows, columns), float(scale))
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    file = packed / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": settings}))
+    network = loading.load(str(packed), "float32", "cpu")[0]
+    for name, parameter in network.named_parameters():
+        place = name.replace("weight", "weight_scale_inv")
+        scale = tensors[place].flatten()[0] if place in tensors else 1.0
+        torch.testing.assert_close(parameter, tensors[name].float() * scale, rtol=1e-6, atol=0)
+    changes = {"model__path": str(packed), "model__tune": tune, "federation__rounds": 1}
+    summary = carry_out(configure(**changes), tmp_path / "run")
+    result = artefacts.verify(tmp_path / "run")
+    assert result.saved and result.differences == []
+    artefacts.export(tmp_path / "run", tmp_path / "out", merge=True)
+    content = json.loads((tmp_path / "out/config.json").read_text())
+    assert "quantization_config" not in content
+    plain = configure(model__path=str(tmp_path / "out"), federation__rounds=1)
     after = carry_out(plain, tmp_path / "after")
     assert after["heldout_loss"]["start"] == pytest.approx(summary["heldout_loss"]["end"], rel=1e-5)
 

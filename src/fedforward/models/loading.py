@@ -113,6 +113,8 @@ def load(
             stored = AutoConfig.from_pretrained(name, **where)
             if packing.quantises(path, stored, quantization):
                 options["quantization_config"] = packing.bits(DTYPES[dtype])
+            if packing.unpack(stored, DTYPES[dtype]):
+                options["config"] = stored
             kind = network_class(stored)
             if classes:
                 kind = AutoModelForSequenceClassification
@@ -139,8 +141,10 @@ def load(
         check_vocabulary(path, network, tokenizer)
     if gguf:
         network.config._name_or_path = network.name_or_path = tokenizer.name_or_path = path
-        # Its weights are plain by now.
-        packing.make_plain(network)
+    packed = getattr(stored, "quantization_config", None) is not None
+    if gguf or (packed and getattr(network, "hf_quantizer", None) is None):
+        # Its weights were made plain when they were read.
+        packing.make_plain(network, DTYPES[dtype])
     heads = tuple(f"{name}." for name in class_heads(network))
     missing = {name for name in loading["missing_keys"] if not name.startswith(heads)}
     if missing:

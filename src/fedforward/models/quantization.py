@@ -78,6 +78,22 @@ def quantises(path: str, stored: Any, asked: str) -> bool:
     return False
 
 
+def unpack(stored: Any, dtype: torch.dtype) -> bool:
+    """Have FP8 and MXFP4 weights made plain in `dtype` when they are read, whatever the device.
+
+    Their layers would round activations as well, and only on some devices.
+
+    Returns:
+        whether the configuration `stored` was changed for that.
+    """
+    settings = getattr(stored, "quantization_config", None)
+    if not isinstance(settings, dict) or settings.get("quant_method") not in ("fp8", "mxfp4"):
+        return False
+    settings["dequantize"] = True
+    stored.dtype = dtype
+    return True
+
+
 def settle(path: str, network: Any, quantization: str, dtype: torch.dtype) -> None:
     """Have the quantised layers compute in `dtype`, whatever the processor offers.
 
@@ -85,6 +101,7 @@ def settle(path: str, network: Any, quantization: str, dtype: torch.dtype) -> No
     own. The two losses of a small perturbation then differ by little more than that rounding.
     """
     int8.take_over(network)
+    bring_to(network, dtype)
     layers = [module for module in network.modules() if is_quantized(module)]
     if not layers and quantization == "nf4":
         raise FedForwardError(
@@ -125,7 +142,7 @@ def dequantize(network: Any, added: Mapping[str, torch.Tensor]) -> Any:
             network.set_submodule(name, linear)
     else:
         network = network.dequantize(network.dtype)
-    make_plain(network)
+    make_plain(network, network.dtype)
     for name, delta in added.items():
         weight = network.get_submodule(name).weight
         weight.data = (weight.float() + delta.to(weight.device)).to(weight.dtype)
@@ -140,20 +157,26 @@ def dequantize(network: Any, added: Mapping[str, torch.Tensor]) -> Any:
     return network.eval().requires_grad_(False)
 
 
-def make_plain(network: Any) -> None:
+def bring_to(network: Any, dtype: torch.dtype) -> None:
+    """Have the plain parameters of a quantised folder in `dtype`, but those that stay in float32.
+
+    Transformers leaves what lies beside packed weights as its file has it.
+    """
+    wide = set(getattr(network, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype is torch.float16:
+        wide |= set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in network.named_parameters():
+        if parameter.is_floating_point() and not wide & set(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+
+
+def make_plain(network: Any, dtype: torch.dtype) -> None:
     """Take from a network what transformers notes of a quantisation that is no longer there."""
+    bring_to(network, dtype)
     network.hf_quantizer = None
     network.is_quantized = False
     if hasattr(network.config, "quantization_config"):
         del network.config.quantization_config
-    # What undid the quantisation when weights were read would be redone when they are saved.
-    conversions = getattr(network, "_weight_conversions", None) or []
-    network._weight_conversions = [part for part in conversions if _has_inverse(part)]
-
-
-def _has_inverse(conversion: Any) -> bool:
-    try:
-        conversion.reverse_transform()
-    except NotImplementedError:
-        return False
-    return True
+    # What undid the quantisation when weights were read would be redone when they are saved;
+    # without this list transformers takes that of the family.
+    network.__dict__.pop("_weight_conversions", None)
