@@ -136,7 +136,13 @@ def test_narrow_tensors_and_pickles_are_read(tiny_network: Make, tmp_path: Path)
         ({}, {"rank": 8, "alpha": 1.0}, ["Set lora.rank = 4 and lora.alpha = 8.0"]),
         ({}, {"targets": "all-linear"}, ["'all-linear'", "lacks model.layers.0.mlp.down_proj"]),
         ({}, {"targets": ["q_proj"]}, ["has model.layers.0.mlp.up_proj beside", '"up_proj"]']),
-        ({"layers_to_transform": [1]}, {}, ["lacks model.layers.0", "model.blocks = [1]"]),
+        ({"layers_to_transform": [1]}, {}, ["lacks model.layers.0", "Set model.blocks = [1], and"]),
+        ({}, {"blocks": [1]}, ["has model.layers.0", "Set model.blocks = [0, 1], and"]),
+        (
+            {"layers_to_transform": [1]},
+            {"targets": ["q_proj"]},
+            ['Set lora.targets = ["q_proj", "up_proj"] and model.blocks = [1]'],
+        ),
         ({"use_dora": True}, {}, ["use_dora = True", "Merge it into its base"]),
         ({"bias": "lora_only"}, {}, ["bias = 'lora_only'"]),
         ({"lora_bias": True}, {}, ["lora_bias = True"]),
@@ -286,3 +292,24 @@ def test_the_public_face_takes_one(tmp_path: Path) -> None:
     )
     assert again.digest() == model.digest()
     assert again.settings["model"]["adapter"] == str(tmp_path / "adapter")
+
+
+def test_a_classifier_goes_on_with_its_head(
+    configure: Configure, carry_out: CarryOut, tmp_path: Path
+) -> None:
+    rows = [(f"a {word} film, number {n}", word) for n in range(12) for word in ("good", "bad")]
+    file = tmp_path / "reviews.jsonl"
+    file.write_text("".join(json.dumps({"text": t, "label": w}) + "\n" for t, w in rows))
+    settings: dict[str, Any] = {
+        "model__head": "classification",
+        "data__source": str(file),
+        "data__prompt": "{text}",
+        "data__answer": "{label}",
+        "method__learning_rate": 1e-3,
+    }
+    first = carry_out(configure(**settings), tmp_path / "first")
+    adapter = str(tmp_path / "first/adapter")
+    again = carry_out(configure(model__adapter=adapter, **settings), tmp_path / "again")
+    assert again["heldout_loss"]["start"] == pytest.approx(first["heldout_loss"]["end"], rel=1e-6)
+    result = replay.verify(tmp_path / "again")
+    assert result.saved and result.differences == []

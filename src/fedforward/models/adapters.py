@@ -5,7 +5,8 @@ is either kept exactly (rank and alpha, by module too, rsLoRA) or refused by a s
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,14 +91,16 @@ class StoredAdapter:
         """
         extra, missing = sorted(self.tensors.keys() - own.keys()), sorted(own.keys() - self.tensors)
         if extra or missing:
+            here, there = _blocks(own), _blocks(self.tensors)
+            advice = [] if here == there else [f"model.blocks = {sorted(there)}"]
+            if advice == [] or _leaves(own) != _leaves(self.tensors):
+                advice = [f"lora.targets = {self._targets()}", *advice]
             which = f"lacks {_module(missing[0])}" if missing else f"has {_module(extra[0])}"
-            blocks = self.settings.get("layers_to_transform")
-            advice = f"lora.targets = {self._targets()}"
-            advice += f" and model.blocks = {blocks}" if isinstance(blocks, list) else ""
             raise FedForwardError(
                 f"lora.targets = {targets!r} does not fit model.adapter = {self.path!r}, which "
-                f"{which}{' that it would adapt' if missing else ' beside them'}. Set {advice}, "
-                f"and model.path to the base that it was made for{self._base()}."
+                f"{which}{' that it would adapt' if missing else ' beside them'}. Set "
+                f"{' and '.join(advice)}, and model.path to the base that it was made "
+                f"for{self._base()}."
             )
         for name, tensor in own.items():
             if tensor.shape != self.tensors[name].shape:
@@ -216,6 +219,17 @@ def _tensors(folder: Path, given: str) -> dict[str, torch.Tensor]:
                 f"{given}: the tensor {name} of {file.name} has values that are not finite."
             )
     return tensors
+
+
+def _blocks(names: Iterable[str]) -> set[int]:
+    """The numbers of the transformer blocks that tensors of an adapter belong to."""
+    found = (re.search(r"\.(\d+)\.", name) for name in names)
+    return {int(match[1]) for match in found if match}
+
+
+def _leaves(names: Iterable[str]) -> set[str]:
+    """The last names of the modules that tensors of an adapter belong to."""
+    return {_module(name).rsplit(".", 1)[-1] for name in names}
 
 
 def _module(name: str) -> str:
