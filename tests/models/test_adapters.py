@@ -99,6 +99,16 @@ def test_the_start_is_that_of_peft(
     assert kept["lora_dropout"] == settings.get("lora_dropout", 0.0)
 
 
+def test_dropout_that_is_not_applied_is_said(
+    tiny_network: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = saved_adapter(tiny_network(), tmp_path / "adapter")
+    read_adapter(str(folder))
+    assert not caplog.messages
+    read_adapter(str(change(folder, lora_dropout=0.1)))
+    assert any("lora_dropout = 0.1" in message for message in caplog.messages)
+
+
 def test_the_base_of_a_run_is_the_adapter(tiny_network: Make, tmp_path: Path) -> None:
     folder = saved_adapter(tiny_network(), tmp_path / "adapter")
     model = begun(tiny_network(), folder)

@@ -5,6 +5,7 @@ is either kept exactly (rank and alpha, by module too, rsLoRA) or refused by a s
 """
 
 import json
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from fedforward.core.errors import FedForwardError
 from fedforward.models.fingerprints import fingerprint
 
+LOGGER = logging.getLogger("fedforward.models")
 SETTINGS = "adapter_config.json"
 #: Settings that decide what the tensors compute, or what PEFT does with them later.
 KEPT = ("lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
@@ -172,6 +174,12 @@ def read_adapter(path: str) -> StoredAdapter:
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
         raise FedForwardError(f"{given}: {SETTINGS} has r = {rank!r} and lora_alpha = {alpha!r}.")
+    if settings.get("lora_dropout"):
+        LOGGER.warning(
+            "%s has lora_dropout = %s, which is kept in what is saved; no probe drops anything",
+            given,
+            settings["lora_dropout"],
+        )
     return StoredAdapter(path, settings, _tensors(folder, given))
 
 
