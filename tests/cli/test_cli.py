@@ -163,15 +163,15 @@ def _with(raw: bytes, **changes: object) -> bytes:
     ("spoil", "word"),
     [
         (_spoil("config.json", None), "no config.json"),
-        (_spoil("config.json", lambda raw: raw[:20]), "cannot be loaded"),
-        (_spoil("config.json", lambda raw: b"[]"), "cannot be loaded"),
+        (_spoil("config.json", lambda raw: raw[:20]), "config.json is damaged"),
+        (_spoil("config.json", lambda raw: b"[]"), "config.json is damaged"),
         (_spoil("config.json", lambda raw: _with(raw, hidden_size=96)), "other shapes"),
         (_spoil("config.json", lambda raw: _with(raw, num_hidden_layers=9)), "the weights lack"),
-        (_spoil("model.safetensors", None), "cannot be loaded"),
-        (_spoil("model.safetensors", lambda raw: raw[: len(raw) // 2]), "cannot be loaded"),
-        (_spoil("model.safetensors", lambda raw: b"\xff" * 100), "cannot be loaded"),
+        (_spoil("model.safetensors", None), "no weights"),
+        (_spoil("model.safetensors", lambda raw: raw[: len(raw) // 2]), "cut short"),
+        (_spoil("model.safetensors", lambda raw: b"\xff" * 100), "cut short"),
         (_spoil("tokenizer.json", None), "cannot be loaded"),
-        (_spoil("tokenizer.json", lambda raw: raw[:100]), "cannot be loaded"),
+        (_spoil("tokenizer.json", lambda raw: raw[:100]), "tokenizer.json is damaged"),
     ],
 )
 def test_models_that_cannot_be_used(

@@ -20,7 +20,7 @@ from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import Server
 from fedforward.messages.envelope import Enrollment, Envelope, MessageKind
 from fedforward.methods.base import Method
-from fedforward.training import assembly
+from fedforward.training import assembly, replay
 from fedforward.training.simulation import LocalRuntime
 from tests.conftest import DEMO_MODEL
 from tests.support.sites import Direct, carry_out, party, rounds, run_toml, site_config
@@ -441,3 +441,29 @@ def test_a_servers_run_is_verified_and_exported_with_the_sites_model(
     )
     (difference,) = artefacts.verify(out, str(DEMO_MODEL)).differences
     assert "state_digest" in difference
+
+
+def test_sites_go_on_from_the_same_adapter(tmp_path: Path, three: dict[str, Site]) -> None:
+    """Two sites have it and one has another; the run directory verifies with it alone."""
+    from fedforward.models.lora import LoraModel
+
+    for name, seed in (("one", 1), ("other", 2)):
+        LoraModel.from_pretrained(DEMO_MODEL, rank=2, device="cpu", seed=seed).save(tmp_path / name)
+    for name, adapter in (("a", "one"), ("b", "one"), ("c", "other")):
+        three[name] = party(tmp_path, name, model__adapter=str(tmp_path / adapter))
+    settings = run_toml(tmp_path, "run.seed=5")
+    summary = carry_out(settings, tmp_path / "out", Direct(three))
+    header = Ledger(tmp_path / "out/ledger.sqlite").header
+    tuning = [site.tuning for site in three.values()]
+    assert [part.identity.adapter == header["adapter"] for part in tuning if part] == [
+        True,
+        True,
+        False,
+    ]
+    base = str(DEMO_MODEL)
+    with pytest.raises(FedForwardError, match="Give --adapter FOLDER"):
+        replay.verify(tmp_path / "out", base)
+    with pytest.raises(FedForwardError, match=r"\(model\.adapter\) is another"):
+        replay.verify(tmp_path / "out", base, adapter=str(tmp_path / "other"))
+    result = replay.verify(tmp_path / "out", base, adapter=str(tmp_path / "one"))
+    assert result.differences == [] and result.state_digest == summary["state_digest"]

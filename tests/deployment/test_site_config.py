@@ -62,7 +62,7 @@ RUN: dict[str, dict[str, Any]] = {
 }
 #: Keys of a site or of a simulation, with values that a server might have.
 LOCAL: dict[str, dict[str, Any]] = {
-    "model": {"path": "somewhere", "device_map": "auto", "offload": "host"},
+    "model": {"path": "somewhere", "adapter": "begun", "device_map": "auto", "offload": "host"},
     "data": {
         "source": "rows.jsonl",
         "weights": [1.0],

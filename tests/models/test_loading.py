@@ -19,8 +19,9 @@ from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import NO_STEPS, Probe, Steps, Update
 from fedforward.directions import Distribution
-from fedforward.models import loading
+from fedforward.models import loading, quantization
 from fedforward.models.fingerprints import fingerprint
+from fedforward.models.full import FullModel
 from fedforward.models.lora import LoraModel
 from fedforward.training import build as experiment
 from fedforward.training import replay as artefacts
@@ -49,7 +50,7 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA devi
 def folder(tmp_path: Path, tiny_network: Callable[..., Any]) -> Path:
     """A tiny random Llama with a tokenizer, as a folder."""
     path = tmp_path / "tiny"
-    tiny_network().save_pretrained(path)
+    tiny_network(vocabulary=958).save_pretrained(path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO_MODEL / name, path / name)
     return path
@@ -69,7 +70,7 @@ def identity(network: Any) -> str:
         (
             {"quantization": "int8"},
             {},
-            ["model.quantization = 'int8' is not allowed", "'none', 'nf4'"],
+            ["model.quantization = 'int8' is not allowed", "'none', 'nf4', 'stored'"],
         ),
         (
             {"quantization": "nf4", "tune": "full"},
@@ -102,7 +103,7 @@ def test_settings_that_are_refused(
 
 def test_a_missing_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
-    monkeypatch.setattr(loading, "importlib", absent)
+    monkeypatch.setattr(quantization, "importlib", absent)
     with pytest.raises(FedForwardError, match=r"pip install 'fedforward\[quantization\]'"):
         four_bits(folder)
 
@@ -128,7 +129,7 @@ def test_places_that_are_refused() -> None:
         (
             {"quant_method": "bitsandbytes", "load_in_8bit": True},
             "none",
-            ["(bitsandbytes)", "'none'", "as it was before"],
+            ["(int8)", "'none'", "Set model.quantization = 'stored'", "as it was before"],
         ),
         (
             {
@@ -139,6 +140,9 @@ def test_places_that_are_refused() -> None:
             "none",
             ["(nf4)", "Set model.quantization = 'nf4'"],
         ),
+        ({"quant_method": "mine"}, "none", ["does not know (mine)", "as it was before"]),
+        ({"quant_method": "gptq", "bits": 4}, "stored", ["cannot be loaded", "GPTQ"]),
+        ({"quant_method": "awq", "bits": 4}, "stored", ["cannot be loaded", "AWQ"]),
     ],
 )
 def test_another_quantization_on_disk_is_refused(
@@ -159,13 +163,13 @@ def test_another_quantization_on_disk_is_refused(
 def test_four_bits_compute_in_the_dtype(folder: Path, dtype: str) -> None:
     """The values of the weights are all that changes: no rounding of what flows between them."""
     network = four_bits(folder, dtype)
-    quantised = [name for name, m in network.named_modules() if loading.is_quantized(m)]
+    quantised = [name for name, m in network.named_modules() if quantization.is_quantized(m)]
     assert len(quantised) == 14 and not any("head" in name for name in quantised)
     tokens = torch.from_numpy(batch().tokens)
     with torch.inference_mode():
         packed = network(input_ids=tokens).logits
-        plain = loading.dequantize(network, {})(input_ids=tokens).logits
-    assert not any(loading.is_quantized(module) for module in network.modules())
+        plain = quantization.dequantize(network, {})(input_ids=tokens).logits
+    assert not any(quantization.is_quantized(module) for module in network.modules())
     assert packed.dtype is getattr(torch, dtype)
     torch.testing.assert_close(packed, plain, rtol=0, atol=0)
 
@@ -175,7 +179,7 @@ def test_the_base_fingerprint_covers_the_scales(
     folder: Path, tmp_path: Path, tiny_network: Callable[..., Any]
 ) -> None:
     """Twice the weights are the same codes: only the scales differ."""
-    network = tiny_network()
+    network = tiny_network(vocabulary=958)
     layer = network.model.layers[1].mlp.up_proj
     layer.weight.data *= 2
     shutil.copytree(folder, tmp_path / "double")
@@ -216,6 +220,157 @@ def test_a_saved_four_bit_model_is_taken_as_it_is(folder: Path, tmp_path: Path) 
     assert identity(four_bits(tmp_path / "packed")) == identity(network)
 
 
+def saved_in(folder: Path, path: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
+    """The folder's model as bitsandbytes quantises and transformers saves it."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    shutil.copytree(folder, path, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    network = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        device_map={"": "cpu"},
+        quantization_config=BitsAndBytesConfig(**settings),
+    )
+    network.save_pretrained(path)
+    return path
+
+
+STORED: dict[str, dict[str, Any]] = {
+    "int8": {"load_in_8bit": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "double": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    },
+}
+
+
+@needs_package
+@pytest.mark.parametrize("kind", STORED)
+def test_a_folder_that_is_quantised_computes_with_its_values(
+    folder: Path, tmp_path: Path, kind: str
+) -> None:
+    """Weights are those of transformers' own way back, and no activation is rounded."""
+    from transformers import AutoModelForCausalLM
+
+    packed = saved_in(folder, tmp_path / "packed", **STORED[kind])
+    plain = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32).dequantize().eval()
+    expected = hugging_face_loss(plain, batch())
+    assert expected != hugging_face_loss(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), batch()
+    )
+    network = loading.load(str(packed), "float32", "cpu", quantization="stored")[0]
+    assert sum(map(quantization.is_quantized, network.modules())) == 14
+    assert hugging_face_loss(network, batch()) == pytest.approx(expected, rel=1e-6)
+    model = lora(network)
+    (start,) = model.evaluate([Probe(batch())])
+    assert start.mean == pytest.approx(expected, rel=1e-6)
+    again = loading.load(str(packed), "float32", "cpu", quantization="stored")[0]
+    assert lora(again).base_fingerprint == model.base_fingerprint
+    model.commit([Update(Steps.of([1], [0.05]), 0)])
+    moved = hugging_face_loss(model.network, batch())
+    merged = model.merge()
+    merged.save_pretrained(tmp_path / "merged")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert not hasattr(found.config, "quantization_config")
+    assert hugging_face_loss(found, batch()) == pytest.approx(moved, rel=2e-6)
+    assert moved != pytest.approx(expected, rel=1e-4)
+
+
+@needs_package
+@pytest.mark.parametrize("kind", STORED)
+def test_what_lies_beside_packed_weights_comes_to_the_dtype(tmp_path: Path, kind: str) -> None:
+    """The demonstration's own dtype is bfloat16, and so are its embeddings in the folder."""
+    packed = saved_in(DEMO_MODEL, tmp_path / "packed", torch.bfloat16, **STORED[kind])
+    network = loading.load(str(packed), "float32", "cpu", quantization="stored")[0]
+    plain = {p.dtype for p in network.parameters() if p.is_floating_point()}
+    assert plain == {torch.float32} and network.dtype is torch.float32
+    logits = network(input_ids=torch.arange(5, 25)[None]).logits
+    assert logits.dtype is torch.float32 and not torch.equal(logits, logits.bfloat16().float())
+
+
+@needs_package
+def test_the_fingerprint_of_eight_bits_covers_the_scales(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    packed = saved_in(folder, tmp_path / "packed", **STORED["int8"])
+    one = identity(loading.load(str(packed), "float32", "cpu", quantization="stored")[0])
+    file = packed / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("SCB"))
+    save_file(tensors | {name: tensors[name] * 2}, file, metadata={"format": "pt"})
+    other = identity(loading.load(str(packed), "float32", "cpu", quantization="stored")[0])
+    assert one != other
+
+
+@needs_package
+@pytest.mark.parametrize("kind", ["int8", "double"])
+def test_a_run_on_a_quantised_folder(
+    configure: Configure, carry_out: CarryOut, tmp_path: Path, kind: str
+) -> None:
+    packed = saved_in(DEMO_MODEL, tmp_path / "packed", **STORED[kind])
+    settings = {"model__path": str(packed), "model__quantization": "stored"}
+    summary = carry_out(configure(**settings, federation__rounds=1), tmp_path / "run")
+    result = artefacts.verify(tmp_path / "run")
+    assert result.saved and result.differences == []
+    artefacts.export(tmp_path / "run", tmp_path / "merged", merge=True)
+    plain = configure(model__path=str(tmp_path / "merged"), federation__rounds=1)
+    after = carry_out(plain, tmp_path / "after")
+    assert after["heldout_loss"]["start"] == pytest.approx(summary["heldout_loss"]["end"], rel=1e-5)
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_a_base_in_fp8_is_made_plain(
+    configure: Configure, carry_out: CarryOut, tmp_path: Path, tune: str
+) -> None:
+    """Its layers would round activations; saved as it was, an export would be rounded again."""
+    from safetensors.torch import load_file, save_file
+
+    packed = tmp_path / "packed"
+    shutil.copytree(DEMO_MODEL, packed)
+    tensors = load_file(packed / "model.safetensors")
+    for name in [name for name in tensors if "_proj." in name]:
+        weight = tensors[name].float()
+        rows, columns = (size // 32 for size in weight.shape)
+        scale = weight.abs().amax() / 448
+        tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
+        place = name.replace("weight", "weight_scale_inv")
+        tensors[place] = torch.full((rows, columns), float(scale))
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    file = packed / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": settings}))
+    network = loading.load(str(packed), "float32", "cpu")[0]
+    for name, parameter in network.named_parameters():
+        place = name.replace("weight", "weight_scale_inv")
+        scale = tensors[place].flatten()[0] if place in tensors else 1.0
+        torch.testing.assert_close(parameter, tensors[name].float() * scale, rtol=1e-6, atol=0)
+    changes = {"model__path": str(packed), "model__tune": tune, "federation__rounds": 1}
+    summary = carry_out(configure(**changes), tmp_path / "run")
+    result = artefacts.verify(tmp_path / "run")
+    assert result.saved and result.differences == []
+    artefacts.export(tmp_path / "run", tmp_path / "out", merge=True)
+    content = json.loads((tmp_path / "out/config.json").read_text())
+    assert "quantization_config" not in content
+    plain = configure(model__path=str(tmp_path / "out"), federation__rounds=1)
+    after = carry_out(plain, tmp_path / "after")
+    assert after["heldout_loss"]["start"] == pytest.approx(summary["heldout_loss"]["end"], rel=1e-5)
+
+
+def test_a_plain_folder_has_nothing_stored(folder: Path) -> None:
+    with pytest.raises(FedForwardError, match="'stored' is for a folder that is quantised already"):
+        loading.load(str(folder), "float32", "cpu", quantization="stored")
+
+
+def test_full_tuning_of_packed_weights_is_refused(tiny_network: Callable[..., Any]) -> None:
+    network = tiny_network()
+    layer = network.model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(FedForwardError, match=r"1 tensors .*up_proj\.weight \(torch\.int8\)"):
+        FullModel(network, plan=plan())
+
+
 @needs_package
 def test_a_transposed_family_is_merged_and_saved(folder: Path, tmp_path: Path) -> None:
     """GPT-2 keeps its weights transposed, square ones too."""
@@ -223,7 +378,7 @@ def test_a_transposed_family_is_merged_and_saved(folder: Path, tmp_path: Path) -
 
     torch.manual_seed(0)
     settings = AutoConfig.for_model(
-        "gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=97, n_positions=64,
+        "gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=958, n_positions=64,
         bos_token_id=1, eos_token_id=2, initializer_range=0.1,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(settings).save_pretrained(folder)

@@ -138,7 +138,7 @@ def test_probes_never_touch_the_weights(tiny_network: Make, tune: str) -> None:
 def test_a_failing_probe_leaves_the_weights_in_place(tiny_network: Make) -> None:
     model = FullModel(tiny_network(), plan=plan(1))
     before = dict(model.network.named_parameters())
-    broken = TokenBatch(np.full((1, 6), 500), np.full((1, 6), 5))
+    broken = TokenBatch(np.full((1, 6), -1), np.full((1, 6), 5))
     with pytest.raises(IndexError):
         model.evaluate([Probe(broken, NO_STEPS, PERTURBATION)])
     after = dict(model.network.named_parameters())

@@ -21,6 +21,14 @@ ResumeOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 RunArgument = Annotated[Path, typer.Argument(help="run directory", show_default=False)]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        help="folder that the run went on from (model.adapter), where it has moved",
+        show_default=False,
+    ),
+]
 BaseOption = Annotated[
     str | None,
     typer.Option(
@@ -190,7 +198,12 @@ def init(
     )
 
 
-def verify(run: RunArgument, model: BaseOption = None, as_json: JsonOption = False) -> None:
+def verify(
+    run: RunArgument,
+    model: BaseOption = None,
+    adapter: AdapterOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Rebuild the tuned parameters from base and ledger, and say whether every bit agrees."""
     with display("rebuilding from base and ledger") as progress:
         from fedforward.models.libraries import quiet_libraries
@@ -200,7 +213,7 @@ def verify(run: RunArgument, model: BaseOption = None, as_json: JsonOption = Fal
 
         from fedforward.training import replay
 
-        result = replay.verify(run, model, progress.count)
+        result = replay.verify(run, model, progress.count, adapter)
     if as_json:
         print(json.dumps(asdict(result), indent=2))
     elif not result.differences:
@@ -222,6 +235,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="new folder", show_default=False)],
     merge: Annotated[bool, typer.Option("--merge", help="a whole model, adapters merged")] = False,
     model: BaseOption = None,
+    adapter: AdapterOption = None,
 ) -> None:
     """Write the adapter (PEFT format) or a merged model, rebuilt from the ledger."""
     with display("rebuilding from base and ledger") as progress:
@@ -230,5 +244,5 @@ def export(
         quiet_libraries()
         from fedforward.training import replay
 
-        replay.export(run, out, merge=merge, base=model, on_round=progress.count)
+        replay.export(run, out, merge=merge, base=model, on_round=progress.count, adapter=adapter)
     say(out_console, f"wrote {out}")

@@ -14,7 +14,13 @@ from fedforward.core.paths import absolute_text, exists, is_path
 
 LOGGER = logging.getLogger("fedforward.config.paths")
 #: Keys whose value is a path or a hub name. What lies there is compared by digests, not by path.
-PATH_KEYS = ("model.path", "data.source", "data.chat_template", "evaluation.source")
+PATH_KEYS = (
+    "model.path",
+    "model.adapter",
+    "data.source",
+    "data.chat_template",
+    "evaluation.source",
+)
 
 
 def absolute(config: Config) -> Config:

@@ -35,7 +35,10 @@ from fedforward.methods.parameters import parameters_of
 class ModelSection(Section):
     """[model]"""
 
-    path: PathText = Field(description="folder in Hugging Face format, or a hub name")
+    path: PathText = Field(description="folder in Hugging Face format, GGUF file, or hub name")
+    adapter: PathText | None = Field(
+        None, description="folder of a LoRA adapter in PEFT format that the run goes on from"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the weights as they are held in memory"
     )
@@ -46,8 +49,10 @@ class ModelSection(Section):
     blocks: str | list[int] = Field(
         "all", description='transformer blocks that are tuned: "all", "8-15" or [0, 5], from 0'
     )
-    quantization: Literal["none", "nf4"] = Field(
-        "none", description="of a frozen base's linear layers: 4 bits through bitsandbytes"
+    quantization: Literal["none", "nf4", "stored"] = Field(
+        "none",
+        description='of a frozen base: "nf4" holds its linear layers in 4 bits through '
+        'bitsandbytes, "stored" takes a folder that is quantised already',
     )
     device_map: Literal["none", "auto"] = Field(
         "none", description='"auto" spreads a frozen base over all CUDA devices and host memory'
@@ -81,6 +86,15 @@ class ModelSection(Section):
             raise ValueError(
                 f"blocks = {self.blocks!r} is not allowed: it must be 'all', a range such as "
                 "'8-15', or a list of whole numbers from 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _an_adapter_is_tuned_as_one(self) -> "ModelSection":
+        if self.adapter is not None and self.tune == "full":
+            raise ValueError(
+                f"adapter = {self.adapter!r} is what a run with tune = 'lora' goes on from; use "
+                "that, or merge the adapter into its base and leave it out"
             )
         return self
 

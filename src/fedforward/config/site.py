@@ -30,7 +30,7 @@ from fedforward.core.registry import METHODS
 AT_SITES = "(each site's own)"
 #: Keys that never travel: they are a site's own, or mean nothing across machines.
 _LOCAL = {
-    "model": {"path", "device_map", "offload"},
+    "model": {"path", "adapter", "device_map", "offload"},
     "data": {
         "source",
         "weights",
@@ -71,7 +71,10 @@ class SiteSection(Section):
 class SiteModelSection(Section):
     """[model]"""
 
-    path: PathText = Field(description="folder in Hugging Face format, or a hub name")
+    path: PathText = Field(description="folder in Hugging Face format, GGUF file, or hub name")
+    adapter: PathText | None = Field(
+        None, description="folder of the LoRA adapter that the run goes on from, alike at all sites"
+    )
     device_map: Literal["none", "auto"] = Field(
         "none", description='"auto" spreads a frozen base over all devices'
     )
@@ -205,6 +208,11 @@ def check_terms(config: Config, origin: str) -> None:
                 f"planning.{key} = {value!r}: a site says itself what it can perturb, with "
                 "limits.active_blocks in its site.toml. Leave it out."
             )
+    if config.model.adapter is not None:
+        problems.append(
+            f"model.adapter = {config.model.adapter!r}: each site has the adapter itself, and "
+            "names it with model.adapter in its site.toml. Leave it out."
+        )
     if config.evaluation.source is not None:
         problems.append(
             f"evaluation.source = {config.evaluation.source!r}: sites evaluate on their own "

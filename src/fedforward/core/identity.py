@@ -15,6 +15,7 @@ class ModelIdentity:
         classes: of a sequence classifier, in the order of its head; else empty.
         state_bytes: of the tuned tensors, which a snapshot carries.
         tokenizer: SHA-256 of what it makes of texts, hexadecimal; empty where one is shared.
+        adapter: SHA-256 of the adapter that the tuned tensors begin with; empty if they are new.
     """
 
     layout: Layout
@@ -22,3 +23,4 @@ class ModelIdentity:
     classes: tuple[str, ...]
     state_bytes: int
     tokenizer: str = ""
+    adapter: str = ""

@@ -7,10 +7,10 @@ fields `prompt` and `completion`, and the fields `instruction`, `input` and `out
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fedforward.core.errors import FedForwardError
+from fedforward.core.paths import home
 from fedforward.data.readers import parse_json
 from fedforward.data.values import Number, kind_of, plain, text_of
 
@@ -245,7 +245,7 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         self.loss_on = loss_on
         if template is not None:
-            path = Path(template).expanduser()
+            path = home(template)
             try:
                 tokenizer.chat_template = path.read_text(encoding="utf-8-sig")
             except (OSError, UnicodeDecodeError) as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedforward.core.errors import FedForwardError
+from fedforward.core.paths import home
 from fedforward.data import readers
 from fedforward.data.readers import Row
 
@@ -121,7 +122,7 @@ def find(name: str, *, split: str = "train", subset: str | None = None, key: str
         FedForwardError: there is no such file, its ending is not known, or the hub cannot be
             reached.
     """
-    path = Path(name).expanduser()
+    path = home(name)
     try:
         files = _files(name, path, key)
     except (OSError, ValueError) as error:

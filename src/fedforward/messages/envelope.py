@@ -180,6 +180,7 @@ class Enrollment:
                     "layout": [layout.names, layout.shapes, layout.blocks, layout.owners],
                     "base": self.model.base,
                     "tokenizer": self.model.tokenizer,
+                    "adapter": self.model.adapter,
                     "classes": self.model.classes,
                     "state_bytes": self.model.state_bytes,
                 },
@@ -212,6 +213,7 @@ class Enrollment:
                 classes=tuple(map(_text, _list(model["classes"]))),
                 state_bytes=_count(model["state_bytes"]),
                 tokenizer=_text(model["tokenizer"]),
+                adapter=_text(model["adapter"]),
             )
             active = content["active_blocks"]
             return cls(
@@ -265,6 +267,7 @@ def _check_version(key: str, content: dict[str, Any], mine: object) -> None:
 _DIFFERENCES = {
     "base": "its base model has other weights than the other sites' (model.path)",
     "tokenizer": "its tokenizer splits text in another way than the other sites' (model.path)",
+    "adapter": "it begins with another adapter than the other sites (model.adapter)",
     "layout": "its tuned tensors have other names, shapes or blocks than the other sites'",
     "classes": "its data have other classes than the other sites'",
     "state_bytes": "its tuned tensors are of another size than the other sites'",

@@ -46,6 +46,7 @@ class CausalModel(ABC):
         base_fingerprint: of all weights as loaded, hexadecimal; parties must agree on it.
         masks: bool, by tensor, which coordinates may move at all; empty is all of them.
         offload: of the transformer blocks, where inactive ones are offloaded; else None.
+        adapter_digest: of the adapter that the tuned tensors begin with; "" if they are new.
         changed_share: of the tuned weights, how many the last update changed; None in float32,
             where it says nothing.
         tokenizer: that came with the model; None unless it was loaded by `from_pretrained`.
@@ -54,6 +55,7 @@ class CausalModel(ABC):
 
     tokenizer: Any = None
     settings: Mapping[str, Mapping[str, Any]] = {}
+    adapter_digest = ""
     _applied = 0
 
     def __init__(
@@ -72,6 +74,7 @@ class CausalModel(ABC):
         self.plan = plan
         self.base_fingerprint = base_fingerprint
         self.device = input_device(network)
+        self._rows = len(network.get_input_embeddings().weight)
         self.changed_share: float | None = None
         forward = inspect.signature(network.forward).parameters
         self._selects_logits = "logits_to_keep" in forward
@@ -193,6 +196,7 @@ class CausalModel(ABC):
         rows = len(tokens) // len(batches)
         owner = torch.tensor([place[id(probe.batch)] for probe in probes])
         index = (owner[:, None] * rows + torch.arange(rows)).flatten()
+        self._check_tokens(tokens)
         labels = labels[index]
         spread: torch.Tensor | None = index.to(self.device)
         first = self.prefix.first(probes) if len(batches) < len(probes) else 0
@@ -265,10 +269,21 @@ class CausalModel(ABC):
         ).logits
         return logits
 
+    def _check_tokens(self, tokens: torch.Tensor) -> None:
+        """Refuse tokens that the embeddings have no rows for, which a GPU would only crash on."""
+        largest, rows = int(tokens.max()), self._rows
+        if largest >= rows:
+            raise FedForwardError(
+                f"A text has the token with number {largest}, and the embeddings of this model "
+                f"have {rows} rows: its tokenizer has more tokens than the model. Take out the "
+                "text, or resize the embeddings."
+            )
+
     @torch.inference_mode()
     def infer(self, batch: Batch) -> None:
         """One plain forward pass over the rows of a batch."""
         tokens = torch.from_numpy(batch.tokens)
+        self._check_tokens(tokens)
         if self.classes:
             self._classified(tokens, torch.from_numpy(batch.labels))  # type: ignore[attr-defined]
         else:
@@ -295,6 +310,7 @@ class CausalModel(ABC):
         for probe in probes:
             prompts: PromptBatch = probe.batch
             rows, length = prompts.tokens.shape
+            self._check_tokens(torch.from_numpy(prompts.tokens))
             with self._displaced([probe], (rows, length)):
                 whole = self.network.generate(
                     input_ids=torch.from_numpy(prompts.tokens).to(self.device),

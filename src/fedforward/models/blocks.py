@@ -14,11 +14,12 @@ from torch.utils._pytree import tree_map
 
 from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import Probe
+from fedforward.models.text_part import is_multimodal, text_part
 
 
 def transformer_blocks(network: nn.Module) -> Sequence[nn.Module]:
-    """The list of equal blocks that holds most of the network's parameters; may be empty."""
-    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
+    """The list of equal blocks that holds most of the text part's parameters; may be empty."""
+    lists = [module for module in text_part(network).modules() if isinstance(module, nn.ModuleList)]
     sizes = [sum(p.numel() for p in blocks.parameters()) for blocks in lists]
     return list(lists[sizes.index(max(sizes))]) if lists else []
 
@@ -101,7 +102,9 @@ class Prefix:
         after = max(0, len(self._blocks) - 1)
         outside = {"embeddings": 0, "norm": after, "head": after}
         depths = tuple(outside[b] if b in outside else int(b) for b in blocks)
-        self.depths = (0,) * len(depths) if class_heads(network) else depths
+        # With images beside text, positions have three axes, the first of which is no row.
+        alone = class_heads(network) or is_multimodal(network)
+        self.depths = (0,) * len(depths) if alone else depths
         self._hooked = False
         self._first = 0
         self._rows = 0

@@ -22,8 +22,11 @@ from fedforward.models.batching import Arrays, Measure
 from fedforward.models.blocks import class_heads, names_in_blocks
 from fedforward.models.displaced_tensor import DisplacedTensor, Displacement
 from fedforward.models.fingerprints import fingerprint
+from fedforward.models.folders import copy_processor
 from fedforward.models.lm_head import VocabularyTile, tile_rows
+from fedforward.models.loading import DTYPES
 from fedforward.models.pretrained import allow, loaded
+from fedforward.models.text_part import text_prefixes
 
 
 class FullModel(CausalModel):
@@ -48,11 +51,18 @@ class FullModel(CausalModel):
         """
         parameters = dict(network.named_parameters())
         base = fingerprint(sorted(parameters.items()))
-        inside: tuple[str, ...] = ("",)
+        inside = text_prefixes(network)
         if blocks is not None:
             heads = [f"{name}." for name in class_heads(network)]
             inside = (*names_in_blocks(network, blocks), *heads)
         tensors = {n: p.data for n, p in parameters.items() if n.startswith(inside)}
+        packed = [name for name, t in tensors.items() if t.dtype not in DTYPES.values()]
+        if packed:
+            raise FedForwardError(
+                f"model.tune = 'full' changes every weight, and {len(packed)} tensors of this "
+                f"model are quantised, such as {min(packed)} ({tensors[min(packed)].dtype}). Use "
+                "model.tune = 'lora', or give the model as it was before."
+            )
         super().__init__(network, tensors, distribution, plan, base)
         self.tokenizer = tokenizer
         self._reload = reload
@@ -237,3 +247,4 @@ class FullModel(CausalModel):
         self.network.save_pretrained(str(folder))
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
+        copy_processor(self.network.name_or_path, Path(folder))

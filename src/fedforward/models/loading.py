@@ -4,11 +4,10 @@ A frozen base may be held in fewer bits, and may lie on several devices; what it
 and its way back to plain weights, are here too.
 """
 
-import importlib.util
 import logging
 import socket
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,13 +15,24 @@ from urllib.request import getproxies
 
 import torch
 
+from fedforward.core import paths
 from fedforward.core.errors import FedForwardError
-from fedforward.core.paths import absolute_text, check_folder, hint, home, is_path
+from fedforward.core.paths import absolute_text, hint, home, is_path
 from fedforward.core.seeds import derive
 from fedforward.core.steps import Steps
 from fedforward.directions import Distribution, Layout, Stream
 from fedforward.directions.ops import accumulate
+from fedforward.models import gguf_files, int8
+from fedforward.models import quantization as packing
+from fedforward.models.auto_classes import (
+    check_blocks,
+    check_vocabulary,
+    load_tokenizer,
+    network_class,
+    reason_of,
+)
 from fedforward.models.blocks import class_heads
+from fedforward.models.folders import check_folder
 from fedforward.models.offload import place_the_rest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,12 +55,12 @@ def load(
     they keep its order; a head that it lacks is made from the run seed.
 
     Args:
-        path: a folder in Hugging Face format, or a hub name.
+        path: a folder in Hugging Face format, a GGUF file, or a hub name.
         dtype: of the weights, and of the arithmetic where they are held in fewer bits.
         device: where the network goes, unless `device_map` decides.
         quantization: "nf4" holds the linear layers in 4 bits through bitsandbytes. They are
             quantised on the CPU, so that every party has the same base, unless `device_map` places
-            them first.
+            them first. "stored" takes a folder that is quantised already.
         classes: their names; none makes a causal language model.
         run_seed: of a head that the folder lacks.
         device_map: "auto" spreads the layers over all CUDA devices and then host memory.
@@ -61,28 +71,9 @@ def load(
         FedForwardError: there is no such folder, it lacks a file, or the hub cannot be reached; it
             cannot be quantised or placed like that.
     """
-    from safetensors import SafetensorError
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-    )
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    folder = home(path)
-    local = is_path(path)
-    if local:
-        check_folder(
-            path,
-            "model.path",
-            "a folder with config.json, weights and tokenizer, or a hub name such as "
-            "'Qwen/Qwen3-0.6B'",
-        )
-    if local and not (folder / "config.json").is_file():
-        raise FedForwardError(
-            f"model.path = {path!r}: the folder has no config.json. It must be a model saved in "
-            "Hugging Face format."
-        )
+    name, local, gguf = _locate(path)
     if device_map == "auto" and torch.device(device).type == "cpu":
         raise FedForwardError(
             "model.device_map = 'auto' spreads a model over CUDA devices, and PyTorch finds none "
@@ -92,47 +83,60 @@ def load(
     if device_map == "auto":
         options["device_map"] = "auto"
     if quantization != "none":
-        _check_package(quantization)
+        if quantization == "nf4":
+            packing.check_package(quantization)
         options = {"device_map": {"": "cpu"}} | options
-    # PEFT writes this name into the adapter, which is then loaded from any folder.
-    name = absolute_text(path)
     # Offline the hub's client tries again for most of a minute; what it has cached needs no hub.
-    kept = local or not hub_is_reachable()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=kept)
-        stored = AutoConfig.from_pretrained(name, local_files_only=kept)
-        if quantization != _stored_quantization(path, stored, quantization):
-            options["quantization_config"] = _settings(dtype)
-        kind: Any = AutoModelForCausalLM
-        if classes:
-            kind = AutoModelForSequenceClassification
-            _name_classes(path, stored, classes)
-            options["config"] = stored
-        with _without_report(bool(classes)):
-            network, loading = kind.from_pretrained(
-                name, output_loading_info=True, local_files_only=kept, **options
+    kept = local or gguf or not hub_is_reachable()
+    where: dict[str, Any] = {"local_files_only": kept, "trust_remote_code": False}
+    if gguf:
+        where["gguf_file"] = home(path).name
+        if quantization != "none":
+            raise FedForwardError(
+                f"model.quantization = {quantization!r} does not go with model.path = {path!r}: "
+                "the weights of a GGUF file are made plain when they are read. Use "
+                "model.quantization = 'none'."
             )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        ImportError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
-        # The first line often ends before what it announces ("… one of:").
-        reason = " ".join(str(error).replace(name, path).split("\n\n")[0].split())
-        if "ignore_mismatched_sizes" in reason:
-            reason = "the weights have other shapes than its config.json says."
-        if "dispatched on the CPU or the disk" in reason:
-            reason = (
-                f"with model.quantization = {quantization!r} and model.device_map = 'auto' all of "
-                "it must fit on the CUDA devices, and it does not."
-            )
-        if not local and kept:
-            reason = f"no such folder is here, and the hub cannot be reached.{hint(path)} {reason}"
-        raise FedForwardError(f"model.path = {path!r} cannot be loaded: {reason}") from error
+    with gguf_files.folder_of(path) if gguf else nullcontext(name) as name:
+        try:
+            stored = AutoConfig.from_pretrained(name, **where)
+            if packing.quantises(path, stored, quantization):
+                options["quantization_config"] = packing.bits(DTYPES[dtype])
+            if packing.unpack(stored, DTYPES[dtype]):
+                options["config"] = stored
+            kind = network_class(stored)
+            if classes:
+                kind = AutoModelForSequenceClassification
+                _name_classes(path, stored, classes)
+                options["config"] = stored
+            with load_report_hidden(bool(classes)):
+                network, loading = kind.from_pretrained(
+                    name, output_loading_info=True, **where, **options
+                )
+        except (FedForwardError, MemoryError):
+            raise
+        except Exception as error:
+            # Each library that transformers stands on has errors of its own.
+            reason = reason_of(error).replace(str(name), path)
+            if "dispatched on the CPU or the disk" in reason:
+                reason = (
+                    f"with model.quantization = {quantization!r} and model.device_map = 'auto' "
+                    "all of it must fit on the CUDA devices, and it does not."
+                )
+            if not local and kept:
+                reason = (
+                    f"no such folder is here, and the hub cannot be reached.{hint(path)} {reason}"
+                )
+            raise FedForwardError(f"model.path = {path!r} cannot be loaded: {reason}") from error
+        tokenizer = load_tokenizer(path, name, where)
+        check_vocabulary(path, network, tokenizer)
+    if gguf:
+        network.config._name_or_path = network.name_or_path = absolute_text(path)
+        tokenizer.name_or_path = network.name_or_path
+    packed = getattr(stored, "quantization_config", None) is not None
+    if gguf or (packed and getattr(network, "hf_quantizer", None) is None):
+        # Its weights were made plain when they were read.
+        packing.make_plain(network, DTYPES[dtype])
     heads = tuple(f"{name}." for name in class_heads(network))
     missing = {name for name in loading["missing_keys"] if not name.startswith(heads)}
     if missing:
@@ -140,11 +144,12 @@ def load(
             f"model.path = {path!r}: the weights lack {len(missing)} tensors that "
             f"its config.json asks for, such as {min(missing)}. Give a complete model."
         )
+    check_blocks(path, network, loading["unexpected_keys"])
     if classes:
         _initialise_head(network, loading["missing_keys"], run_seed)
         _choose_padding(path, network, tokenizer)
     if quantization != "none":
-        _settle(path, network, quantization, dtype)
+        packing.settle(path, network, quantization, DTYPES[dtype])
     if device_map == "auto":
         check_placement(path, network.hf_device_map)
     elif offload:
@@ -155,26 +160,48 @@ def load(
     return network, tokenizer
 
 
-def load_tokenizer(path: str) -> tuple[Any, int | None]:
-    """The tokenizer of a folder or a hub name, and the positions that its model takes, or None.
+def _locate(path: str) -> tuple[str, bool, bool]:
+    """Where a model is, whether that is a path, and whether it is a GGUF file.
+
+    Raises:
+        FedForwardError: there is no whole model there.
+    """
+    local, gguf = is_path(path), gguf_files.is_gguf(path)
+    if gguf:
+        gguf_files.check_gguf(path)
+    elif local:
+        paths.check_folder(
+            path,
+            "model.path",
+            "a folder with config.json, weights and tokenizer, or a hub name such as "
+            "'Qwen/Qwen3-0.6B'",
+        )
+        check_folder(path)
+    # PEFT writes this name into the adapter, which is then loaded from any folder.
+    return absolute_text(path), local, gguf
+
+
+def tokenizer_and_positions(path: str) -> tuple[Any, int | None]:
+    """The tokenizer of a model, and the longest sequence that the model takes, or None.
 
     Raises:
         FedForwardError: they cannot be loaded.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
-    if is_path(path):
-        check_folder(path, "model.path", "a folder with config.json and tokenizer, or a hub name")
-    name = absolute_text(path)
-    kept = is_path(path) or not hub_is_reachable()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=kept)
-        stored = AutoConfig.from_pretrained(name, local_files_only=kept)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split("\n\n")[0].split())
-        raise FedForwardError(f"model.path = {path!r} cannot be loaded: {reason}") from error
-    limit = getattr(stored, "max_position_embeddings", None)
-    return tokenizer, int(limit) if limit else None
+    name, local, gguf = _locate(path)
+    kept = local or gguf or not hub_is_reachable()
+    where: dict[str, Any] = {"local_files_only": kept, "trust_remote_code": False}
+    if gguf:
+        where["gguf_file"] = home(path).name
+    with gguf_files.folder_of(path) if gguf else nullcontext(name) as folder:
+        try:
+            stored = AutoConfig.from_pretrained(folder, **where)
+        except Exception as error:
+            reason = reason_of(error).replace(folder, path)
+            raise FedForwardError(f"model.path = {path!r} cannot be loaded: {reason}") from error
+        tokenizer = load_tokenizer(path, folder, where)
+    return tokenizer, _positions(stored)
 
 
 def _name_classes(path: str, stored: Any, classes: Sequence[str]) -> None:
@@ -197,8 +224,8 @@ def _name_classes(path: str, stored: Any, classes: Sequence[str]) -> None:
 
 
 @contextmanager
-def _without_report(hidden: bool) -> Iterator[None]:
-    """Leave out transformers' table of the head's missing tensors; they are looked at here."""
+def load_report_hidden(hidden: bool = True) -> Iterator[None]:
+    """Leave out transformers' table of tensors that do not fit; they are looked at here."""
 
     def is_shown(record: logging.LogRecord) -> bool:
         return not (hidden and "LOAD REPORT" in record.getMessage())
@@ -261,70 +288,6 @@ def _choose_padding(path: str, network: Any, tokenizer: Any) -> None:
     )
 
 
-def _check_package(quantization: str) -> None:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise FedForwardError(
-            f"model.quantization = {quantization!r} needs the package bitsandbytes, which is not "
-            "installed. Install it with `pip install 'fedforward[quantization]'`, or use "
-            "model.quantization = 'none'."
-        )
-    # Its import warns of a kernel that `_settle` does without.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def _settings(dtype: str) -> Any:
-    """NF4 in blocks of 64 weights with a float32 scale each: 4.5 bits a weight."""
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]
-    )
-
-
-def _stored_quantization(path: str, stored: Any, asked: str) -> str:
-    """How the weights lie on disk: "none" or as asked.
-
-    Raises:
-        FedForwardError: they are quantised in another way.
-    """
-    found = getattr(stored, "quantization_config", None)
-    if found is None:
-        return "none"
-    settings = found if isinstance(found, dict) else found.to_dict()
-    method = str(settings.get("quant_method", "unknown"))
-    bits = method == "bitsandbytes"
-    if settings.get("load_in_4bit"):
-        bits, method = True, str(settings.get("bnb_4bit_quant_type", "fp4"))
-    if method == asked or (asked == "none" and not bits):
-        # What other packages have quantised is theirs to load.
-        return asked
-    advice = "Give the model as it was before."
-    if method == "nf4":
-        advice = "Set model.quantization = 'nf4'."
-    raise FedForwardError(
-        f"model.path = {path!r} is quantised on disk already ({method}), and model.quantization = "
-        f"{asked!r}. {advice}"
-    )
-
-
-def _settle(path: str, network: Any, quantization: str, dtype: str) -> None:
-    """Have the quantised layers compute in `dtype`, whatever the processor offers.
-
-    On processors with AVX512-BF16 bitsandbytes rounds activations to bfloat16 in a kernel of its
-    own. The two losses of a small perturbation then differ by little more than that rounding.
-    """
-    layers = [module for module in network.modules() if is_quantized(module)]
-    if not layers:
-        raise FedForwardError(
-            f"model.quantization = {quantization!r}: model.path = {path!r} has no linear layers "
-            "beside its head. Use model.quantization = 'none'."
-        )
-    for layer in layers:
-        layer.support_avx512bf16_for_cpu = False
-        layer.compute_dtype = DTYPES[dtype]
-        layer.compute_type_is_set = True
-
-
 def check_placement(path: str, places: dict[str, Any]) -> None:
     """Refuse a model that found no room on any CUDA device, or too little memory altogether."""
     kinds = {str(place) for place in places.values()}
@@ -339,11 +302,6 @@ def check_placement(path: str, places: dict[str, Any]) -> None:
             f"model.path = {path!r}: model.device_map = 'auto' finds no room on any CUDA device. "
             "Free their memory, or use run.device = 'cpu' and model.device_map = 'none'."
         )
-
-
-def is_quantized(module: Any) -> bool:
-    """Whether this module's weight is held in 4 bits."""
-    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
 
 
 def weights(network: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -366,7 +324,9 @@ def weights(network: Any) -> Iterator[tuple[str, torch.Tensor]]:
         with align_module_device(module, torch.device("cpu")):
             yield name, getattr(module, leaf)
     for name, module in sorted(network.named_modules()):
-        if is_quantized(module):
+        if isinstance(module, int8.Int8Linear):
+            yield f"{name}.weight.scale", module.scale
+        elif packing.is_quantized(module):
             for key, tensor in sorted(module.weight.quant_state.as_dict(packed=True).items()):
                 yield f"{name}.weight.{key}", tensor
 
@@ -390,31 +350,6 @@ def input_device(network: Any) -> torch.device:
     return device
 
 
-def dequantize(network: Any, added: Mapping[str, torch.Tensor]) -> Any:
-    """The same network with plain weights of the values that it computed with; this is used up.
-
-    Args:
-        network: as `load` quantised it.
-        added: float32 [outputs, inputs] to add to the weights of these modules.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    kinds = {name: m.source_cls for name, m in network.named_modules() if is_quantized(m)}
-    network = network.dequantize(network.dtype)
-    for name, delta in added.items():
-        weight = network.get_submodule(name).weight
-        weight.data = (weight.float() + delta.to(weight.device)).to(weight.dtype)
-    for name, kind in kinds.items():
-        if kind is Conv1D:
-            # GPT-2 stores its weights transposed; transformers leaves them the way they computed.
-            linear = network.get_submodule(name)
-            conv = Conv1D(linear.out_features, linear.in_features)
-            conv.weight = torch.nn.Parameter(linear.weight.T.contiguous())
-            conv.bias = linear.bias
-            network.set_submodule(name, conv)
-    return network.eval().requires_grad_(False)
-
-
 def hub_is_reachable(seconds: float = 5.0) -> bool:
     """Whether the model hub answers; taken for granted behind a proxy."""
     from huggingface_hub import constants
@@ -432,5 +367,10 @@ def hub_is_reachable(seconds: float = 5.0) -> bool:
 
 def longest_sequence(network: Any) -> int | None:
     """Positions that the model takes, or None if its configuration names no limit."""
-    limit = getattr(network.config, "max_position_embeddings", None)
-    return int(limit) if limit else None
+    return _positions(network.config)
+
+
+def _positions(config: Any) -> int | None:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # XLNet says -1 for none.
+    return int(limit) if limit and limit > 0 else None

@@ -24,11 +24,12 @@ from fedforward.core.paths import absolute_text
 from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 from fedforward.directions import TILE, Distribution, Layout
 from fedforward.directions.ops import accumulate, displace
+from fedforward.models.adapters import StoredAdapter, read_adapter
 from fedforward.models.base import CausalModel
 from fedforward.models.batching import Arrays, Measure, cut
 from fedforward.models.blocks import class_heads, transformer_blocks
 from fedforward.models.fingerprints import fingerprint
-from fedforward.models.loading import dequantize, input_device, is_quantized, weights
+from fedforward.models.loading import input_device, weights
 from fedforward.models.lora_layers import (
     ADAPTER,
     AdapterBank,
@@ -40,6 +41,7 @@ from fedforward.models.lora_layers import (
     views_of,
 )
 from fedforward.models.pretrained import allow, loaded
+from fedforward.models.quantization import dequantize, is_quantized
 
 
 class LoraModel(CausalModel):
@@ -65,6 +67,7 @@ class LoraModel(CausalModel):
         run_seed: int = 0,
         distribution: Distribution = Distribution.GAUSSIAN,
         plan: ProbePlan,
+        adapter: StoredAdapter | None = None,
     ) -> None:
         """Inject the adapters: B = 0, and A from the initialisation stream of a direction seed.
 
@@ -82,27 +85,30 @@ class LoraModel(CausalModel):
             run_seed: of the initial A.
             distribution: of the directions.
             plan: how probes are grouped.
+            adapter: whose values the adapters begin with, in place of these.
 
         Raises:
             FedForwardError: no module of the model has a name in `targets`, or there is no such
-                block.
+                block; or `adapter` does not fit.
         """
         from peft import LoraConfig, get_peft_model
 
         base = fingerprint(weights(network))
         heads = class_heads(network)
+        if adapter is not None:
+            adapter.check_settings(rank, alpha, heads)
         # These two are PEFT's to add.
         others = [name for name in heads if name not in ("classifier", "score")]
         settings = LoraConfig(
             r=rank,
             lora_alpha=alpha,
             target_modules=[],
-            lora_dropout=0.0,
             bias="none",
             # GPT-2's Conv1D stores its weight transposed.
             fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in network.modules()),
             task_type="SEQ_CLS" if heads else "CAUSAL_LM",
             modules_to_save=others or None,
+            **({"lora_dropout": 0.0} | ({} if adapter is None else adapter.kept)),
         )
         try:
             settings.target_modules = find_targets(network, targets, blocks, heads)
@@ -142,6 +148,11 @@ class LoraModel(CausalModel):
             for name, parameter in self.peft.named_parameters()
             if ".original_module." in name
         }
+        self._begin = adapter
+        if adapter is not None:
+            adapter.check_tensors({**adapters, **self._heads}, targets)
+            adapter.put_into({**adapters, **self._heads})
+            self.adapter_digest = adapter.digest
         tuned = {n: p for n, p in adapters.items() if factors == "both" or ".lora_B." in n}
         tuned |= self._heads
         layout = Layout.of({name: tuple(p.shape) for name, p in tuned.items()})
@@ -182,6 +193,7 @@ class LoraModel(CausalModel):
         quantization: str = "none",
         distribution: str = "gaussian",
         seed: int = 0,
+        adapter: str | Path | None = None,
     ) -> "LoraModel":
         """A model with new adapters, from a folder in Hugging Face format or a hub name.
 
@@ -193,9 +205,11 @@ class LoraModel(CausalModel):
             factors: "both" tunes A and B, "B" freezes A.
             dtype: of the frozen base: "float32", "bfloat16" or "float16".
             device: "auto", "cpu", "cuda" or "cuda:N".
-            quantization: "nf4" holds the base's linear layers in 4 bits.
+            quantization: "nf4" holds the base's linear layers in 4 bits; "stored" takes a folder
+                that is quantised already.
             distribution: of the directions, "gaussian" or "rademacher".
             seed: of the initial A, and of the run that is made with the model.
+            adapter: a folder in PEFT format to go on from; rank, alpha and targets must be its own.
 
         Raises:
             FedForwardError: there is no such model, or it does not fit.
@@ -212,7 +226,7 @@ class LoraModel(CausalModel):
             )
         allow("distribution", distribution, tuple(Distribution))
         allow("factors", factors, ("both", "B"))
-        allow("quantization", quantization, ("none", "nf4"))
+        allow("quantization", quantization, ("none", "nf4", "stored"))
         network, tokenizer, plan, device = loaded(
             path, dtype, device, seed, quantization=quantization
         )
@@ -225,6 +239,7 @@ class LoraModel(CausalModel):
             run_seed=seed,
             distribution=Distribution(distribution),
             plan=plan,
+            adapter=None if adapter is None else read_adapter(str(adapter)),
         )
         model.tokenizer = tokenizer
         model.settings = {
@@ -232,6 +247,7 @@ class LoraModel(CausalModel):
                 "path": absolute_text(str(path)),
                 "dtype": dtype,
                 "quantization": quantization,
+                "adapter": None if adapter is None else absolute_text(str(adapter)),
             },
             "lora": {
                 "rank": rank,
@@ -297,6 +313,9 @@ class LoraModel(CausalModel):
         """The adapters are not offloaded, so they are where they were."""
 
     def _start_again(self) -> None:
+        if self._begin is not None:
+            self._begin.put_into({**self._adapters, **self._heads})
+            return
         initialise(self._adapters, self._run_seed)
         for name, parameter in self._heads.items():
             parameter.data.copy_(self._base_heads[name])
@@ -409,7 +428,8 @@ class LoraModel(CausalModel):
 
     def save(self, folder: Path) -> None:
         """Write the adapter in PEFT format."""
-        self.peft.save_pretrained(str(folder))
+        # No embeddings are tuned; PEFT would look for those of the base, on the hub as well.
+        self.peft.save_pretrained(str(folder), save_embedding_layers=False)
 
     def saved_tensors(self) -> dict[str, torch.Tensor]:
         """Both factors of every adapter, the frozen A included, and a classifier's head."""

@@ -18,7 +18,8 @@ from fedforward.core.errors import FedForwardError
 from fedforward.core.seeds import derive
 from fedforward.directions import TILE, Layout
 from fedforward.models.blocks import names_in_blocks
-from fedforward.models.loading import draw_normal
+from fedforward.models.loading import draw_normal, input_device
+from fedforward.models.text_part import is_multimodal, modules_of_text, text_prefixes
 
 #: PEFT's name of the adapter that is tuned.
 ADAPTER = "default"
@@ -248,20 +249,26 @@ def find_targets(
 
     Nothing in a sequence classifier's heads is adapted.
     """
-    if blocks is None and not heads:
+    multimodal = is_multimodal(network)
+    if blocks is None and not heads and not multimodal:
         return targets if isinstance(targets, str) else list(targets)
-    inside = ("",) if blocks is None else tuple(names_in_blocks(network, blocks))
+    inside = text_prefixes(network) if blocks is None else tuple(names_in_blocks(network, blocks))
     outside = tuple(f"{name}." for name in heads)
+    called = modules_of_text(network, input_device(network)) if multimodal else None
+    head = network.get_output_embeddings() if multimodal else None
 
     def is_target(name: str) -> bool:
         if isinstance(targets, str):
-            return targets == "all-linear" or re.fullmatch(targets, name) is not None
+            if targets == "all-linear":
+                return head is None or network.get_submodule(name) is not head
+            return re.fullmatch(targets, name) is not None
         return any(name == target or name.endswith(f".{target}") for target in targets)
 
     return [
         name
         for name, module in network.named_modules()
         if name.startswith(inside)
+        and (called is None or name in called)
         and not f"{name}.".startswith(outside)
         and is_linear(module)
         and is_target(name)

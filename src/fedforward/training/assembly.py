@@ -57,6 +57,7 @@ def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
         "classes": list(model.classes) or None,
         "layout": model.layout.fingerprint,
         "base": model.base,
+        "adapter": model.adapter or None,
         "lora": lora,
     }
 
@@ -67,6 +68,7 @@ def check_header(ledger: Ledger, header: dict[str, Any]) -> None:
         if ledger.header.get(key) != value:
             what = {
                 "base": "the base model has other weights than that of the run",
+                "adapter": "the adapter that it began with (model.adapter) is another",
                 "data": "the data are not those of the run, or have changed",
                 "classes": "the data have other classes than when the run started",
                 "lora": "the adapters are set up in another way",

@@ -21,6 +21,7 @@ from fedforward.data.sampler import Batches, Collate, collate, collate_prompts, 
 from fedforward.directions import Distribution
 from fedforward.evaluation.objectives import Context, build_objective, needs_answers, texts
 from fedforward.methods.base import Method
+from fedforward.models.adapters import read_adapter
 from fedforward.models.base import CausalModel
 from fedforward.models.fingerprints import tokenizer_fingerprint
 from fedforward.models.full import FullModel
@@ -167,6 +168,7 @@ def _tuned_model(
             reload=lambda: _load(config, device, classes)[0],
         )
         return full, tokenizer
+    begin = config.model.adapter
     model = LoraModel(
         network,
         rank=config.lora.rank,
@@ -177,6 +179,7 @@ def _tuned_model(
         run_seed=config.run.seed,
         distribution=distribution,
         plan=plan,
+        adapter=None if begin is None else read_adapter(begin),
     )
     return model, tokenizer
 
@@ -189,6 +192,7 @@ def identity(model: CausalModel, tokenizer: Any = None) -> ModelIdentity:
         classes=tuple(model.classes),
         state_bytes=model.state_bytes,
         tokenizer="" if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        adapter=model.adapter_digest,
     )
 
 

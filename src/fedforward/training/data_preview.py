@@ -15,7 +15,7 @@ from fedforward.core.logs import PHASES
 from fedforward.data.corpus import Corpus
 from fedforward.data.examples import Example, lengths
 from fedforward.data.tokenise import Tally
-from fedforward.models.loading import load_tokenizer
+from fedforward.models.loading import tokenizer_and_positions
 from fedforward.training import build
 
 #: Bars of the histogram of lengths.
@@ -150,7 +150,7 @@ def preview_data(config: Config, examples: int = 3) -> DataPreview:
     """
     reader = build.corpus_reader(config)
     PHASES.info("loading the tokenizer")
-    tokenizer, positions = load_tokenizer(config.model.path)
+    tokenizer, positions = tokenizer_and_positions(config.model.path)
     PHASES.info("reading the data")
     classes = build.read_classes(config, reader)
     corpus = build.read_corpus(config, reader, tokenizer, positions, classes)

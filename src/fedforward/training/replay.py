@@ -8,9 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from fedforward.config.schema import Config
 from fedforward.config.site import AT_SITES
 from fedforward.core.errors import FedForwardError
@@ -29,10 +26,13 @@ from fedforward.messages.report import DIGEST_BYTES
 from fedforward.messages.snapshot import Snapshot
 from fedforward.methods.base import method_class
 from fedforward.models.base import CausalModel
+from fedforward.models.folders import copy_processor
+from fedforward.models.gguf_files import is_gguf
 from fedforward.models.lora import LoraModel
 from fedforward.training import build as experiment
 from fedforward.training.assembly import build_method, check_header, ledger_header
 from fedforward.training.run_directory import RunDirectory
+from fedforward.training.saved import compare
 
 #: Called with the rounds that are rebuilt and all there are.
 RoundCallback = Callable[[int, int], None]
@@ -82,7 +82,10 @@ class Rebuilt:
 
 
 def rebuild(
-    directory: RunDirectory, base: str | None = None, on_round: RoundCallback = _ignore
+    directory: RunDirectory,
+    base: str | None = None,
+    on_round: RoundCallback = _ignore,
+    adapter: str | None = None,
 ) -> Rebuilt:
     """Base model plus ledger; checks on the way the digests that clients proved.
 
@@ -90,15 +93,26 @@ def rebuild(
         base: folder or hub name of the base model; needed where it is no longer where it was when
             the run was started, or where the run directory is that of a server, which has none.
         on_round: called after each round.
+        adapter: folder of the adapter that the run went on from; needed where it is no longer
+            where it was, or where the run directory is that of a server.
 
     Raises:
-        FedForwardError: no base model, or another one than the ledger's.
+        FedForwardError: no base model or adapter, or another one than the ledger's.
     """
     config = _with_base(directory, directory.config(), base)
     # A server has no plan.
     planned = base is None or (directory.path / "plan.json").is_file()
     plan = directory.load()[1] if planned else experiment.resolve_plan(config)
     ledger = Ledger(directory.ledger)
+    if adapter is not None:
+        config = config.model_copy(
+            update={"model": config.model.model_copy(update={"adapter": adapter})}
+        )
+    elif ledger.header.get("adapter") and config.model.adapter is None:
+        raise FedForwardError(
+            f"{directory.path} is of a server, whose sites went on from an adapter. Give --adapter "
+            "FOLDER, the one that they have as model.adapter."
+        )
     # The data need not be there any more.
     classes = ledger.header.get("classes") or ()
     model, tokenizer = experiment.build_model(config, plan, classes)
@@ -138,7 +152,7 @@ def _with_base(directory: RunDirectory, config: Config, base: str | None) -> Con
                 f"{directory.path} is of a server, which has no model. Give --model FOLDER, the "
                 "base model that its sites have."
             )
-        if is_path(config.model.path):
+        if is_path(config.model.path) and not is_gguf(config.model.path):
             where = "the base model's place with --model FOLDER"
             check_folder(config.model.path, "model.path", where)
         return config
@@ -146,14 +160,17 @@ def _with_base(directory: RunDirectory, config: Config, base: str | None) -> Con
         as_path(base)
     except ValueError as error:
         raise FedForwardError(f"--model {error}.") from error
-    if is_path(base):
+    if is_path(base) and not is_gguf(base):
         check_folder(base, "--model", "the folder of the base model, or its hub name")
     section = config.model.model_copy(update={"path": absolute_text(base)})
     return config.model_copy(update={"model": section})
 
 
 def verify(
-    path: Path | str, base: str | None = None, on_round: RoundCallback = _ignore
+    path: Path | str,
+    base: str | None = None,
+    on_round: RoundCallback = _ignore,
+    adapter: str | None = None,
 ) -> Verification:
     """Rebuild the tuned state and compare it, bit for bit, with all that the run left.
 
@@ -164,13 +181,14 @@ def verify(
     Args:
         base: see `rebuild`.
         on_round: see `rebuild`.
+        adapter: see `rebuild`.
 
     Raises:
         FedForwardError: this is not a run, or its ledger or base model cannot be used.
     """
     directory = RunDirectory(Path(path))
     config = directory.config()
-    rebuilt = rebuild(directory, base, on_round)
+    rebuilt = rebuild(directory, base, on_round, adapter)
     differences = list(rebuilt.differences)
     digest = rebuilt.model.digest().hex()
     current = False
@@ -198,9 +216,7 @@ def verify(
     folder = directory.tuned(config)
     saved = current and folder.is_dir()
     if saved:
-        differences += _compare(rebuilt.model, folder)
-        if isinstance(rebuilt.model, LoraModel):
-            differences += _compare_settings(config, folder / "adapter_config.json")
+        differences += compare(rebuilt.model, folder)
     elif current and config.model.path != AT_SITES:
         differences.append(f"{folder.name}/ is missing (--resume writes it again)")
     rebuilt.ledger.close()
@@ -215,48 +231,6 @@ def verify(
     )
 
 
-def _compare(model: CausalModel, folder: Path) -> list[str]:
-    """A sentence for each tuned tensor whose saved bits differ."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    stored: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            stored |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            return [f"{folder.name}/{file.name} cannot be read: {error}"]
-    expected = model.saved_tensors()
-    differences = []
-    if isinstance(model, LoraModel):
-        extra = sorted(stored.keys() - expected.keys())
-        differences += [f"{folder.name}/: the tensor {name} is not the run's" for name in extra]
-    for name, tensor in expected.items():
-        other = stored.get(name)
-        if other is None or other.dtype != tensor.dtype or other.shape != tensor.shape:
-            differences.append(f"{folder.name}/: the tensor {name} is missing or of another kind")
-            continue
-        mine, theirs = (t.detach().cpu().contiguous().view(torch.uint8) for t in (tensor, other))
-        if not torch.equal(mine, theirs):
-            changed = int(np.count_nonzero((tensor.detach().cpu() != other).numpy()))
-            differences.append(f"{folder.name}/: {changed} values of {name} differ")
-    return differences
-
-
-def _compare_settings(config: Config, file: Path) -> list[str]:
-    """A sentence for each setting of the saved adapter that is not the run's."""
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return [f"{file.parent.name}/{file.name} cannot be read"]
-    wanted = {"r": config.lora.rank, "lora_alpha": config.lora.alpha, "lora_dropout": 0.0}
-    return [
-        f"{file.parent.name}/{file.name} has {key} {stored.get(key)}, the run {value}"
-        for key, value in wanted.items()
-        if stored.get(key) != value
-    ]
-
-
 def export(
     path: str | Path,
     out: str | Path,
@@ -264,6 +238,7 @@ def export(
     merge: bool = False,
     base: str | None = None,
     on_round: RoundCallback = _ignore,
+    adapter: str | None = None,
 ) -> Path:
     """Write the adapter, or with `merge` (or full tuning) a whole model, rebuilt from the ledger.
 
@@ -273,6 +248,7 @@ def export(
     Args:
         base: see `rebuild`.
         on_round: see `rebuild`.
+        adapter: see `rebuild`.
 
     Raises:
         FedForwardError: `out` is in use, or the run cannot be rebuilt.
@@ -281,7 +257,7 @@ def export(
     check_new_folder(out, "--out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FedForwardError(f"--out {out} exists and is not an empty folder. Choose another.")
-    rebuilt = rebuild(RunDirectory(path), base, on_round)
+    rebuilt = rebuild(RunDirectory(path), base, on_round, adapter)
     rebuilt.ledger.close()
     if rebuilt.differences:
         raise FedForwardError(
@@ -292,6 +268,7 @@ def export(
         merged = rebuilt.model.merge()
         merged.save_pretrained(str(out))
         rebuilt.tokenizer.save_pretrained(str(out))  # type: ignore[attr-defined]
+        copy_processor(merged.name_or_path, out)
     else:
         rebuilt.model.save(out)
     return out
