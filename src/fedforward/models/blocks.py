@@ -17,8 +17,13 @@ from fedforward.core.steps import Probe
 
 
 def transformer_blocks(network: nn.Module) -> Sequence[nn.Module]:
-    """The list of equal blocks that holds most of the network's parameters; may be empty."""
-    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
+    """The list of equal blocks that holds most of the network's parameters; may be empty.
+
+    Of a network with a tower for images, it is the list of its part for text.
+    """
+    text = getattr(network, "get_decoder", lambda: None)()
+    lists = [module for module in (text or network).modules() if isinstance(module, nn.ModuleList)]
+    lists = lists or [module for module in network.modules() if isinstance(module, nn.ModuleList)]
     sizes = [sum(p.numel() for p in blocks.parameters()) for blocks in lists]
     return list(lists[sizes.index(max(sizes))]) if lists else []
 

@@ -96,8 +96,10 @@ def load(
     # Offline the hub's client tries again for most of a minute; what it has cached needs no hub.
     kept = local or not hub_is_reachable()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=kept)
         stored = AutoConfig.from_pretrained(name, local_files_only=kept)
+        if not classes:
+            _check_kind(path, stored)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=kept)
         if quantization != _stored_quantization(path, stored, quantization):
             options["quantization_config"] = _settings(dtype)
         kind: Any = AutoModelForCausalLM
@@ -120,6 +122,8 @@ def load(
     ) as error:
         # The first line often ends before what it announces ("… one of:").
         reason = " ".join(str(error).split("\n\n")[0].split())
+        if "Unrecognized configuration class" in reason:
+            reason = "transformers has no language model of the wanted kind for its model_type."
         if "ignore_mismatched_sizes" in reason:
             reason = "the weights have other shapes than its config.json says."
         if "dispatched on the CPU or the disk" in reason:
@@ -150,6 +154,19 @@ def load(
         network.to(device)
     network.eval().requires_grad_(False)
     return network, tokenizer
+
+
+def _check_kind(path: str, stored: Any) -> None:
+    """Refuse an encoder-decoder, of which transformers would load the decoder alone.
+
+    Raises:
+        FedForwardError: it is one.
+    """
+    if getattr(stored, "is_encoder_decoder", False):
+        raise FedForwardError(
+            f"model.path = {path!r} is an encoder-decoder ({stored.model_type}), and fedforward "
+            "tunes causal language models, which have no encoder. Give one of these."
+        )
 
 
 def _name_classes(path: str, stored: Any, classes: Sequence[str]) -> None:
@@ -408,4 +425,5 @@ def hub_is_reachable(seconds: float = 5.0) -> bool:
 def longest_sequence(network: Any) -> int | None:
     """Positions that the model takes, or None if its configuration names no limit."""
     limit = getattr(network.config, "max_position_embeddings", None)
-    return int(limit) if limit else None
+    # XLNet says -1 for none.
+    return int(limit) if limit and limit > 0 else None
