@@ -32,13 +32,13 @@ from fedforward.models.loading import dequantize, input_device, is_quantized, we
 from fedforward.models.lora_layers import (
     ADAPTER,
     AdapterBank,
-    find_targets,
     initialise,
     replace_forward,
     replace_head,
     views_of,
 )
 from fedforward.models.pretrained import allow, loaded
+from fedforward.models.targets import find_targets
 from fedforward.models.trial import examine, is_linear, shared_weights
 
 

@@ -115,9 +115,7 @@ def sentences(what: str, advice: str = "") -> Iterator[None]:
 
 
 #: What may be wrong with a network that does not run.
-ADVICE = (
-    "Look whether it takes texts alone, with this version of transformers and its config.json."
-)
+ADVICE = "Look whether it takes texts alone, with this version of transformers and its config.json."
 
 
 @torch.inference_mode()
@@ -344,5 +342,5 @@ def _is_routed(owner: str, modules: dict[str, nn.Module], called: Collection[int
 
 def patterns(names: Collection[str], most: int = 4) -> str:
     """Names with numbers replaced by *, each once, and only the first of them."""
-    found = sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names})
+    found = sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names})
     return ", ".join(found[:most]) + (f" and {len(found) - most} more" if found[most:] else "")

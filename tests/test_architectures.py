@@ -1,0 +1,74 @@
+"""Architectures of transformers at tiny sizes: they run as they must, or say why not."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs/reference/architectures.md"
+
+
+def load() -> Any:
+    """The script, imported as it is started from its folder."""
+    folder = str(ROOT / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module("architectures")
+    finally:
+        sys.path.remove(folder)
+
+
+@pytest.mark.usefixtures("libraries_are_no_garbage")
+@pytest.mark.parametrize(
+    ("family", "lora", "full"),
+    [
+        ("llama", "works", "works"),
+        ("mixtral", "works", "works, one probe a pass"),
+        ("mamba", "works", "works"),
+        ("bert", "refused: not causal", "refused: not causal"),
+    ],
+)
+def test_an_architecture(family: str, lora: str, full: str) -> None:
+    """First loss of transformers, last of PEFT, of the merged and of the saved model."""
+    script = load()
+    rows = script.outcomes(family)
+    assert [script.kind_of(row) for row in rows] == [lora, full], rows
+
+
+def test_a_difference_and_a_crash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load()
+    right = script.reference_loss
+    monkeypatch.setattr(script, "reference_loss", lambda *given: right(*given) * 1.001)
+    rows = script.outcomes("llama")
+    assert {row["outcome"] for row in rows} == {"differs"}
+    assert "the first loss is" in rows[0]["says"]
+    monkeypatch.setattr(script, "reference_loss", lambda *_: 1 / 0)
+    rows = script.outcomes("llama")
+    assert {row["outcome"] for row in rows} == {"crash"}
+    assert "ZeroDivisionError" in rows[0]["traceback"]
+
+
+def test_the_page_is_made_of_the_outcomes_beside_it() -> None:
+    script = load()
+    rows = json.loads(PAGE.with_suffix(".json").read_text(encoding="utf-8"))
+    assert script.page(rows) == PAGE.read_text(encoding="utf-8")
+    assert not [row for row in rows if row["outcome"] in ("crash", "differs")]
+    assert {row["architecture"] for row in rows} == set(script.architectures())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_every_architecture_is_what_the_page_says() -> None:
+    script = load()
+    rows: list[dict[str, Any]] = []
+    script.in_processes(script.architectures(), rows.append)
+    bad = [row for row in rows if row["outcome"] in ("crash", "differs")]
+    assert not bad
+    recorded = json.loads(PAGE.with_suffix(".json").read_text(encoding="utf-8"))
+    expected = {(row["architecture"], row["tune"]): script.kind_of(row) for row in recorded}
+    found = {(row["architecture"], row["tune"]): script.kind_of(row) for row in rows}
+    assert found == expected
