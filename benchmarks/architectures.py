@@ -26,8 +26,9 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -533,6 +534,7 @@ REFUSALS = {
     "is an encoder-decoder": "encoder-decoder",
     "does not reach": "unreached tensors",
     "does not fit this model": "nothing to adapt",
+    "cannot continue a text": "no generation",
 }
 
 
@@ -553,24 +555,28 @@ def counts(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
     }
 
 
-def page(rows: Sequence[dict[str, Any]]) -> str:
-    """The page of the documentation."""
-    import transformers
+def page(rows: Sequence[dict[str, Any]], versions: Mapping[str, str]) -> str:
+    """The page of the documentation.
 
+    Args:
+        versions: of the packages that the outcomes depend on.
+    """
     by_name: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         by_name.setdefault(row["architecture"], {})[row["tune"]] = row
     numbers = counts(rows)
+    agreed = {t: sum(r["tune"] == t and r.get("verifies", False) for r in rows) for t in KINDS}
     cells = list(dict.fromkeys([*numbers["lora"], *numbers["full"]]))
     lines = [
         "# Architectures",
         "",
         "<!-- Written by benchmarks/architectures.py --write; do not edit. -->",
         "",
-        f"transformers {transformers.__version__} has a causal language model for {len(by_name)} "
+        f"transformers {versions['transformers']} has a causal language model for {len(by_name)} "
         "model types, and this page has all.",
         "A tiny network with random weights is made of each, and tuned for two rounds",
         "with the default settings of LoRA and of full tuning.",
+        f"PEFT is {versions['peft']}, and PyTorch {versions['torch']} on the CPU.",
         "",
         '"works" means that these figures agree to five digits:',
         "",
@@ -586,10 +592,11 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         "| outcome | LoRA | full tuning |",
         "|---|--:|--:|",
         *(f"| {c} | {numbers['lora'].get(c, 0)} | {numbers['full'].get(c, 0)} |" for c in cells),
+        f"| of those that work, `verify` agrees | {agreed['lora']} | {agreed['full']} |",
         "",
         "## Refusals",
         "",
-        "Each kind is one sentence and exit code 2, before anything is written:",
+        "Each kind is one sentence and exit code 2:",
         "",
     ]
     for words, kind in REFUSALS.items():
@@ -630,8 +637,17 @@ def write(rows: Sequence[dict[str, Any]], where: Path = PAGE) -> None:
         {name: value for name, value in row.items() if name not in ("seconds", "traceback")}
         for row in rows
     ]
-    where.write_text(page(rows), encoding="utf-8")
-    where.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    where.parent.mkdir(exist_ok=True)
+    versions = installed()
+    where.write_text(page(rows, versions), encoding="utf-8")
+    content = {"versions": versions, "rows": kept}
+    where.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def installed() -> dict[str, str]:
+    """Versions of the packages that the outcomes depend on."""
+    names = ("transformers", "peft", "torch")
+    return {name: metadata.version(name).partition("+")[0] for name in names}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
