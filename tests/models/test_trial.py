@@ -147,7 +147,9 @@ def test_a_state_space_model_is_adapted_by_default() -> None:
         "x_proj",
     }
     assert "out_proj (not adapted or not loaded by PEFT" in model.left_out
-    with pytest.raises(FedForwardError, match=r"lora\.targets takes in .*out_proj, which PEFT"):
+    with pytest.raises(
+        FedForwardError, match=r"lora\.targets = \[\'out_proj\'\] takes in .*out_proj, which PEFT"
+    ):
         lora(small("mamba", state_size=4), targets=["out_proj"])
 
 

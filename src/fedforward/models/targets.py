@@ -53,7 +53,7 @@ def find_targets(
         named = [name for name, module in modules.items() if is_leaf_of_weights(module)]
         adapted = taken_by_peft(network, [name for name in named if is_linear(modules[name])])
         for name in named:
-            _check_target(name, modules[name], trial, name in adapted)
+            _check_target(targets, name, modules[name], trial, name in adapted)
         return _shortened(network, named), ""
     reasons = {name: trial.linear[name] for name, m in modules.items() if is_linear(m)}
     good = [name for name, reason in reasons.items() if not reason]
@@ -133,22 +133,26 @@ def taken_by_peft(network: Any, names: Sequence[str]) -> set[str]:
     return {name for name in taken if not any(f".{name}.lora_" in key for key in lost)}
 
 
-def _check_target(name: str, module: nn.Module, trial: Trial, taken: bool) -> None:
+def _check_target(
+    targets: str | Sequence[str], name: str, module: nn.Module, trial: Trial, taken: bool
+) -> None:
     """Refuse what a user has named and no adapter can stand beside."""
+    taken_in = f"lora.targets = {targets!r} takes in {name}, "
+    kind = type(module).__name__
     if not is_linear(module):
         raise FedForwardError(
-            f"lora.targets takes in {name}, a {type(module).__name__}, and only linear modules "
-            "can be probed. Name the modules to adapt, as in ['q_proj', 'v_proj']."
+            f"{taken_in}a {kind}, and only linear modules can be probed. Name the modules to adapt, "
+            "as in ['q_proj', 'v_proj']."
         )
     reason = trial.linear[name]
     if reason in (NO_TENSOR, NOT_CALLED):
         raise FedForwardError(
-            f"lora.targets takes in {name}, a {type(module).__name__} that is {reason} in this "
-            "model, so that an adapter would not be seen. Leave it out, or use 'all-linear'."
+            f"{taken_in}a {kind} that is {reason} in this model, so that an adapter would not be "
+            "seen. Leave it out, or use 'all-linear'."
         )
     if not taken:
         raise FedForwardError(
-            f"lora.targets takes in {name}, which PEFT does not adapt or load again in this kind "
-            "of model: its name stands for another, or a kernel reads its weight past it. Leave it "
-            "out, or use 'all-linear'."
+            f"{taken_in}which PEFT does not adapt or load again in this kind of model: its name "
+            "stands for another, or a kernel reads its weight past it. Leave it out, or use "
+            "'all-linear'."
         )

@@ -101,7 +101,8 @@ class Run:
         )
         self.collate = build.collate_of(config, self.tokenizer, self.model.classes)
         if not self.directory.started:
-            PHASES.info("fitting probes to the model and the memory budget")
+            budget = " and the memory budget" if config.run.memory_budget else ""
+            PHASES.info("fitting probes to the model%s", budget)
             self.plan = build.fit_plan(config, self.model, self.corpus, self.method, self.collate)
             self.model.plan = self.plan
         PHASES.info(self._describe_plan())
