@@ -621,7 +621,12 @@ def page(rows: Sequence[dict[str, Any]], versions: Mapping[str, str]) -> str:
         if row.get("left_out"):
             left[row["left_out"]].append(row["architecture"])
     lines += ["", "## What is left out", ""]
-    lines += ["The run says it, and `plan.json` has it as `left_out`.", ""]
+    lines += [
+        "The run says it, and `plan.json` has it as `left_out`.",
+        "Fused experts are one tensor of three dimensions, with rows of tokens sorted by expert.",
+        'An adapter of a probe\'s own cannot stand beside them; `model.tune = "full"` tunes them.',
+        "",
+    ]
     lines += ["| architecture | left out |", "|---|---|"]
     lines += [f"| {', '.join(names)} | {_cell(words)} |" for words, names in left.items()]
     return "\n".join(lines) + "\n"

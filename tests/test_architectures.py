@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("pydantic", reason="the configuration needs pydantic")
+
+from fedforward.training.run import Run
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/reference/architectures.md"
 
@@ -50,6 +54,27 @@ def test_a_difference_and_a_crash_are_told_apart(monkeypatch: pytest.MonkeyPatch
     rows = script.outcomes("llama")
     assert {row["outcome"] for row in rows} == {"crash"}
     assert "ZeroDivisionError" in rows[0]["traceback"]
+
+
+@pytest.mark.usefixtures("libraries_are_no_garbage")
+def test_one_probe_a_pass_is_in_the_plan_and_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = load()
+    script.folder_of("mixtral", tmp_path / "mixtral")
+    script.rows_into(tmp_path / "rows.jsonl")
+    config = script.configuration(tmp_path / "mixtral", tmp_path / "rows.jsonl", "full")
+    with caplog.at_level("WARNING", logger="fedforward"):
+        first = Run(config, tmp_path / "run")
+    assert "One probe a forward pass: the network does not keep the rows" in caplog.text
+    first.fit()
+    plan = json.loads((tmp_path / "run/plan.json").read_text(encoding="utf-8"))
+    assert plan["probes_per_call"] == 1
+    assert plan["alone"] == first.plan.alone != ""
+    again = Run(config, tmp_path / "run", resume=True)
+    assert again.plan == first.plan
+    again.fit()
+    assert again.model.digest() == first.model.digest()
 
 
 def recorded() -> dict[str, Any]:

@@ -141,8 +141,8 @@ def _check_target(
     kind = type(module).__name__
     if not is_linear(module):
         raise FedForwardError(
-            f"{taken_in}a {kind}, and only linear modules can be probed. Name the modules to adapt, "
-            "as in ['q_proj', 'v_proj']."
+            f"{taken_in}a {kind}, and only linear modules can be probed. Name the modules to "
+            "adapt, as in ['q_proj', 'v_proj']."
         )
     reason = trial.linear[name]
     if reason in (NO_TENSOR, NOT_CALLED):
