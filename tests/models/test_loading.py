@@ -529,3 +529,35 @@ def test_every_device_has_the_same_four_bits(folder: Path) -> None:
     models = [lora(network) for network in (here, there)]
     losses = [model.evaluate([Probe(batch(), TRAJECTORY)])[0].mean for model in models]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    """By its own sentence, before anything else of the folder is looked at."""
+    from transformers import BartConfig, T5Config
+
+    for config in (T5Config(), BartConfig()):
+        config.save_pretrained(str(tmp_path))
+        with pytest.raises(FedForwardError, match=r"is an encoder-decoder \((t5|bart)\)"):
+            loading.load(str(tmp_path), "float32", "cpu")
+
+
+def test_a_model_type_without_a_causal_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    from transformers import ViTConfig
+
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    ViTConfig().save_pretrained(str(tmp_path))
+    with pytest.raises(FedForwardError, match="no language model of the wanted kind"):
+        loading.load(str(tmp_path), "float32", "cpu")
+
+
+def test_no_limit_of_positions_may_be_a_number() -> None:
+    """XLNet's configuration says -1."""
+    limits = [64, -1, 0, None]
+    found = [
+        loading.longest_sequence(
+            SimpleNamespace(config=SimpleNamespace(max_position_embeddings=limit))
+        )
+        for limit in limits
+    ]
+    assert found == [64, None, None, None]

@@ -98,7 +98,7 @@ def test_what_blocks_share_stays(tune: str) -> None:
         second.mlp.down_proj.weight = first.mlp.down_proj.weight
         first.beside = network.lm_head
         model = (
-            lora(network, plan=plan(2))
+            lora(network, plan=plan(2), targets=["q_proj", "down_proj"])
             if tune == "lora"
             else FullModel(network, plan=plan(2), reload=lambda: None)
         )

@@ -120,7 +120,8 @@ class LoraSection(Section):
     rank: Count = Field(8, description="r")
     alpha: Positive = Field(16.0, description="the product BA is scaled by alpha / rank")
     targets: str | list[str] = Field(
-        "all-linear", description='"all-linear", or names such as ["q_proj", "v_proj"]'
+        "all-linear",
+        description='"all-linear" (what can be probed), or names such as ["q_proj", "v_proj"]',
     )
     factors: Literal["both", "B"] = Field("both", description='"B" keeps the initial A')
 

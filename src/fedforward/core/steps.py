@@ -197,6 +197,9 @@ class ProbePlan:
         tokens_per_call: tokens of a forward pass that fewer probes share, or with adapters fewer
             rows, rather than exceed it; 0 is any number.
         placement: where the parts of a network lie that is spread over devices; empty for one.
+        alone: why probes of this model cannot share a forward pass; empty if they can.
+        shares_prefix: whether probes of a batch share what lies below the first block they move.
+        left_out: what of the model is not tuned, and why; empty if nothing.
     """
 
     probes_per_call: int
@@ -206,3 +209,6 @@ class ProbePlan:
     device: str = "cpu"
     tokens_per_call: int = 0
     placement: str = ""
+    alone: str = ""
+    shares_prefix: bool = True
+    left_out: str = ""

@@ -103,9 +103,8 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
         config, reader, tokenizer, longest_sequence(model.network), model.classes
     )
     collate = experiment.collate_of(config, tokenizer, model.classes)
-    if config.run.memory_budget:
-        model.plan = experiment.fit_plan(config, model, corpus, build_method(config), collate)
     method = build_method(config)
+    model.plan = experiment.fit_plan(config, model, corpus, method, collate)
     if not method.capabilities.forward_only:
         raise FedForwardError(f"method.name = {config.method.name!r} would send tensors.")
     return Tuning(

@@ -30,6 +30,7 @@ from fedforward.models.fingerprints import fingerprint
 from fedforward.models.lm_head import Head, VocabularyTile, losses_of
 from fedforward.models.loading import input_device
 from fedforward.models.offload import Offload
+from fedforward.models.trial import sentences
 
 
 class CausalModel(ABC):
@@ -49,6 +50,7 @@ class CausalModel(ABC):
         adapter_digest: of the adapter that the tuned tensors begin with; "" if they are new.
         changed_share: of the tuned weights, how many the last update changed; None in float32,
             where it says nothing.
+        left_out: what of the network is not tuned though all is asked for, in words; may be empty.
         tokenizer: that came with the model; None unless it was loaded by `from_pretrained`.
         settings: what a configuration says of the model, by section; likewise.
     """
@@ -56,6 +58,7 @@ class CausalModel(ABC):
     tokenizer: Any = None
     settings: Mapping[str, Mapping[str, Any]] = {}
     adapter_digest = ""
+    left_out = ""
     _applied = 0
 
     def __init__(
@@ -199,7 +202,8 @@ class CausalModel(ABC):
         self._check_tokens(tokens)
         labels = labels[index]
         spread: torch.Tensor | None = index.to(self.device)
-        first = self.prefix.first(probes) if len(batches) < len(probes) else 0
+        shares = len(batches) < len(probes) and self.plan.shares_prefix
+        first = self.prefix.first(probes) if shares else 0
         if not first:
             tokens, spread = tokens[index], None
         with self.prefix.spread(len(tokens), spread, first):
@@ -311,7 +315,8 @@ class CausalModel(ABC):
             prompts: PromptBatch = probe.batch
             rows, length = prompts.tokens.shape
             self._check_tokens(torch.from_numpy(prompts.tokens))
-            with self._displaced([probe], (rows, length)):
+            failing = sentences("This network cannot continue a text", "Give another model.")
+            with failing, self._displaced([probe], (rows, length)):
                 whole = self.network.generate(
                     input_ids=torch.from_numpy(prompts.tokens).to(self.device),
                     attention_mask=torch.from_numpy(prompts.mask).to(self.device),

@@ -20,6 +20,7 @@ from fedforward.models.text_part import is_multimodal, text_part
 def transformer_blocks(network: nn.Module) -> Sequence[nn.Module]:
     """The list of equal blocks that holds most of the text part's parameters; may be empty."""
     lists = [module for module in text_part(network).modules() if isinstance(module, nn.ModuleList)]
+    lists = lists or [module for module in network.modules() if isinstance(module, nn.ModuleList)]
     sizes = [sum(p.numel() for p in blocks.parameters()) for blocks in lists]
     return list(lists[sizes.index(max(sizes))]) if lists else []
 

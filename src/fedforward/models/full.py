@@ -23,10 +23,12 @@ from fedforward.models.blocks import class_heads, names_in_blocks
 from fedforward.models.displaced_tensor import DisplacedTensor, Displacement
 from fedforward.models.fingerprints import fingerprint
 from fedforward.models.folders import copy_processor
+from fedforward.models.grouping import settled
 from fedforward.models.lm_head import VocabularyTile, tile_rows
 from fedforward.models.loading import DTYPES
 from fedforward.models.pretrained import allow, loaded
 from fedforward.models.text_part import text_prefixes
+from fedforward.models.trial import examine, patterns
 
 
 class FullModel(CausalModel):
@@ -44,7 +46,9 @@ class FullModel(CausalModel):
     ) -> None:
         """Tune all parameters, or only those of some transformer blocks, numbered from 0.
 
-        The head of a sequence classifier is tuned in any case.
+        What a text does not run through is not tuned (see `left_out`): a tower for images, or
+        attention to an encoder that is not there. The head of a sequence classifier is tuned in
+        any case.
 
         Args:
             reload: loads the network again, for `reset`.
@@ -55,7 +59,12 @@ class FullModel(CausalModel):
         if blocks is not None:
             heads = [f"{name}." for name in class_heads(network)]
             inside = (*names_in_blocks(network, blocks), *heads)
-        tensors = {n: p.data for n, p in parameters.items() if n.startswith(inside)}
+        trial = examine(network)
+        tensors = {
+            n: p.data
+            for n, p in parameters.items()
+            if n.startswith(inside) and n not in trial.unused
+        }
         packed = [name for name, t in tensors.items() if t.dtype not in DTYPES.values()]
         if packed:
             raise FedForwardError(
@@ -64,6 +73,14 @@ class FullModel(CausalModel):
                 "model.tune = 'lora', or give the model as it was before."
             )
         super().__init__(network, tensors, distribution, plan, base)
+        unused = [name for name in trial.unused if name.startswith(inside)]
+        if unused:
+            self.left_out = (
+                f"model.tune = 'full' leaves out {len(unused)} tensors that a text does not run "
+                f"through: {patterns(unused)}"
+            )
+        # No token may be sent to some experts in a pass.
+        self._routed = trial.routed
         self.tokenizer = tokenizer
         self._reload = reload
         self._weights: dict[str, DisplacedTensor] = {}
@@ -112,6 +129,7 @@ class FullModel(CausalModel):
             tokenizer=tokenizer,
             reload=lambda: loaded(place, dtype, device, seed)[0],
         )
+        model.plan = settled(model)
         model.settings = {
             "model": {"path": place, "dtype": dtype, "tune": "full"},
             "method": {"distribution": distribution},
@@ -149,7 +167,7 @@ class FullModel(CausalModel):
             # A pass that was cut short has not asked for everything.
             self._moved = before
             raise
-        unreached = self._moved - self._reached
+        unreached = self._moved - self._reached - self._routed
         if unreached and self._reached:
             raise FedForwardError(
                 f"model.tune = 'full' does not reach {len(unreached)} tensors of this model, such "

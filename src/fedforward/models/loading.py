@@ -100,6 +100,8 @@ def load(
     with gguf_files.folder_of(path) if gguf else nullcontext(name) as name:
         try:
             stored = AutoConfig.from_pretrained(name, **where)
+            if not classes:
+                _check_kind(path, stored)
             if packing.quantises(path, stored, quantization):
                 options["quantization_config"] = packing.bits(DTYPES[dtype])
             if packing.unpack(stored, DTYPES[dtype]):
@@ -202,6 +204,19 @@ def tokenizer_and_positions(path: str) -> tuple[Any, int | None]:
             raise FedForwardError(f"model.path = {path!r} cannot be loaded: {reason}") from error
         tokenizer = load_tokenizer(path, folder, where)
     return tokenizer, _positions(stored)
+
+
+def _check_kind(path: str, stored: Any) -> None:
+    """Refuse an encoder-decoder, of which transformers would load the decoder alone.
+
+    Raises:
+        FedForwardError: it is one.
+    """
+    if getattr(stored, "is_encoder_decoder", False):
+        raise FedForwardError(
+            f"model.path = {path!r} is an encoder-decoder ({stored.model_type}), and fedforward "
+            "tunes causal language models, which have no encoder. Give one of these."
+        )
 
 
 def _name_classes(path: str, stored: Any, classes: Sequence[str]) -> None:

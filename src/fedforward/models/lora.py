@@ -29,19 +29,20 @@ from fedforward.models.base import CausalModel
 from fedforward.models.batching import Arrays, Measure, cut
 from fedforward.models.blocks import class_heads, transformer_blocks
 from fedforward.models.fingerprints import fingerprint
+from fedforward.models.grouping import settled
 from fedforward.models.loading import input_device, weights
 from fedforward.models.lora_layers import (
     ADAPTER,
     AdapterBank,
-    find_targets,
     initialise,
-    is_linear,
     replace_forward,
     replace_head,
     views_of,
 )
 from fedforward.models.pretrained import allow, loaded
 from fedforward.models.quantization import dequantize, is_quantized
+from fedforward.models.targets import find_targets
+from fedforward.models.trial import examine, is_linear, shared_weights
 
 
 class LoraModel(CausalModel):
@@ -78,7 +79,8 @@ class LoraModel(CausalModel):
                 place.
             rank: LoRA r.
             alpha: LoRA α; the product BA is scaled by α / r.
-            targets: "all-linear" or names of modules.
+            targets: names of modules; "all-linear" is every linear module that can be probed, the
+                head aside (see `left_out`).
             factors: "both" tunes A and B, "B" freezes A.
             blocks: only modules in these transformer blocks, numbered from 0; None is all. The
                 head of a sequence classifier is tuned in any case.
@@ -88,8 +90,8 @@ class LoraModel(CausalModel):
             adapter: whose values the adapters begin with, in place of these.
 
         Raises:
-            FedForwardError: no module of the model has a name in `targets`, or there is no such
-                block; or `adapter` does not fit.
+            FedForwardError: no module of the model has a name in `targets`, one that has cannot be
+                adapted, or there is no such block; or `adapter` does not fit.
         """
         from peft import LoraConfig, get_peft_model
 
@@ -111,18 +113,20 @@ class LoraModel(CausalModel):
             **({"lora_dropout": 0.0} | ({} if adapter is None else adapter.kept)),
         )
         try:
-            settings.target_modules = find_targets(network, targets, blocks, heads)
-            self.peft = get_peft_model(network, settings, autocast_adapter_dtype=True)
-            if not all(ADAPTER in m.lora_A for m in self.peft.modules() if hasattr(m, "lora_A")):
-                raise ValueError("a target is not a linear module")
-        except (ValueError, re.error) as error:
+            found, left_out = find_targets(network, targets, blocks, heads, examine(network))
+        except re.error:
+            found, left_out = [], ""
+        if not found:
             linear = sorted(
                 {n.rsplit(".", 1)[-1] for n, m in network.named_modules() if is_linear(m)}
             )
             raise FedForwardError(
                 f"lora.targets = {targets!r} does not fit this model. Its linear modules are "
-                f"{', '.join(linear)}; 'all-linear' takes them all but the head."
-            ) from error
+                f"{', '.join(linear)}; 'all-linear' takes all of them that can be probed, but the "
+                "head."
+            )
+        settings.target_modules = found
+        self.peft = get_peft_model(network, settings, autocast_adapter_dtype=True)
         self.peft.eval()
         device = input_device(network)
         for layer in self.peft.modules():
@@ -162,6 +166,7 @@ class LoraModel(CausalModel):
             view.copy_(tuned[name].data)
             tuned[name].data = view
         super().__init__(network, tuned, distribution, plan, base)
+        self.left_out = f"lora.targets = 'all-linear' leaves out {left_out}" if left_out else ""
         self._bank = AdapterBank()
         self._buffer = self.flat.new_empty(0)
         self._adapters = adapters
@@ -242,6 +247,7 @@ class LoraModel(CausalModel):
             adapter=None if adapter is None else read_adapter(str(adapter)),
         )
         model.tokenizer = tokenizer
+        model.plan = settled(model)
         model.settings = {
             "model": {
                 "path": absolute_text(str(path)),
@@ -436,7 +442,19 @@ class LoraModel(CausalModel):
         return {**self._adapters, **self._heads}
 
     def merge(self) -> Any:
-        """The base with the adapters added in, a plain transformers model; this one is used up."""
+        """The base with the adapters added in, a plain transformers model; this one is used up.
+
+        Raises:
+            FedForwardError: an adapted module shares its weight with another module.
+        """
+        shared = [n for n in shared_weights(self.network) if n.endswith(".base_layer")]
+        if shared:
+            name = shared[0].removesuffix(".base_layer")
+            raise FedForwardError(
+                f"{name} shares its weight with another module, so that its adapter cannot be "
+                "merged. Export the adapter without --merge, or leave the module out of "
+                "lora.targets."
+            )
         if self.offload is not None:
             self.offload.end()
             self.peft.to("cpu")

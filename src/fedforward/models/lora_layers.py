@@ -1,12 +1,10 @@
 """Forward passes of LoRA layers, in which each group of rows meets its own adapter.
 
 `replace_forward` and `replace_head` put them in place of PEFT's; they read the `AdapterBank`, which
-a model fills for the probes of a pass. Which modules are adapted, and with what values they start,
-is decided here too.
+a model fills for the probes of a pass. With what values adapters start is decided here too.
 """
 
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,9 +15,7 @@ from torch import nn
 from fedforward.core.errors import FedForwardError
 from fedforward.core.seeds import derive
 from fedforward.directions import TILE, Layout
-from fedforward.models.blocks import names_in_blocks
-from fedforward.models.loading import draw_normal, input_device
-from fedforward.models.text_part import is_multimodal, modules_of_text, text_prefixes
+from fedforward.models.loading import draw_normal
 
 #: PEFT's name of the adapter that is tuned.
 ADAPTER = "default"
@@ -56,12 +52,6 @@ def replace_forward(bank: AdapterBank, name: str, layer: Any, pooled: bool) -> N
     Args:
         pooled: it may be given one vector for each row.
     """
-    if not is_linear(layer.get_base_layer()):
-        raise FedForwardError(
-            f"lora.targets takes in {name}, a {type(layer.get_base_layer()).__name__}, and "
-            "only linear modules can be probed. Name the modules to adapt, as in ['q_proj', "
-            "'v_proj']."
-        )
     plain = layer.forward
     factor_a = layer.lora_A[ADAPTER].weight
     factor_b = layer.lora_B[ADAPTER].weight
@@ -206,11 +196,6 @@ def in_halves(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return parts
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter can stand beside this module."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
 def views_of(layout: Layout, parts: Sequence[tuple[int, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The tuned tensors that lie inside flat buffers, leading dimensions kept.
 
@@ -237,39 +222,3 @@ def initialise(adapters: dict[str, torch.nn.Parameter], run_seed: int) -> None:
             tensor.zero_()
             continue
         draw_normal(tensor, seed, first_tile, (3.0 * tensor.shape[1]) ** -0.5)
-
-
-def find_targets(
-    network: Any,
-    targets: str | Sequence[str],
-    blocks: Collection[int] | None,
-    heads: Sequence[str],
-) -> str | list[str]:
-    """What PEFT is to adapt: the targets as given, or full names of those in some blocks.
-
-    Nothing in a sequence classifier's heads is adapted.
-    """
-    multimodal = is_multimodal(network)
-    if blocks is None and not heads and not multimodal:
-        return targets if isinstance(targets, str) else list(targets)
-    inside = text_prefixes(network) if blocks is None else tuple(names_in_blocks(network, blocks))
-    outside = tuple(f"{name}." for name in heads)
-    called = modules_of_text(network, input_device(network)) if multimodal else None
-    head = network.get_output_embeddings() if multimodal else None
-
-    def is_target(name: str) -> bool:
-        if isinstance(targets, str):
-            if targets == "all-linear":
-                return head is None or network.get_submodule(name) is not head
-            return re.fullmatch(targets, name) is not None
-        return any(name == target or name.endswith(f".{target}") for target in targets)
-
-    return [
-        name
-        for name, module in network.named_modules()
-        if name.startswith(inside)
-        and (called is None or name in called)
-        and not f"{name}.".startswith(outside)
-        and is_linear(module)
-        and is_target(name)
-    ]

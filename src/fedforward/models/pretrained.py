@@ -14,6 +14,7 @@ from fedforward.core.steps import ProbePlan
 from fedforward.models import devices
 from fedforward.models.libraries import quiet_libraries
 from fedforward.models.loading import DTYPES, load
+from fedforward.models.trial import check_causal
 
 #: Examples in a forward pass of an evaluation.
 EVALUATION_ROWS = 8
@@ -43,5 +44,6 @@ def loaded(
     device = devices.resolve(device, "device")
     quiet_libraries()
     network, tokenizer = load(str(path), dtype, device, run_seed=seed, **options)
+    check_causal(network, str(path))
     plan = ProbePlan(2, usable_cores(), "cache", EVALUATION_ROWS, device)
     return network, tokenizer, plan, device

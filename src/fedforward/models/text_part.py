@@ -6,7 +6,6 @@ pass through has no effect on a text, so that its weights would move at random.
 
 from typing import Any
 
-import torch
 from torch import nn
 
 
@@ -45,20 +44,3 @@ def text_prefixes(network: Any) -> tuple[str, ...]:
     return tuple(
         f"{name}." for name, m in network.named_modules() if any(m is part for part in parts)
     )
-
-
-@torch.inference_mode()
-def modules_of_text(network: Any, device: torch.device) -> set[str]:
-    """Names of the modules that a pass over tokens alone runs."""
-    called: set[str] = set()
-    handles = [
-        module.register_forward_hook(lambda *_, name=name: called.add(name))
-        for name, module in network.named_modules()
-    ]
-    try:
-        token = torch.ones((1, 2), dtype=torch.int64, device=device)
-        network(input_ids=token, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return called

@@ -6,6 +6,7 @@ verifies a run builds them here.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,11 @@ from fedforward.models.adapters import read_adapter
 from fedforward.models.base import CausalModel
 from fedforward.models.fingerprints import tokenizer_fingerprint
 from fedforward.models.full import FullModel
+from fedforward.models.grouping import settled
 from fedforward.models.loading import load, longest_sequence
 from fedforward.models.lora import LoraModel
 from fedforward.models.masks import random_mask, small_weights_mask
+from fedforward.models.trial import check_causal
 from fedforward.planning import probe_grouping as probes
 from fedforward.training.faults import Faults
 
@@ -157,6 +160,7 @@ def _tuned_model(
     if ":" in device:
         devices.select(device)
     network, tokenizer = _load(config, device, classes)
+    check_causal(network, config.model.path)
     distribution = Distribution(config.method.distribution)
     if config.model.tune == "full":
         full = FullModel(
@@ -209,9 +213,19 @@ def fit_plan(
     method: Method,
     collate: Collate = collate,
 ) -> ProbePlan:
-    """The model's plan, with as many probes in a forward pass as `run.memory_budget` allows."""
+    """The model's plan, with as many probes in a forward pass as it and a memory budget allow.
+
+    What is noteworthy about the model is logged: what is not tuned, and probes that are alone.
+    """
+    if model.left_out:
+        LOGGER.warning("%s.", model.left_out)
+    if not method.capabilities.forward_only:
+        return replace(model.plan, left_out=model.left_out)
+    model.plan = settled(model)
+    if model.plan.alone:
+        LOGGER.warning("One probe a forward pass: %s.", model.plan.alone)
     budget = config.run.budget
-    if budget is None or not method.capabilities.forward_only:
+    if budget is None or model.plan.alone:
         return model.plan
     clients = config.federation.clients if config.model.tune == "lora" else 1
     batches = longest_batches(config, corpus, collate)

@@ -102,8 +102,9 @@ class Run:
             config, reader, self.tokenizer, positions, self.model.classes
         )
         self.collate = build.collate_of(config, self.tokenizer, self.model.classes)
-        if not self.directory.started and config.run.memory_budget:
-            PHASES.info("fitting probes to the memory budget")
+        if not self.directory.started:
+            budget = " and the memory budget" if config.run.memory_budget else ""
+            PHASES.info("fitting probes to the model%s", budget)
             self.plan = build.fit_plan(config, self.model, self.corpus, self.method, self.collate)
             self.model.plan = self.plan
         PHASES.info(self._describe_plan())
@@ -159,7 +160,7 @@ class Run:
         """How probes are grouped and trajectories kept, with the cost, in words."""
         parameters = self.model.layout.parameters
         grouped = self.plan.probes_per_call
-        shared = min(self.model.prefix.depths)
+        shared = min(self.model.prefix.depths) if self.plan.shares_prefix else 0
         words = f"{grouped} probes a forward pass" if grouped > 1 else "one probe a forward pass"
         if self.model.offload is not None:
             words += ", blocks offloaded to host memory"

@@ -251,7 +251,9 @@ def _is_plan(plan: ProbePlan) -> bool:
     counts = (plan.probes_per_call, plan.threads, plan.evaluation_rows)
     whole = all(type(count) is int and count > 0 for count in counts)
     whole = whole and type(plan.tokens_per_call) is int and plan.tokens_per_call >= 0
-    whole = whole and type(plan.placement) is str
+    words = (plan.placement, plan.alone, plan.left_out)
+    whole = whole and all(type(word) is str for word in words)
+    whole = whole and type(plan.shares_prefix) is bool
     return whole and plan.trajectory in ("recompute", "cache")
 
 

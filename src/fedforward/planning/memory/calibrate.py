@@ -263,7 +263,7 @@ def _derive(
     outside, residents = _weights(model)
     return MemoryModel(
         blocks=layout.blocks,
-        depths=model.prefix.depths,
+        depths=tuple(depth * model.plan.shares_prefix for depth in model.prefix.depths),
         outside=outside,
         residents=residents,
         adapters=flat,
