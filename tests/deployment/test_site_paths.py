@@ -22,8 +22,8 @@ def hello(tmp_path: Path) -> bytes:
     [
         ({"model__path": "{}/secret model"}, "no such folder"),
         ({"model__path": "{}/modle"}, "no such folder"),
-        ({"model__path": "{}/broken"}, "cannot be loaded"),
-        ({"model__path": "./broken"}, "cannot be loaded"),
+        ({"model__path": "{}/broken"}, "is damaged or cut short"),
+        ({"model__path": "./broken"}, "is damaged or cut short"),
         ({"model__path": "~/secret/model"}, "no such folder"),
         ({"model__path": "C:\\secret\\model"}, "no such folder"),
         ({"data__source": "{}/secret.jsonl"}, "no such file"),

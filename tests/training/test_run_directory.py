@@ -78,7 +78,10 @@ def note(**changes: object) -> str:
         (note(pid=1 << 22), "fedforward process. Wait"),
         (note(pid=-5), "fedforward process. Wait"),
         (note(pid=10**30), "fedforward process. Wait"),
-        (note(host="another"), f"(process {os.getpid()} on another, since 2026-01-02 03:04:05+00:00)"),
+        (
+            note(host="other"),
+            f"(process {os.getpid()} on other, since 2026-01-02 03:04:05+00:00)",
+        ),
         (note(), "(this one, since 2026-01-02 03:04:05+00:00)"),
         ("", "fedforward process. Wait"),
         ("[]", "fedforward process. Wait"),

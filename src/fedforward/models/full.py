@@ -59,12 +59,7 @@ class FullModel(CausalModel):
         if blocks is not None:
             heads = [f"{name}." for name in class_heads(network)]
             inside = (*names_in_blocks(network, blocks), *heads)
-        trial = examine(network)
-        tensors = {
-            n: p.data
-            for n, p in parameters.items()
-            if n.startswith(inside) and n not in trial.unused
-        }
+        tensors = {n: p.data for n, p in parameters.items() if n.startswith(inside)}
         packed = [name for name, t in tensors.items() if t.dtype not in DTYPES.values()]
         if packed:
             raise FedForwardError(
@@ -72,6 +67,8 @@ class FullModel(CausalModel):
                 f"model are quantised, such as {min(packed)} ({tensors[min(packed)].dtype}). Use "
                 "model.tune = 'lora', or give the model as it was before."
             )
+        trial = examine(network)
+        tensors = {name: t for name, t in tensors.items() if name not in trial.unused}
         super().__init__(network, tensors, distribution, plan, base)
         unused = [name for name in trial.unused if name.startswith(inside)]
         if unused:
