@@ -25,6 +25,7 @@ from fedforward.data.encoding import TextEncoder
 from fedforward.data.examples import Example, Examples
 from fedforward.data.partition import partition
 from fedforward.data.sources import Source, find
+from fedforward.data.spool import Numbers, narrow
 from fedforward.data.table import Table, Wanted
 from fedforward.data.templates import Template
 from fedforward.data.tokenise import (
@@ -114,15 +115,15 @@ class Rows(NamedTuple):
 
     Attributes:
         table: with all rows, or those to train on.
-        train: int64, the numbers of the rows to train on.
+        train: the numbers of the rows to train on.
         heldout_table: with the rows to evaluate on.
-        heldout: int64, their numbers there.
+        heldout: their numbers there.
     """
 
     table: Table
-    train: NDArray[np.int64]
+    train: Numbers
     heldout_table: Table
-    heldout: NDArray[np.int64]
+    heldout: Numbers
 
 
 class CorpusReader:
@@ -224,10 +225,10 @@ class CorpusReader:
             limit=data.limit,
             shares=data.weights or (),
         )
-        numbers = np.arange(len(table))
+        numbers = narrow(np.arange(len(table)))
         if self._evaluation.source is not None:
             other = self._evaluation_table()
-            return Rows(table, numbers, other, np.arange(len(other)))
+            return Rows(table, numbers, other, narrow(np.arange(len(other))))
         kept = _heldout_count(data.heldout, len(table))
         return Rows(table, numbers[kept:], table, numbers[:kept][: self._evaluation.limit])
 
@@ -377,14 +378,14 @@ class CorpusReader:
         """The field that the data are divided by, if any."""
         return self._federation.field if self._federation.partition != "iid" else None
 
-    def _field_values(self, table: Table, rows: NDArray[np.int64]) -> list[str] | None:
+    def _field_values(self, table: Table, rows: Numbers) -> list[str] | None:
         """The text of the field that the data are divided by in each of these rows, if any."""
         field = self._field
         if field is None:
             return None
         return [str(table[int(row)].values[field] or "") for row in rows]
 
-    def _partition(self, values: list[str] | None, examples: int) -> list[NDArray[np.int64]]:
+    def _partition(self, values: list[str] | None, examples: int) -> list[Numbers]:
         """Each client's places among the examples."""
         return partition(
             values,
@@ -396,9 +397,7 @@ class CorpusReader:
             seed=derive(self._run_seed, "partition"),
         )
 
-    def _repeated(
-        self, part: NDArray[np.int64], origins: NDArray[np.int32], client: int
-    ) -> NDArray[np.int64]:
+    def _repeated(self, part: Numbers, origins: NDArray[np.int16], client: int) -> Numbers:
         """A client's examples, those of sources with a large share several times.
 
         Every example is there once at least; the source with the least share for its size has

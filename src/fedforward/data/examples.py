@@ -7,7 +7,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from fedforward.data.spool import Spool
+from fedforward.data.spool import Numbers, Spool
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,10 +130,10 @@ class Examples(Sequence[Example]):
 
     Attributes:
         store: where they are.
-        places: int64 [examples], their numbers there.
+        places: [examples], their numbers there.
     """
 
-    def __init__(self, store: ExampleStore, places: NDArray[np.int64]) -> None:
+    def __init__(self, store: ExampleStore, places: Numbers) -> None:
         self.store, self.places = store, places
 
     def __len__(self) -> int:
@@ -150,7 +150,7 @@ class Examples(Sequence[Example]):
             return Examples(self.store, self.places[place])
         return self.store[int(self.places[place])]
 
-    def take(self, order: NDArray[np.int64]) -> "Examples":
+    def take(self, order: Numbers) -> "Examples":
         """These ones of them, in this order."""
         return Examples(self.store, self.places[order])
 
@@ -167,7 +167,7 @@ def lengths(examples: Sequence[Example]) -> NDArray[np.int32]:
     return np.array([len(example.tokens) for example in examples], np.int32)
 
 
-def take(examples: Sequence[Example], order: NDArray[np.int64]) -> Sequence[Example]:
+def take(examples: Sequence[Example], order: Numbers) -> Sequence[Example]:
     """Some of the examples, in this order; those on disk stay there."""
     if isinstance(examples, Examples):
         return examples.take(order)

@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedforward.core.errors import FedForwardError
+from fedforward.data.spool import Numbers, narrow
 
 _ROW = "__row__"
 
@@ -20,7 +20,7 @@ def partition(
     field: str | None,
     alpha: float,
     seed: int,
-) -> list[NDArray[np.int64]]:
+) -> list[Numbers]:
     """The indices of each client's examples; every index once, every client at least one.
 
     Args:
@@ -42,7 +42,8 @@ def partition(
         )
     if kind == "iid":
         # As `IidPartitioner` of a shuffled table, which takes 200 bytes a row.
-        return np.array_split(np.random.default_rng(seed % 2**32).permutation(examples), clients)
+        order = np.random.default_rng(seed % 2**32).permutation(examples)
+        return np.array_split(narrow(order), clients)
     import datasets
     from flwr_datasets.partitioner import (
         DirichletPartitioner,
@@ -73,7 +74,7 @@ def partition(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return [
-                np.asarray(partitioner.load_partition(i).with_format("numpy")[:][_ROW], np.int64)
+                narrow(np.asarray(partitioner.load_partition(i).with_format("numpy")[:][_ROW]))
                 for i in range(clients)
             ]
     except (ValueError, RuntimeError) as error:

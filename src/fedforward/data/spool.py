@@ -12,12 +12,23 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedforward.core.errors import FedForwardError
 
 _BUFFER = 1 << 20
 #: Bytes of an end.
 _WIDTH = 8
+
+
+#: Row numbers, in the narrowest type that holds them all.
+Numbers = NDArray[np.integer[Any]]
+
+
+def narrow(numbers: NDArray[np.int64]) -> Numbers:
+    """The numbers in 4 bytes each where they fit, for there may be tens of millions."""
+    fits = not len(numbers) or int(numbers.max()) < 2**31
+    return numbers.astype(np.int32) if fits else numbers
 
 
 class Spool:

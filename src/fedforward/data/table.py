@@ -13,7 +13,7 @@ from fedforward.core.logs import PHASES
 from fedforward.core.seeds import generator
 from fedforward.data.chat import USUAL
 from fedforward.data.sources import Source
-from fedforward.data.spool import JsonSpool
+from fedforward.data.spool import JsonSpool, Numbers, narrow
 from fedforward.data.values import first_name, listed, plain, reach, text_of
 
 #: Seconds after which reading says how far it is, and between its saying so.
@@ -63,15 +63,15 @@ class Table:
 
     Attributes:
         sources: where they come from.
-        origins: int32 [rows], the number of the source of each.
+        origins: int16 [rows], the number of the source of each.
     """
 
     def __init__(self, sources: Sequence[Source], wanted: Wanted) -> None:
         self.sources = sources
         self._paths = wanted.all
         self._records = JsonSpool()
-        self._order: NDArray[np.int64] = np.empty(0, np.int64)
-        self.origins: NDArray[np.int32] = np.empty(0, np.int32)
+        self._order: Numbers = np.empty(0, np.int64)
+        self.origins: NDArray[np.int16] = np.empty(0, np.int16)
 
     def __len__(self) -> int:
         return len(self._order)
@@ -112,7 +112,7 @@ class Table:
         picked = _Picked(sources, seed, purpose, limit, shares)
         progress = Progress()
         missing = (set(wanted.all) | set(wanted.names)) - wanted.optional
-        origins: list[NDArray[np.int32]] = []
+        origins: list[NDArray[np.int16]] = []
         for number, source in enumerate(sources):
             keep, kept = picked.of(number), 0
             lacking = _Lacking(missing, wanted)
@@ -136,7 +136,7 @@ class Table:
                     if not lacking.paths:
                         break
             lacking.refuse(source, prefix)
-            origins.append(np.full(kept, number, np.int32))
+            origins.append(np.full(kept, number, np.int16))
         table._order = picked.order(len(table._records))
         table.origins = np.concatenate(origins)[table._order]
         return table
@@ -185,11 +185,11 @@ class _Picked:
         keep[mine - begin] = True
         return keep
 
-    def order(self, kept: int) -> NDArray[np.int64]:
+    def order(self, kept: int) -> Numbers:
         """The order of the rows that were kept, as places among them."""
         if self._all is None:
-            return self._random.permutation(kept)
-        return np.argsort(np.argsort(self._all, kind="stable"), kind="stable")
+            return narrow(self._random.permutation(kept))
+        return narrow(np.argsort(np.argsort(self._all, kind="stable"), kind="stable"))
 
 
 def _values(

@@ -17,6 +17,7 @@ from fedforward.data import labels
 from fedforward.data.chat import ChatRenderer, Rendered, conversation
 from fedforward.data.encoding import TextEncoder
 from fedforward.data.examples import Example, Examples, ExampleStore
+from fedforward.data.spool import Numbers, narrow
 from fedforward.data.table import Progress, Row, Table
 from fedforward.data.templates import Template
 
@@ -56,27 +57,27 @@ class Tokenised:
 
     Attributes:
         examples: in the order of the rows.
-        rows: int64 [examples], the row that each came from.
+        rows: [examples], the row that each came from.
         tally: of all rows.
     """
 
     examples: Examples
-    rows: NDArray[np.int64]
+    rows: Numbers
     tally: Tally
 
 
-def tokenise(table: Table, rows: NDArray[np.int64], maker: Maker, what: str) -> Tokenised:
+def tokenise(table: Table, rows: Numbers, maker: Maker, what: str) -> Tokenised:
     """Make examples of some rows of a table.
 
     Args:
-        rows: int64, their numbers.
+        rows: their numbers.
         what: the rows are, for the progress.
 
     Raises:
         FedForwardError: a row holds what cannot be an example; the disk is full.
     """
     store, tally, progress = ExampleStore(), Tally(), Progress()
-    kept = np.empty(len(rows), np.int64)
+    kept = np.empty_like(rows)
     for begin in range(0, len(rows), _BATCH_ROWS):
         progress.show(f"tokenising {what}", begin, len(rows))
         part = rows[begin : begin + _BATCH_ROWS]
@@ -85,8 +86,12 @@ def tokenise(table: Table, rows: NDArray[np.int64], maker: Maker, what: str) -> 
             if example is not None:
                 kept[len(store)] = number
                 store.append(example)
-    places = np.arange(len(store))
-    return Tokenised(Examples(store, places), kept[: len(store)].copy(), tally)
+    places = narrow(np.arange(len(store)))
+    return Tokenised(
+        Examples(store, places),
+        kept if len(store) == len(kept) else kept[: len(store)].copy(),
+        tally,
+    )
 
 
 @dataclass(frozen=True)
