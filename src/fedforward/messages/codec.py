@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -309,9 +310,13 @@ class Message:
     def body(self) -> bytes:
         """The binary form without a header."""
         form, fields = self.plan()
-        values = [(field, getattr(self, name)) for name, field in fields]
-        head = form.pack(*(field.number(value) for field, value in values))
-        return b"".join((head, *(field.content(value) for field, value in values)))
+        numbers, contents = [], [b""]
+        for name, field in fields:
+            value = getattr(self, name)
+            numbers.append(field.number(value))
+            contents.append(field.content(value))
+        contents[0] = form.pack(*numbers)
+        return b"".join(contents)
 
     def encode(self) -> bytes:
         """The binary form, with a header if the message travels by itself."""
@@ -352,11 +357,7 @@ class Message:
     def read(cls, reader: Reader, prefix: str = "") -> Self:
         """Read the body at the reader's place; see `decode`."""
         form, fields = cls.plan()
-        names = [f"{prefix}{name.replace('_', ' ')}" for name, _ in fields]
-        heads = [
-            name if isinstance(field, Number | Flag) else f"length of {name}"
-            for name, (_, field) in zip(names, fields, strict=True)
-        ]
+        names, heads = _names(cls, prefix)  # type: ignore[arg-type]
         numbers = form.unpack(list_numbers(reader, form, heads))
         values = {
             key: field.read(number, reader, name)
@@ -389,6 +390,18 @@ class Message:
         cls.open(reader)
         reader.finish()
         return trace
+
+
+@lru_cache
+def _names(kind: type[Message], prefix: str) -> tuple[list[str], list[str]]:
+    """What a listing calls the fields of a message, and the numbers at its head."""
+    fields = kind.plan()[1]
+    names = [f"{prefix}{name.replace('_', ' ')}" for name, _ in fields]
+    heads = [
+        name if isinstance(field, Number | Flag) else f"length of {name}"
+        for name, (_, field) in zip(names, fields, strict=True)
+    ]
+    return names, heads
 
 
 _HEADER_NAMES = ("magic", "wire version", "message kind")
