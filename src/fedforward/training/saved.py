@@ -41,9 +41,15 @@ def compare_model(network: Any, folder: Path) -> list[str]:
         folder: where a model of this kind was saved.
     """
     try:
+        # Several kinds of model may share a network's class, and not its configuration's.
+        config = type(network.config).from_pretrained(str(folder), local_files_only=True)
         with load_report_hidden():
             saved, loading = type(network).from_pretrained(
-                str(folder), dtype="auto", output_loading_info=True, local_files_only=True
+                str(folder),
+                config=config,
+                dtype="auto",
+                output_loading_info=True,
+                local_files_only=True,
             )
     except MemoryError:
         raise
@@ -62,7 +68,7 @@ def compare_model(network: Any, folder: Path) -> list[str]:
     ]
     own, other = network.state_dict(), saved.state_dict()
     seen: set[tuple[int, int]] = set()
-    for name in own.keys() - absent:
+    for name in sorted(own.keys() - absent):
         if name not in other:
             differences.append(f"{folder.name}/: the tensor {name} is missing or of another kind")
             continue
