@@ -415,7 +415,7 @@ def test_fields_of_other_names(tmp_path: Path) -> None:
     assert (there.kind, there.body) == (MessageKind.ENROLLMENT, usual.body)
     wrong = {next(iter(names)): "nothing"}
     answer = Envelope.decode(party(tmp_path, "a", data__fields=wrong).answer(hello))
-    assert answer.kind is MessageKind.REFUSAL and "Their fields are" in answer.text()
+    assert answer.kind is MessageKind.REFUSAL and "own log says why" in answer.text()
 
 
 def test_a_servers_run_is_verified_and_exported_with_the_sites_model(

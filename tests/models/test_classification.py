@@ -44,13 +44,15 @@ KINDS = ["llama", "bert", "roberta", "distilbert"]
 CLASSES = ("bad", "fair", "good")
 
 
-def classifier(kind: str = "llama", dtype: str = "float32", classes: int = 3) -> Any:
+def classifier(
+    kind: str = "llama", dtype: str = "float32", classes: int = 3, vocabulary: int = 97
+) -> Any:
     """A two-block network with random weights, the same each time."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
-        "vocab_size": 97,
+        "vocab_size": vocabulary,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
@@ -291,7 +293,7 @@ def test_an_encoder_from_a_folder(folder: Path, tmp_path: Path) -> None:
 
     whole = tmp_path / "encoder"
     shutil.copytree(folder, whole)
-    body = classifier("bert").bert
+    body = classifier("bert", vocabulary=1000).bert
     body.save_pretrained(whole)
     one, same = (load(str(whole), "float32", "cpu", classes=CLASSES)[0] for _ in range(2))
     assert fingerprint(weights(one)) == fingerprint(weights(same))

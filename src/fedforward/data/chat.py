@@ -4,7 +4,9 @@ Known are messages with `role` and `content` (OpenAI), turns with `from` and `va
 fields `prompt` and `completion`, and the fields `instruction`, `input` and `output` (Alpaca).
 """
 
+import datetime
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,9 @@ from fedforward.core.paths import home
 from fedforward.data.readers import parse_json
 from fedforward.data.values import Number, kind_of, plain, text_of
 
+LOGGER = logging.getLogger("fedforward.data")
+#: What a template is told that the date is: the default of those that ask for it.
+DATE = datetime.date(2024, 7, 26)
 #: Values of `data.chat` for forms of several fields: those that must be there, and the others.
 FORMS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "alpaca": (("instruction", "output"), ("input", "system")),
@@ -97,7 +102,7 @@ def conversation(row: Mapping[str, Any], chat: str, where: str) -> Conversation:
     system = row.get(_SYSTEM)
     begin: list[dict[str, Any]] = []
     if isinstance(system, str) and system.strip():
-        begin = [{"role": "system", "content": str(system)}]
+        begin = [{"role": "system", "content": text_of(system, "system", where)}]
     if chat == "alpaca":
         asked, more, answer = (
             text_of(row.get(name), name, where) or "" for name in ("instruction", "input", "output")
@@ -191,6 +196,7 @@ def _joined(parts: Sequence[Any], where: str) -> str:
             raise FedForwardError(
                 f"{where} has a part that is no text ({kind or kind_of(part)}). Only text is used."
             )
+        text_of(text, "content", where)
         texts.append(text)
     return "".join(texts)
 
@@ -210,6 +216,22 @@ def _tools(value: Any, where: str) -> list[Any] | None:
             f"{where}: the field tools holds {kind_of(value)}, and it must be a list of tools."
         )
     return [plain(tool) for tool in value]
+
+
+def read_template(name: str) -> str:
+    """The chat template in a file.
+
+    Raises:
+        FedForwardError: it cannot be read.
+    """
+    try:
+        return home(name).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise FedForwardError(
+            f"data.chat_template = {name!r} cannot be read: {reason}. Give a file with a Jinja "
+            "template."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -245,15 +267,7 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         self.loss_on = loss_on
         if template is not None:
-            path = home(template)
-            try:
-                tokenizer.chat_template = path.read_text(encoding="utf-8-sig")
-            except (OSError, UnicodeDecodeError) as error:
-                reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-                raise FedForwardError(
-                    f"data.chat_template = {template!r} cannot be read: {reason}. Give a file with "
-                    "a Jinja template."
-                ) from error
+            tokenizer.chat_template = read_template(template)
         if not tokenizer.chat_template:
             raise FedForwardError(
                 "data.chat needs a chat template, and the tokenizer of this model has none. Give "
@@ -261,7 +275,14 @@ class ChatRenderer:
                 "data.answer in place of data.chat."
             )
         own = tokenizer.chat_template
-        self._knows_tools = "tools" in (own if isinstance(own, str) else json.dumps(own))
+        text = own if isinstance(own, str) else json.dumps(own)
+        self._knows_tools = "tools" in text
+        if "strftime_now" in text:
+            LOGGER.warning(
+                "the chat template asks for today's date, and is given %s, so that a run has the "
+                "same tokens on every day",
+                DATE.strftime("%d %B %Y"),
+            )
 
     def prompt(self, text: str) -> str:
         """A single message of a user, rendered up to where the assistant begins."""
@@ -320,6 +341,7 @@ class ChatRenderer:
                     tools=talk.tools,
                     tokenize=False,
                     add_generation_prompt=begin_answer,
+                    strftime_now=DATE.strftime,
                 )
             )
         except Exception as error:

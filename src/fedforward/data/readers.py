@@ -66,7 +66,7 @@ def columns(path: Path) -> list[str]:
     form = form_of(path)
     with _explained(path):
         if form == "csv":
-            return next(_csv_rows(path), [])
+            return next((cells for cells in _csv_rows(path) if cells), [])
         if form == "parquet":
             import pyarrow.parquet as pq
 
@@ -90,8 +90,7 @@ def count(path: Path) -> int:
 
             return int(pq.ParquetFile(path).metadata.num_rows)
         if form == "json lines":
-            with _opened(path) as file:
-                return sum(not line.isspace() for line in file)
+            return sum(bool(line) and not line.isspace() for _, line in _raw_lines(path))
     return sum(1 for _ in read(path))
 
 
@@ -124,7 +123,7 @@ def read(
 
 def kept(rows: Rows, keep: Iterator[bool]) -> Rows:
     """The rows that are wanted."""
-    return (row for row in rows if next(keep))
+    return (row for row in rows if next(keep, False))
 
 
 @contextmanager
@@ -136,6 +135,18 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except FedForwardError:
         raise
+    except csv.Error as error:
+        raise FedForwardError(
+            f"{path} is not CSV: {error}. A quote inside a quoted cell is written twice."
+        ) from error
+    except RecursionError as error:
+        raise FedForwardError(
+            f"{path} is nested too deeply. Give rows with fewer levels."
+        ) from error
+    except OverflowError as error:
+        raise FedForwardError(
+            f"{path} holds a date or a number that Python does not have: {error}. Write it as text."
+        ) from error
     except (OSError, EOFError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise FedForwardError(
@@ -225,7 +236,7 @@ def parse_json(text: str) -> Any:
 
 def _json_lines(path: Path, keep: Iterator[bool] | None = None) -> Rows:
     for number, raw in _raw_lines(path):
-        if raw.isspace() or not raw or (keep is not None and not next(keep)):
+        if raw.isspace() or not raw or (keep is not None and not next(keep, False)):
             continue
         line = _decoded(path, number, raw)
         try:
@@ -332,35 +343,38 @@ class _Stream:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lines = _lines(path)
+        self._chunks = _chunks(path)
         self._text = ""
-        self._begin = 0
-        self._passed = self._columns = 0
+        self._place = 0
+        # What was dropped before the text: lines, and characters of the last of them.
+        self._lines = self._columns = 0
+        # Up to where lines were counted, and how many there are.
+        self._counted = self._found = 0
 
     def __enter__(self) -> "_Stream":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lines.close()  # type: ignore[attr-defined]
+        self._chunks.close()  # type: ignore[attr-defined]
 
     def peek(self) -> str:
         """The next character that is no space; "" at the end."""
         while True:
-            match = _NO_SPACE.search(self._text, self._begin)
+            match = _NO_SPACE.search(self._text, self._place)
             if match:
-                self._begin = match.start()
+                self._place = match.start()
                 return match[0]
-            self._begin = len(self._text)
+            self._place = len(self._text)
             if not self._more():
                 return ""
 
     def items(self) -> Rows:
         """The objects of the array that begins here, numbered by the lines they begin in."""
-        self._begin += 1
+        self._place += 1
         expected = "an object or ]"
         while (char := self.peek()) != "]":
             if char == "," and expected == ", or ]":
-                self._begin += 1
+                self._place += 1
                 expected = "an object"
                 continue
             if char in ("", ",") or expected == ", or ]":
@@ -368,60 +382,82 @@ class _Stream:
             line = self._line()
             yield line, _checked(self._item(), self.path, f"the item at line {line}")
             expected = ", or ]"
-        self._begin += 1
+        self._place += 1
         if self.peek():
             raise self._wrong("something follows the array")
 
     def _item(self) -> Any:
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._text, self._begin)
+                value, end = _DECODER.raw_decode(self._text, self._place)
             except json.JSONDecodeError as error:
-                if not self._more(double=True):
-                    self._begin = error.pos
+                if not self._more():
+                    self._place = error.pos
                     raise self._wrong(error.msg) from error
             except RecursionError as error:
                 raise self._wrong("it is nested too deeply") from error
             else:
                 # A number or word at the end of what was read may go on.
                 if end < len(self._text) or not self._more():
-                    self._begin = end
+                    self._place = end
                     return value
 
-    def _more(self, *, double: bool = False) -> bool:
+    def _more(self) -> bool:
         """Read on: a chunk, or as much as is there already."""
-        size = max(_CHUNK, len(self._text) - self._begin if double else 0)
-        parts = [self._text[self._begin :]]
-        got = 0
-        for _, line in self._lines:
-            parts.append(line)
-            got += len(line)
-            if got >= size:
+        rest = self._text[self._place :]
+        parts, size = [rest], 0
+        while size < max(_CHUNK, len(rest)):
+            chunk = next(self._chunks, "")
+            if not chunk:
                 break
-        if not got:
+            parts.append(chunk)
+            size += len(chunk)
+        if not size:
             return False
-        self._drop()
-        self._text = "".join(parts)
+        dropped = self._text[: self._place]
+        lines = dropped.count("\n")
+        self._lines += lines
+        self._columns = len(dropped) - dropped.rfind("\n") - 1 + (0 if lines else self._columns)
+        self._text, self._place = "".join(parts), 0
+        self._counted = self._found = 0
         return True
 
     def _line(self) -> int:
-        self._drop()
-        return self._passed + 1
-
-    def _drop(self) -> None:
-        """Forget the text before; its lines, and the columns of the last of them, are counted."""
-        dropped = self._text[: self._begin]
-        lines = dropped.count("\n")
-        self._passed += lines
-        self._columns = len(dropped) - dropped.rfind("\n") - 1 + (0 if lines else self._columns)
-        self._text, self._begin = self._text[self._begin :], 0
+        self._found += self._text.count("\n", self._counted, self._place)
+        self._counted = self._place
+        return self._lines + self._found + 1
 
     def _wrong(self, reason: str) -> FedForwardError:
-        self._drop()
+        before = self._text[: self._place]
+        lines = before.count("\n")
+        column = len(before) - before.rfind("\n") - 1 + (0 if lines else self._columns)
         return FedForwardError(
-            f"line {self._passed + 1} of {self.path} is not JSON: {reason} at column "
-            f"{self._columns + 1}."
+            f"line {self._lines + lines + 1} of {self.path} is not JSON: {reason} at column "
+            f"{column + 1}."
         )
+
+
+def _chunks(path: Path) -> Iterator[str]:
+    """The text of a file in parts of any length, without a byte order mark."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    lines = 0
+    with _opened(path) as file:
+        raw = file.read(_CHUNK)
+        _check_encoding(path, raw)
+        raw = raw.removeprefix(codecs.BOM_UTF8)
+        while raw:
+            try:
+                text = decoder.decode(raw)
+            except UnicodeDecodeError as error:
+                line = lines + error.object.count(b"\n", 0, error.start) + 1
+                raise FedForwardError(
+                    f"line {line} of {path} is not UTF-8 text ({error.reason}). Save the file as "
+                    "UTF-8."
+                ) from error
+            lines += text.count("\n")
+            if text:
+                yield text
+            raw = file.read(_CHUNK)
 
 
 _NO_SPACE = re.compile(r"[^ \t\r\n]")
@@ -551,6 +587,10 @@ def _written_type(kind: Any) -> Any:
         return pa.list_(_written_type(kind.value_type))
     if pa.types.is_large_list(kind):
         return pa.large_list(_written_type(kind.value_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_written_type(kind.value_type), kind.list_size)
+    if pa.types.is_map(kind):
+        return pa.map_(_written_type(kind.key_type), _written_type(kind.item_type))
     return kind
 
 

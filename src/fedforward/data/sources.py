@@ -172,9 +172,16 @@ def _of_folder(name: str, path: Path, key: str) -> list[Path]:
     state = path / "state.json"
     if state.is_file() and (path / "dataset_info.json").is_file():
         content = json.loads(state.read_text(encoding="utf-8"))
-        return [path / entry["filename"] for entry in content.get("_data_files", ())]
+        files = [entry.get("filename") for entry in content.get("_data_files", ())]
+        if not files or not all(isinstance(file, str) for file in files):
+            raise FedForwardError(
+                f"{key} = {name!r}: its state.json names no data files. Save it again with "
+                "`save_to_disk`, or name the files."
+            )
+        return [path / str(file) for file in files]
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        content = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))
+        splits = content.get("splits") or ["none"]
         raise FedForwardError(
             f"{key} = {name!r} holds the splits {', '.join(splits)}. Name the folder of one, such "
             f"as {str(path / splits[0])!r}."

@@ -164,10 +164,8 @@ class _Picked:
             ends = np.cumsum(counts)
             origins = np.searchsorted(ends, order, side="right")
             total = sum(shares)
-            kept = [
-                order[origins == n][: max(1, round(limit * share / total))]
-                for n, share in enumerate(shares)
-            ]
+            dealt = np.round(np.cumsum([0.0, *shares]) * (limit / total)).astype(int)
+            kept = [order[origins == n][:most] for n, most in enumerate(np.diff(dealt))]
             chosen = np.zeros(len(order), np.bool_)
             chosen[np.concatenate(kept)] = True
             self._all = order[chosen[order]]

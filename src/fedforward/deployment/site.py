@@ -7,6 +7,8 @@ nothing on disk but what was tuned at the end: a site that starts again is sent 
 import logging
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,11 +99,13 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
     config = join(terms, settings)
     reader = experiment.corpus_reader(config)
     plan = experiment.resolve_plan(config)
-    classes = experiment.read_classes(config, reader)
+    with _of_the_data():
+        classes = experiment.read_classes(config, reader)
     model, tokenizer = experiment.build_model(config, plan, classes)
-    corpus = experiment.read_corpus(
-        config, reader, tokenizer, longest_sequence(model.network), model.classes
-    )
+    with _of_the_data():
+        corpus = experiment.read_corpus(
+            config, reader, tokenizer, longest_sequence(model.network), model.classes
+        )
     collate = experiment.collate_of(config, tokenizer, model.classes)
     method = build_method(config)
     model.plan = experiment.fit_plan(config, model, corpus, method, collate)
@@ -122,6 +126,18 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
             *build_filters(settings.site.filters, "site.filters"),
         ),
     )
+
+
+@contextmanager
+def _of_the_data() -> Iterator[None]:
+    """Keeps what is wrong with the data here: the sentence may quote a row, a field or a file."""
+    try:
+        yield
+    except FedForwardError as error:
+        LOGGER.error("the data: %s", error)
+        raise FedForwardError(
+            "The data of this site cannot be used on these terms. The site's own log says why."
+        ) from error
 
 
 class Site:
@@ -165,10 +181,13 @@ class Site:
         own = self.settings
         sources = own.data.source
         places = [own.model.path, *([sources] if isinstance(sources, str) else sources)]
+        more = (own.model.adapter, own.data.chat_template, own.site.out)
+        places += [place for place in more if place]
         text = _ROW.sub(rf"\1 of {_OWN_PATH}", text)
         for place in places:
             for form in sorted({place, absolute_text(place)}, key=len, reverse=True):
                 text = text.replace(repr(form), repr(_OWN_PATH))
+                text = text.replace(form, _OWN_PATH) if len(form) > 3 else text
         text = _NEAR_NAME.sub("", text)
         quoted = repr(_OWN_PATH)
         text = _QUOTED.sub(

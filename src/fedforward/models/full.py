@@ -25,7 +25,7 @@ from fedforward.models.fingerprints import fingerprint
 from fedforward.models.folders import copy_processor
 from fedforward.models.grouping import settled
 from fedforward.models.lm_head import VocabularyTile, tile_rows
-from fedforward.models.loading import DTYPES
+from fedforward.models.loading import DTYPES, persistent_buffers
 from fedforward.models.pretrained import allow, loaded
 from fedforward.models.text_part import text_prefixes
 from fedforward.models.trial import examine, patterns
@@ -54,10 +54,10 @@ class FullModel(CausalModel):
             reload: loads the network again, for `reset`.
         """
         parameters = dict(network.named_parameters())
-        base = fingerprint(sorted(parameters.items()))
-        inside = text_prefixes(network)
+        base = fingerprint([*sorted(parameters.items()), *persistent_buffers(network)])
+        heads = [f"{name}." for name in class_heads(network)]
+        inside = (*text_prefixes(network), *heads)
         if blocks is not None:
-            heads = [f"{name}." for name in class_heads(network)]
             inside = (*names_in_blocks(network, blocks), *heads)
         tensors = {n: p.data for n, p in parameters.items() if n.startswith(inside)}
         packed = [name for name, t in tensors.items() if t.dtype not in DTYPES.values()]

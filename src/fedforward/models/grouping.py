@@ -30,17 +30,20 @@ def settled(model: CausalModel) -> ProbePlan:
 
     The plan says why, and what of the model is not tuned. Groups of two probes are measured: with
     a batch in common, with a batch each, and with the last block alone perturbed, where they share
-    what lies below. A sequence classifier is not tried.
+    what lies below.
 
     Raises:
         FedForwardError: the model cannot measure single probes either.
     """
     plan = replace(model.plan, left_out=model.left_out)
-    if plan.probes_per_call == 1 or model.classes:
+    if plan.probes_per_call == 1:
         return plan
     tokens = trial_tokens(model.network).numpy()
     labels = tokens.copy()
     labels[:, : tokens.shape[1] // 3] = IGNORED
+    if model.classes:
+        # The last token's label is the class of a text.
+        labels[:, :-1], labels[:, -1] = IGNORED, 0
     first, second = TokenBatch(tokens, labels), TokenBatch(tokens[::-1].copy(), labels[::-1].copy())
     reason = _why_not(model, (first, first), None) or _why_not(model, (first, second), None)
     if reason:
@@ -105,6 +108,9 @@ def _single(
 
 def _sums(model: CausalModel, probes: Sequence[Probe]) -> NDArray[np.float64]:
     """Summed losses of the rows of each probe, float64 [probes, rows]."""
+    if model.classes:
+        logits = np.array(model.class_logits(probes))
+        return np.asarray(np.logaddexp.reduce(logits, axis=-1) - logits[..., 0])
     return np.array([evaluation.sums for evaluation in model.token_losses(probes)])
 
 

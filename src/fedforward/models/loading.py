@@ -320,9 +320,10 @@ def check_placement(path: str, places: dict[str, Any]) -> None:
 
 
 def weights(network: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """All that a base consists of: its parameters by name, then the scales of the quantised ones.
+    """All that a base consists of: its parameters by name, then its buffers and quantised scales.
 
-    Weights that wait in host memory for their turn on a device are fetched module by module.
+    Buffers that a saved model does not have are computed, and left out. Weights that wait in host
+    memory for their turn on a device are fetched module by module.
     """
     from accelerate.utils import align_module_device
 
@@ -338,12 +339,22 @@ def weights(network: Any) -> Iterator[tuple[str, torch.Tensor]]:
         module = network.get_submodule(parent)
         with align_module_device(module, torch.device("cpu")):
             yield name, getattr(module, leaf)
+    yield from persistent_buffers(network)
     for name, module in sorted(network.named_modules()):
         if isinstance(module, int8.Int8Linear):
             yield f"{name}.weight.scale", module.scale
         elif packing.is_quantized(module):
             for key, tensor in sorted(module.weight.quant_state.as_dict(packed=True).items()):
                 yield f"{name}.weight.{key}", tensor
+
+
+def persistent_buffers(network: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers of a network that its saved form has, by name."""
+    for name, module in sorted(network.named_modules()):
+        for key, buffer in sorted(module._buffers.items()):
+            own = key not in module._non_persistent_buffers_set
+            if own and buffer is not None and not buffer.is_meta:
+                yield f"{name}.{key}".removeprefix("."), buffer
 
 
 def placement(network: Any) -> str:

@@ -34,7 +34,8 @@ def find_targets(
     """
     every = targets == "all-linear"
     # A name such as q_proj stands for the text part's modules, though a tower has such ones, too.
-    inside = ("",) if every else text_prefixes(network)
+    # What a text calls is not known of a sequence classifier.
+    inside = ("",) if every and not heads else text_prefixes(network)
     if blocks is not None:
         inside = tuple(names_in_blocks(network, blocks))
     outside = tuple(f"{name}." for name in heads)

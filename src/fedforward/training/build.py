@@ -16,6 +16,7 @@ from fedforward.config.schema import Config
 from fedforward.core.batches import Batch
 from fedforward.core.identity import ModelIdentity
 from fedforward.core.steps import Probe, ProbePlan
+from fedforward.data.chat import read_template
 from fedforward.data.corpus import Corpus, CorpusReader
 from fedforward.data.encoding import TextEncoder
 from fedforward.data.sampler import Batches, Collate, collate, collate_prompts, longest
@@ -63,7 +64,8 @@ def read_corpus(
     Args and errors: see `CorpusReader.corpus`.
     """
     measured = (config.method.objective, *config.evaluation.metrics)
-    _warn_of_no_end(config, tokenizer)
+    if reader.chat is None:
+        _warn_of_no_end(config, tokenizer)
     return reader.corpus(tokenizer, positions, classes, generates=any(map(needs_answers, measured)))
 
 
@@ -160,6 +162,9 @@ def _tuned_model(
     if ":" in device:
         devices.select(device)
     network, tokenizer = _load(config, device, classes)
+    if config.data.chat_template is not None:
+        # It goes on with a model that is saved.
+        tokenizer.chat_template = read_template(config.data.chat_template)
     check_causal(network, config.model.path)
     distribution = Distribution(config.method.distribution)
     if config.model.tune == "full":
