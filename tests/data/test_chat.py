@@ -207,6 +207,7 @@ def test_tools_are_what_the_template_is_given(tmp_path: Path, tokenizer: Tokeniz
         ([USER, said(3)], "its content is a number"),  # type: ignore[arg-type]
         ([USER, said([{"type": "image"}])], "has a part that is no text (image)"),  # type: ignore[arg-type]
         ([USER, said("\ud800")], "half of a surrogate pair"),
+        ([USER, said([{"type": "text", "text": "\ud800"}])], "half of a surrogate pair"),  # type: ignore[arg-type]
         ("[3", "begins as JSON and is none"),
     ],
 )
@@ -247,6 +248,101 @@ def test_templates_of_files_and_none(tmp_path: Path, tokenizer: Tokenizer) -> No
     tok = tokenizer(None)
     example = only(corpus(path, tok, chat="messages", chat_template=str(file)))
     assert tok.decode(example.tokens) == "Be brief.user: what is it?assistant: it is 3."
+
+
+def test_numbers_of_several_fields_are_as_written(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tok = tokenizer(TEMPLATES["chatml"])
+    for chat, names in (
+        ("alpaca", ("instruction", "output")),
+        ("prompt-completion", ("prompt", "completion")),
+    ):
+        for number in ("1.10", "1e5", "12345678901234567890.50"):
+            line = f'{{"{names[0]}": "n", "{names[1]}": {number}}}'
+            path = write_rows(tmp_path / "d.jsonl", [line, line])
+            assert tok.decode(labels(only(corpus(path, tok, chat=chat)))) == f"{number}</s>"
+
+
+def test_what_weighs_nothing_is_not_learnt(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tok = tokenizer(TEMPLATES["chatml"])
+    talk = [USER, said("good"), USER, {**said("BAD"), "weight": 0}]
+    path = talk_file(tmp_path / "d.jsonl", talk, talk)
+    for how in ("last", "all"):
+        example = only(corpus(path, tok, chat="messages", loss_on=how))
+        assert tok.decode(labels(example)) == "good</s>"
+
+
+def test_blank_answers_are_none(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tok = tokenizer(TEMPLATES["chatml"])
+    talk = [USER, said("good"), USER, said("  ")]
+    example = only(corpus(talk_file(tmp_path / "d.jsonl", talk, talk), tok, chat="messages"))
+    assert tok.decode(labels(example)) == "good</s>"
+
+
+def test_an_answer_may_hold_an_end_and_begin_like_its_prompt(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    plain = "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
+    tok = tokenizer(plain + "{% if add_generation_prompt %}[assistant][think]{% endif %}")
+    for answer in ("Write </s> in HTML. That is all.", "[table][tr]", "[thanks] ok"):
+        talk = [USER, said(answer)]
+        example = only(corpus(talk_file(tmp_path / "d.jsonl", talk, talk), tok, chat="messages"))
+        assert tok.decode(labels(example)) == f"{answer}[end]"
+
+
+def test_the_system_of_a_row_is_never_dropped(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tok = tokenizer(TEMPLATES["chatml"])
+    row = {"prompt": "a", "completion": "b", "system": "Be brief."}
+    path = write_rows(tmp_path / "d.jsonl", [row, row])
+    example = only(corpus(path, tok, chat="prompt-completion"))
+    assert tok.decode(example.tokens).startswith("<|system|>Be brief.</s>")
+    for system, words in ((["Be kind"], "holds a list of 1"), ({"a": "b"}, "holds an object")):
+        path = talk_file(tmp_path / "d.jsonl", *[TALKS["one turn"]] * 2, system=system)
+        with pytest.raises(FedForwardError, match=words):
+            corpus(path, tok, chat="messages")
+    path = talk_file(tmp_path / "d.jsonl", *[TALKS["a system"]] * 2, system="Be brief.")
+    with pytest.raises(FedForwardError, match="a field system and a system message"):
+        corpus(path, tok, chat="messages")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"messages": [{"role": "user", "content": "A", "content": "B"}]}', "'content' more than"),
+        ('{"messages": [{"role": "user", "text": "A"}]}', "message 1 of messages says nothing"),
+        ('{"messages": [{"from": "human", "value": "a", "content": "Z"}]}', "both value and cont"),
+        ('{"messages": [{"from": {"a": 1}, "value": "a"}]}', "which is not known"),
+        ('{"messages": [], "functions": [{"name": "f"}]}', "has functions, the earlier form"),
+    ],
+)
+def test_what_could_be_lost_in_a_conversation_is_refused(
+    tmp_path: Path, tokenizer: Tokenizer, line: str, words: str
+) -> None:
+    path = write_rows(tmp_path / "d.jsonl", [line, line])
+    with pytest.raises(FedForwardError, match=words):
+        corpus(path, tokenizer(TEMPLATES["chatml"]), chat="messages")
+
+
+def test_a_template_that_is_none_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = talk_file(tmp_path / "d.jsonl", *[TALKS["one turn"]] * 2)
+    file = tmp_path / "template.jinja"
+    for text, words in (
+        ("{% for m in messages %}", "is no Jinja template"),
+        ("", "is no chat temp"),
+    ):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(FedForwardError, match=words):
+            corpus(path, tokenizer(None), chat="messages", chat_template=str(file))
+
+
+def test_a_template_has_one_date_on_all_days(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}|{{ m.content }}{% endfor %}"
+    path = talk_file(tmp_path / "d.jsonl", *[TALKS["one turn"]] * 2)
+    tok = tokenizer(template)
+    example = only(corpus(path, tok, chat="messages"))
+    assert tok.decode(example.tokens).startswith("26 Jul 2024|what")
+    assert "asks for today's date" in caplog.text
 
 
 def test_chat_and_templates_exclude_each_other(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -103,6 +103,79 @@ def test_lines_that_are_not_drawn_are_not_looked_at(tmp_path: Path) -> None:
     assert len(reader(path, prompt="{q}{hint}", answer="{a}", limit=2, seed=1).rows.table) == 2
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"prompt": "{meta.titel}"}, {"fields": {"q": "meta.nope"}, "prompt": "{q}"}],
+)
+def test_a_misspelt_path_is_no_hole(tmp_path: Path, changes: dict[str, Any]) -> None:
+    rows = [{"q": str(n), "a": "x", "meta": {"title": "T"}} for n in range(4)]
+    with pytest.raises(FedForwardError, match=r"titel\}|meta\.nope"):
+        corpus(write_rows(tmp_path / "d.jsonl", rows), Letters(), **(QA | changes))
+
+
+def test_files_of_one_source_have_the_same_fields(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "a.csv").write_text("q,a\n1,2\n3,4\n", encoding="utf-8")
+    (shards / "b.csv").write_text("Q,a\n1,2\n3,4\n", encoding="utf-8")
+    with pytest.raises(FedForwardError, match=r"b\.csv has no field 'q', and other files have it"):
+        corpus(shards, Letters(), **QA)
+    for name in ("a", "b"):
+        (shards / f"{name}.csv").unlink()
+        write_rows(shards / f"{name}.jsonl", [{"q" if name == "a" else "Q": "1", "a": "2"}] * 2)
+    (shards / "notes.bz2").write_text("x", encoding="utf-8")
+    corpus(shards, Letters(), **QA)
+    assert "b.jsonl has no field 'q' in any row" in caplog.text
+    assert "1 others in it are not read: notes.bz2" in caplog.text
+    (shards / "a.jsonl.gz").write_bytes(b"")
+    with pytest.raises(FedForwardError, match=r"has a\.jsonl twice, once compressed"):
+        corpus(shards, Letters(), **QA)
+    with pytest.raises(FedForwardError, match=r"takes in a\.jsonl twice"):
+        corpus([str(shards / "a.jsonl"), f"{shards}/./a.jsonl"], Letters(), **QA)
+
+
+def test_the_default_template_takes_an_input(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Translate", "input": "Bonjour", "output": "Hello"},
+        {"instruction": "Greet", "output": "Hi"},
+    ]
+    for kept, shown in (
+        (rows[:1] * 2, "\n\n### Input:\nBonjour\n\n"),
+        (rows[1:] * 2, "Greet\n\n##"),
+    ):
+        made = corpus(write_rows(tmp_path / "d.jsonl", kept), Letters())
+        assert shown in texts(made, Letters())[0][0]
+
+
+def test_optional_answers(tmp_path: Path) -> None:
+    rows = [{"q": str(n), "a": a} for n, a in enumerate(["x", None, "y"])]
+    path = write_rows(tmp_path / "d.jsonl", rows)
+    assert answers(path, answer="{^a}none{/a}{a}") == ["none", "x", "y"]
+    assert answers(path, answer="{?a}{q}{/a}") == ["0", "2"]
+
+
+def test_weights_have_an_end_and_keep_the_limit(tmp_path: Path) -> None:
+    one = write_rows(tmp_path / "a.jsonl", [{"q": str(n), "a": "a"} for n in range(30)])
+    two = write_rows(tmp_path / "b.jsonl", [{"q": str(n), "a": "b"} for n in range(30)])
+    sources = [str(one), str(two)]
+    made = corpus(sources, Letters(), 1, **QA, weights=[1.0, 9.0], limit=8)
+    assert sum(map(len, made.clients)) + len(made.heldout) == 8
+    with pytest.raises(FedForwardError, match=r"would repeat the rows of a source 1\.03e"):
+        corpus(sources, Letters(), **QA, weights=[1e30, 1.0])
+
+
+def test_fields_hold_for_the_evaluation_as_well(tmp_path: Path) -> None:
+    rows = [{"question": str(n), "a": "x"} for n in range(4)]
+    path = write_rows(tmp_path / "d.jsonl", rows)
+    for held in (rows, [{"q": "7", "a": "x"}]):
+        other = write_rows(tmp_path / "held.jsonl", held)
+        evaluation = {"source": str(other)}
+        made = corpus(path, Letters(), **QA, fields={"q": "question"}, evaluation=evaluation)
+        assert len(made.heldout) == len(held)
+
+
 def test_a_wrong_separator_is_guessed(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("q;a\n1;2\n3;4\n", encoding="utf-8")
     with pytest.raises(FedForwardError, match=r"Their fields are q;a\. Cells of a \.csv file are"):

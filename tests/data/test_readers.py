@@ -184,6 +184,54 @@ def test_two_columns_of_one_name_are_refused_where_they_are_used(tmp_path: Path,
         reach(row, "a", "row 1")
 
 
+def test_an_array_on_one_line_takes_time_in_proportion(tmp_path: Path) -> None:
+    import time
+
+    seconds = []
+    for count in (20_000, 160_000):
+        path = tmp_path / f"{count}.json"
+        path.write_text(json.dumps([{"q": "x" * 20, "n": n} for n in range(count)]), "utf-8")
+        begun = time.perf_counter()
+        assert sum(1 for _ in read_lazily(path)) == count
+        seconds.append(time.perf_counter() - begun)
+    assert seconds[1] < 24 * seconds[0]
+
+
+def read_lazily(path: Path) -> Any:
+    return find(str(path), key="data.source").read()
+
+
+def test_a_line_that_is_blank_is_none_in_every_count(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf\n{"q": 1}\n \n{"q": 2}\n')
+    assert find(str(path), key="k").count() == len(read(path)) == 2
+    path = tmp_path / "d.csv"
+    path.write_text("\nq,a\n1,2\n", encoding="utf-8")
+    source = find(str(path), key="k")
+    assert source.columns() == ["q", "a"] and source.count() == 1
+
+
+def test_a_file_that_grows_is_read_as_far_as_it_was(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "d.jsonl", [{"q": n} for n in range(5)])
+    assert len(list(find(str(path), key="k").read(None, [True, False]))) == 1
+
+
+def test_moments_in_maps_and_lists(tmp_path: Path) -> None:
+    kinds = [
+        pa.map_(pa.string(), pa.timestamp("us")),
+        pa.list_(pa.timestamp("us"), 1),
+        pa.large_list(pa.timestamp("us")),
+    ]
+    values: list[Any] = [[[("k", MOMENT)]], [[MOMENT]], [[MOMENT]]]
+    columns = [pa.array(value, kind) for value, kind in zip(values, kinds, strict=True)]
+    tables(tmp_path / "d.arrow", pa.table(columns, names=["m", "f", "l"]))
+    (row,) = read(tmp_path / "d.arrow")
+    assert row == {"m": {"k": TEXT}, "f": [TEXT], "l": [TEXT]}
+
+
+TEXT = "2024-01-31T05:00:00.12"
+
+
 def json_file(text: str) -> tuple[str, bytes]:
     return "d.json", text.encode()
 
@@ -209,13 +257,15 @@ def json_file(text: str) -> tuple[str, bytes]:
         (*json_file("7"), ["begins with '7'"]),
         (*json_file('{"q": ["x", "y"], "a": ["1", "2"]}'), ["holds columns (q, a)", "by rows"]),
         (*json_file('{"q": {"0": "x"}, "a": {"0": "1"}}'), ["holds columns (q, a)", "orient"]),
-        (*json_file('{"train": [{"q": 1}], "test": [{"q": 1}]}'), ["under train, test"]),
-        (*json_file('{"ids": [1, 2], "name": "x"}'), ["no list of objects", "ids, name"]),
+        (*json_file('{"data": [{"q": 1}], "rows": [{"q": 1}]}'), ["under data, rows"]),
+        (*json_file('{"3": {"q": "x"}, "7": {"q": "y"}}'), ["holds columns", "orient"]),
         (*json_file('{"data": [{"q": 1}, 3]}'), ["item 2 of 'data'", "is a number"]),
         (*json_file('{"data": [{"q": 1},\n {"q" 2}]}'), ["line 2 of", "is not JSON"]),
         ("d.csv", b"q,a\n1,2\n1,2,3,4\n", ["line 3 of", "has 4 cells", "its header has 2"]),
         ("d.csv", b'q,a\n1,"2\n', ["line 2 of", "is not CSV"]),
         ("d.csv", b'q,a\n1,"2"3\n', ["line 2 of", "is not CSV", "written twice"]),
+        ("d.csv", b'"a"b,c\n1,2\n', ["line 1 of", "is not CSV"]),
+        ("d.json", b'{"a": ' + b"[" * 100_000, ["nested too deeply"]),
         ("d.parquet", b"PAR1 no more", ["is not a readable parquet file", "Write it again"]),
         ("d.parquet", b"", ["parquet"]),
         ("d.arrow", b"ARROW1", ["arrow"]),
@@ -240,6 +290,9 @@ def test_files_that_are_refused(tmp_path: Path, name: str, raw: bytes, words: li
         (" [ ] \n", []),
         ('\ufeff[{"q": 1}]', [{"q": "1"}]),
         ('{"data": [{"q": 1}], "version": 2}', [{"q": "1"}]),
+        ('{"prompts": [{"q": 1}]}', [{"q": "1"}]),
+        ('{"data": [], "meta": [{"q": 1}]}', []),
+        ('{"q": "whole", "refs": [{"q": "part"}]}\n', [["whole"]]),
         ('{"q": "one", "tags": ["x"]}\n{"q": "two", "tags": []}\n', [["one"], ["two"]]),
         ('{"q": 1}\n', [{"q": "1"}]),
         ('{"q": 1,\n "a": 2}\n', [{"q": "1", "a": "2"}]),

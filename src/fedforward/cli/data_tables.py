@@ -51,6 +51,8 @@ def _example(number: int, example: "Shown") -> RenderableType:
 
 
 def _shortened(text: str) -> str:
+    """Text with control characters as escapes, the middle of a long one left out."""
+    text = "".join(c if c in "\n\t" or c.isprintable() else repr(c)[1:-1] for c in text)
     if len(text) <= _HEAD + _TAIL:
         return text
     left_out = len(text) - _HEAD - _TAIL

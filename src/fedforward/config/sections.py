@@ -139,7 +139,7 @@ class DataSection(Section):
     subset: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("train", description="split of a hub data set")
     prompt: str = Field(
-        "### Instruction:\n{instruction}\n\n### Response:\n",
+        "### Instruction:\n{instruction}\n\n{?input}### Input:\n{input}\n\n{/input}### Response:\n",
         description="template; {name} stands for a field, {?name}…{/name} is there only if it has "
         "text",
     )

@@ -7,27 +7,31 @@ fields `prompt` and `completion`, and the fields `instruction`, `input` and `out
 import datetime
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2
+
 from fedforward.core.errors import FedForwardError
 from fedforward.core.paths import home
-from fedforward.data.readers import parse_json
+from fedforward.data.readers import CONVERSATIONS, parse_json
 from fedforward.data.values import Number, kind_of, plain, text_of
 
 LOGGER = logging.getLogger("fedforward.data")
 #: What a template is told that the date is: the default of those that ask for it.
 DATE = datetime.date(2024, 7, 26)
+_NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 #: Values of `data.chat` for forms of several fields: those that must be there, and the others.
 FORMS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "alpaca": (("instruction", "output"), ("input", "system")),
     "prompt-completion": (("prompt", "completion"), ()),
 }
 #: Fields that hold conversations under their usual names, and say by being there what they are.
-USUAL = ("messages", "conversations", "conversation")
+USUAL = CONVERSATIONS
 #: Fields beside a conversation that belong to it.
-_TOOLS, _SYSTEM = "tools", "system"
+_TOOLS, _SYSTEM, _FUNCTIONS = "tools", "system", "functions"
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -60,8 +64,18 @@ class Conversation:
 
     @property
     def answered(self) -> list[int]:
-        """The places of the assistant's messages."""
-        return [n for n, message in enumerate(self.messages) if message["role"] == ASSISTANT]
+        """The places of the assistant's messages that say something after another message.
+
+        What has `weight` 0, as in files for OpenAI, is not learnt.
+        """
+        return [
+            n
+            for n, message in enumerate(self.messages)
+            if n
+            and message["role"] == ASSISTANT
+            and message.get("weight") != 0
+            and (str(message.get("content") or "").strip() or message.get("tool_calls"))
+        ]
 
 
 def detect(columns: Sequence[str], sample: Mapping[str, Any]) -> str | None:
@@ -83,8 +97,8 @@ def paths(chat: str) -> tuple[list[str], list[str]]:
     """What `data.chat` looks at: the paths that must be there, and those that may be."""
     if chat in FORMS:
         wanted, optional = FORMS[chat]
-        return list(wanted), [*optional, _TOOLS]
-    return [chat], [_SYSTEM, _TOOLS]
+        return list(wanted), list(dict.fromkeys((*optional, _SYSTEM, _TOOLS, _FUNCTIONS)))
+    return [chat], [_SYSTEM, _TOOLS, _FUNCTIONS]
 
 
 def conversation(row: Mapping[str, Any], chat: str, where: str) -> Conversation:
@@ -99,10 +113,15 @@ def conversation(row: Mapping[str, Any], chat: str, where: str) -> Conversation:
         FedForwardError: the fields hold no conversation.
     """
     tools = _tools(row.get(_TOOLS), where)
-    system = row.get(_SYSTEM)
+    if row.get(_FUNCTIONS):
+        raise FedForwardError(
+            f"{where} has functions, the earlier form of tools. Write them as tools, each "
+            '{"type": "function", "function": …}, or rename the field.'
+        )
+    system = text_of(row.get(_SYSTEM), _SYSTEM, where) or ""
     begin: list[dict[str, Any]] = []
-    if isinstance(system, str) and system.strip():
-        begin = [{"role": "system", "content": text_of(system, "system", where)}]
+    if system.strip():
+        begin = [{"role": "system", "content": system}]
     if chat == "alpaca":
         asked, more, answer = (
             text_of(row.get(name), name, where) or "" for name in ("instruction", "input", "output")
@@ -114,10 +133,12 @@ def conversation(row: Mapping[str, Any], chat: str, where: str) -> Conversation:
     if chat == "prompt-completion":
         before = _part(row.get("prompt"), "prompt", "user", where)
         after = _part(row.get("completion"), "completion", ASSISTANT, where)
-        return Conversation([*before, *after], tools)
+        return Conversation([*begin, *before, *after], tools)
     messages = _messages(row.get(chat), chat, where)
-    if messages and messages[0]["role"] == "system":
-        begin = []
+    if begin and messages and messages[0]["role"] == "system":
+        raise FedForwardError(
+            f"{where} has a field system and a system message in {chat}. Keep one of them."
+        )
     return Conversation([*begin, *messages], tools)
 
 
@@ -160,7 +181,10 @@ def _message(item: Any, where: str) -> dict[str, Any]:
     message = {k: v for k, v in plain(item).items() if v is not None or k == "content"}
     if "role" not in item and "from" in item:
         role = message.pop("from", None)
-        if role not in _ROLES:
+        if message.get("content") is not None and "value" in item:
+            raise FedForwardError(f"{where} has both value and content. Keep one of them.")
+        message.pop("content", None)
+        if not isinstance(role, str) or role not in _ROLES:
             raise FedForwardError(
                 f"{where} is from {role!r}, which is not known. Known are {', '.join(_ROLES)}."
             )
@@ -174,7 +198,7 @@ def _message(item: Any, where: str) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, list):
         message["content"] = _joined(content, where)
-    elif content is None and message.keys() == {"role"} | (message.keys() & {"content"}):
+    elif content is None and not message.get("tool_calls"):
         raise FedForwardError(f"{where} says nothing: its content is null or missing.")
     elif content is not None and not isinstance(content, str):
         raise FedForwardError(
@@ -225,13 +249,19 @@ def read_template(name: str) -> str:
         FedForwardError: it cannot be read.
     """
     try:
-        return home(name).read_text(encoding="utf-8-sig")
+        text = home(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise FedForwardError(
             f"data.chat_template = {name!r} cannot be read: {reason}. Give a file with a Jinja "
             "template."
         ) from error
+    if "messages" not in text:
+        raise FedForwardError(
+            f"data.chat_template = {name!r} is no chat template: it does not name `messages`. Give "
+            "a file with a Jinja template."
+        )
+    return text
 
 
 @dataclass(frozen=True)
@@ -277,7 +307,8 @@ class ChatRenderer:
         own = tokenizer.chat_template
         text = own if isinstance(own, str) else json.dumps(own)
         self._knows_tools = "tools" in text
-        if "strftime_now" in text:
+        self._asks_for_date = _NOW.search(text.replace('\\"', '"')) is not None
+        if self._asks_for_date:
             LOGGER.warning(
                 "the chat template asks for today's date, and is given %s, so that a run has the "
                 "same tokens on every day",
@@ -296,7 +327,7 @@ class ChatRenderer:
                 answer otherwise where more follows.
         """
         answered = talk.answered
-        if not answered or answered[0] == 0:
+        if not answered:
             return None
         if talk.tools and not self._knows_tools:
             raise FedForwardError(
@@ -315,7 +346,9 @@ class ChatRenderer:
                 bare = self._render(_first(talk, place), where)
                 if not text.startswith(bare):
                     raise FedForwardError(self._changes(where, place))
-                begin = max(begin, len(bare))
+                # What the answer says may begin like the prompt for it: where it begins is seen in
+                # two other answers.
+                begin = min(max(begin, len(bare)), self._header(talk, place, where))
             end = len(text)
             if place != last:
                 whole = self._render(_first(talk, place + 1), where)
@@ -326,12 +359,28 @@ class ChatRenderer:
         said = [talk.messages[place].get("content") or "" for place in counted]
         return Rendered(text, tuple(spans), tuple(said))
 
+    def _header(self, talk: Conversation, place: int, where: str) -> int:
+        """How many characters stand before what a message says."""
+        texts = []
+        for word in ("A", "Z"):
+            message = {"role": ASSISTANT, "content": word}
+            said = Conversation([*talk.messages[:place], message], talk.tools)
+            texts.append(self._render(said, where))
+        return _common(*texts)
+
     def _changes(self, where: str, place: int) -> str:
         return (
             f"{where}: the chat template renders message {place + 1} in another way when more "
             f"follows, so its tokens cannot be told apart (data.loss_on = {self.loss_on!r}). Use "
             "data.loss_on = 'last', or a template of your own in data.chat_template."
         )
+
+    def _dated(self, tools: list[Any] | None) -> str | None:
+        """The template with a date in place of today's; None where it asks for none."""
+        if not self._asks_for_date:
+            return None
+        own: str = self.tokenizer.get_chat_template(None, tools)
+        return _NOW.sub(lambda found: repr(DATE.strftime(found[2])), own)
 
     def _render(self, talk: Conversation, where: str, begin_answer: bool = False) -> str:
         try:
@@ -341,9 +390,14 @@ class ChatRenderer:
                     tools=talk.tools,
                     tokenize=False,
                     add_generation_prompt=begin_answer,
-                    strftime_now=DATE.strftime,
+                    chat_template=self._dated(talk.tools),
                 )
             )
+        except jinja2.TemplateSyntaxError as error:
+            raise FedForwardError(
+                f"The chat template is no Jinja template: line {error.lineno}: {error.message}. "
+                "Mend data.chat_template, or the tokenizer's own."
+            ) from error
         except Exception as error:
             # Whatever a template does not expect is an error of its own making.
             reason = " ".join(str(error).split()) or type(error).__name__

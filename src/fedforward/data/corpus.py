@@ -42,6 +42,8 @@ from fedforward.data.tokenise import (
 )
 
 LOGGER = logging.getLogger("fedforward.data")
+#: How often `data.weights` may repeat a row.
+MOST_REPEATS = 1000
 
 
 class Prompt(NamedTuple):
@@ -159,6 +161,12 @@ class CorpusReader:
         data = self._data
         names = [data.source] if isinstance(data.source, str) else data.source
         found = [find(n, split=data.split, subset=data.subset, key="data.source") for n in names]
+        files = [file.resolve() for source in found for file in source.files]
+        if len(set(files)) < len(files):
+            twice = next(file for file in files if files.count(file) > 1)
+            raise FedForwardError(
+                f"data.source = {data.source!r} takes in {twice.name} twice. Name each file once."
+            )
         for source in found:
             if len(source.files) > 1:
                 LOGGER.info(
@@ -181,7 +189,8 @@ class CorpusReader:
         columns = self.sources[0].columns()
         row = next(self.sources[0].read(), (0, 0, {}))[2]
         names = {**{name: name for name in columns}, **(data.fields or {})}
-        if all(path in names for path in (*self._prompt.paths, *self._answer.paths)):
+        required = {*self._prompt.paths, *self._answer.paths} - {"input"}
+        if required <= names.keys():
             return None
         found = chats.detect(columns, row)
         if found is not None:
@@ -200,6 +209,9 @@ class CorpusReader:
         if self.chat is None:
             texts = dict.fromkeys(self._prompt.paths, "data.prompt")
             texts |= dict.fromkeys(self._answer.paths, "data.answer") | texts
+            if self._data.default_templates:
+                # Instructions may come with an input.
+                optional = frozenset({"input"} & texts.keys())
         else:
             wanted, more = chats.paths(self.chat)
             values = dict.fromkeys((*wanted, *more), "data.chat")
@@ -297,11 +309,9 @@ class CorpusReader:
                 return Prompt(text, encoder.prompt(text, prefix=False), None)
             return Prompt(text, encoder.texts([text])[0] if classes else encoder.prompt(text), None)
 
+        parts = [self._repeated(part, origins, client) for client, part in enumerate(parts)]
         return Corpus(
-            clients=[
-                train.examples.take(self._repeated(part, origins, client))
-                for client, part in enumerate(parts)
-            ],
+            clients=[train.examples.take(part) for part in parts],
             heldout=heldout.examples,
             example=self._example(heldout, rows, encoder, renderer, continued),
             continued=continued,
@@ -404,11 +414,18 @@ class CorpusReader:
         each of its examples once.
         """
         shares = self._data.weights
-        if not shares:
+        if not shares or self._data.limit is not None:
+            # With a limit each source has given its share of it.
             return part
         counts = np.bincount(origins, minlength=len(shares))
         times = np.array(shares) / np.maximum(counts, 1)
         times /= times[counts > 0].min()
+        if times.max() > MOST_REPEATS:
+            raise FedForwardError(
+                f"data.weights = {list(shares)!r} would repeat the rows of a source "
+                f"{times.max():.3g} times, and {MOST_REPEATS} is the most. Use weights that are "
+                "closer to each other, or data.limit."
+            )
         random = generator(self._run_seed, "weights", client)
         order = [part]
         for source, factor in enumerate(times):
@@ -426,9 +443,13 @@ class CorpusReader:
         source = find(
             section.source, split=section.split, subset=section.subset, key="evaluation.source"
         )
+        there = source.columns()
+        fields = (self._data.fields or {}).items()
+        # A file to evaluate on may call its fields as the templates do, or as the source does.
+        names = {own: found for own, found in fields if own not in there and found in there}
         return Table.read(
             [source],
-            self._wanted(partition=False, names={}),
+            self._wanted(partition=False, names=names),
             seed=self._run_seed,
             purpose="evaluation",
             limit=section.limit,

@@ -12,7 +12,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,6 +38,10 @@ FORMS = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
+#: Keys of one object under which its rows lie.
+WRAPPERS = ("data", "rows", "examples", "items", "records", "instances", "train")
+#: Fields that hold conversations under their usual names.
+CONVERSATIONS = ("messages", "conversations", "conversation")
 _BATCH_ROWS = 4096
 _CHUNK = 1 << 20
 
@@ -142,6 +146,11 @@ def _explained(path: Path) -> Iterator[None]:
     except RecursionError as error:
         raise FedForwardError(
             f"{path} is nested too deeply. Give rows with fewer levels."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise FedForwardError(
+            f"{path} holds text that is not UTF-8 ({error.reason}: {error.object[:40]!r}). Write "
+            "it again."
         ) from error
     except OverflowError as error:
         raise FedForwardError(
@@ -281,7 +290,7 @@ def _json(path: Path) -> Rows:
         row = _DECODER.decode(line)
     except json.JSONDecodeError:
         row = None
-    held = any(isinstance(value, list) or _is_column(value) for value in (row or {}).values())
+    held = any(isinstance(value, list | dict) for value in (row or {}).values())
     if row is None or (held and _is_alone(path, number)):
         yield from _wrapped(path)
     else:
@@ -305,30 +314,38 @@ def _wrapped(path: Path) -> Rows:
     except RecursionError as error:
         raise FedForwardError(f"{path} is nested too deeply.") from error
     lists = {name: value for name, value in whole.items() if isinstance(value, list)}
-    rows = {name: value for name, value in lists.items() if value and isinstance(value[0], dict)}
-    if len(rows) == 1:
-        ((name, items),) = rows.items()
-        for number, row in enumerate(items, start=1):
-            yield number, _checked(row, path, f"item {number} of {name!r}")
-        return
-    if len(rows) > 1:
+    held = [name for name in WRAPPERS if name in lists]
+    if len(whole) == 1 and lists and next(iter(lists)) not in CONVERSATIONS:
+        held = list(lists)
+    if len(held) > 1:
         raise FedForwardError(
-            f"{path} is one object with lists of rows under {listed(rows)}. Save one of them as a "
+            f"{path} is one object with lists of rows under {listed(held)}. Save one of them as a "
             "file of its own."
         )
-    columns = [n for n, value in whole.items() if isinstance(value, list) or _is_column(value)]
-    if columns and len(columns) == len(whole) and len({len(whole[c]) for c in columns}) == 1:
+    if held and (not lists[held[0]] or isinstance(lists[held[0]][0], dict)):
+        for number, row in enumerate(lists[held[0]], start=1):
+            yield number, _checked(row, path, f"item {number} of {held[0]!r}")
+        return
+    if _holds_columns(whole):
+        columns = list(whole)
         raise FedForwardError(
             f"{path} holds columns ({listed(columns)}) in place of rows. Save it by rows: an array "
             'of objects, or an object a line (in pandas: to_json(..., orient="records", '
             "lines=True))."
         )
-    if lists:
-        raise FedForwardError(
-            f"{path} is one object and holds no list of objects. Its keys are {listed(whole)}. "
-            "Give an array of objects, or an object a line."
-        )
     yield 1, whole
+
+
+def _holds_columns(whole: Mapping[str, Any]) -> bool:
+    """Whether an object is a table as pandas writes one: columns, or rows by their index."""
+    values = list(whole.values())
+    if all(isinstance(value, list) for value in values):
+        plain = not any(isinstance(item, dict) for value in values for item in value[:1])
+        return len(values) > 1 and plain and len({len(value) for value in values}) == 1
+    if not all(isinstance(value, dict) for value in values):
+        return False
+    same = len({tuple(value) for value in values}) == 1
+    return (same and len(values) > 1) or all(map(_is_column, values))
 
 
 def _is_column(value: Any) -> bool:
@@ -490,13 +507,22 @@ def _csv(path: Path) -> Rows:
                 raise FedForwardError(
                     f"line {place} of {path} has {len(cells)} cells, and its header has "
                     f"{len(names)}. Put cells that hold {reader.dialect.delimiter!r} in quotes."
+                    f"{_separator_hint(path)}"
                 )
             yield place, _object(list(zip(names, cells, strict=True)))
     except csv.Error as error:
         raise FedForwardError(
             f"line {begin} of {path} is not CSV: {error}. A quote inside a quoted cell is "
-            "written twice."
+            f"written twice, and lines end in a line feed.{_separator_hint(path)}"
         ) from error
+
+
+def _separator_hint(path: Path) -> str:
+    """What to do where a header looks as if other marks than commas stood between its cells."""
+    _, first = next(_lines(path), (0, ""))
+    if any(first.count(mark) > first.count(",") for mark in ";|\t") and ".csv" in path.name.lower():
+        return " Cells of a .csv file are separated by commas: save it so, or as .tsv with tabs."
+    return ""
 
 
 # ---- Parquet and Arrow ---------------------------------------------------------------------------
@@ -517,10 +543,11 @@ def _arrow(path: Path) -> Iterator[Any]:
 
     with pa.memory_map(str(path)) as source:
         try:
-            yield pa.ipc.open_file(source)
+            reader = pa.ipc.open_file(source)
         except pa.ArrowInvalid:
             source.seek(0)
-            yield pa.ipc.open_stream(source)
+            reader = pa.ipc.open_stream(source)
+        yield reader
 
 
 def _arrow_rows(path: Path, wanted: Collection[str] | None) -> Rows:
@@ -633,7 +660,9 @@ def _iso(text: str) -> str:
     """Arrow's text of a moment as ISO 8601, without a fraction's last zeros."""
     day, _, time = text.rpartition(" ")
     match = re.fullmatch(r"(\d+:\d+:\d+)(?:\.(\d+))?(Z|[+-]\d{4})?", time)
-    assert match is not None, text
+    if match is None:
+        # A moment beyond the years that Arrow writes.
+        return text
     fraction = (match[2] or "").rstrip("0")
     zone = match[3] or ""
     zone = f"{zone[:3]}:{zone[3:]}" if len(zone) == 5 else zone

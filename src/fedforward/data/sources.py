@@ -5,6 +5,7 @@ A source is read a row at a time and as often as is wanted. What its files hold 
 """
 
 import glob
+import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from fedforward.data.readers import Row
 if TYPE_CHECKING:
     import datasets
 
+LOGGER = logging.getLogger("fedforward.data")
 _KNOWN = ", ".join((*readers.FORMS, ".jsonl.gz", ".csv.zst"))
 _MOST_FILES = 3
 
@@ -193,6 +195,17 @@ def _of_folder(name: str, path: Path, key: str) -> list[Path]:
         raise FedForwardError(
             f"{key} = {name!r} is a folder without data ({listed}). Its files must end in {_KNOWN}."
         )
+    plain = [file.name.removesuffix(".gz").removesuffix(".zst") for file in known]
+    if twice := sorted({stem for stem in plain if plain.count(stem) > 1}):
+        raise FedForwardError(
+            f"{key} = {name!r} has {twice[0]} twice, once compressed. Name the files to read with "
+            "a pattern."
+        )
+    others = [file.name for file in sorted(path.iterdir()) if file not in known]
+    others = [file for file in others if file[0] != "."]
+    if others:
+        shown = ", ".join(others[:_MOST_FILES]) + (", …" if len(others) > _MOST_FILES else "")
+        LOGGER.warning("%s = %r: %d others in it are not read: %s", key, name, len(others), shown)
     return _of_one_form(name, known, key)
 
 

@@ -1,5 +1,6 @@
 """The rows of a run: read once from their sources, of each what is used, kept on disk."""
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,22 @@ from numpy.typing import NDArray
 from fedforward.core.errors import FedForwardError
 from fedforward.core.logs import PHASES
 from fedforward.core.seeds import generator
+from fedforward.data import readers
 from fedforward.data.chat import USUAL
 from fedforward.data.sources import Source
 from fedforward.data.spool import JsonSpool, Numbers, narrow
-from fedforward.data.values import first_name, listed, plain, reach, text_of
+from fedforward.data.values import (
+    Number,
+    Repeated,
+    first_name,
+    listed,
+    plain,
+    reach,
+    steps,
+    text_of,
+)
 
+LOGGER = logging.getLogger("fedforward.data")
 #: Seconds after which reading says how far it is, and between its saying so.
 FIRST_LINE_S = NEXT_LINE_S = 2.0
 
@@ -115,13 +127,13 @@ class Table:
         origins: list[NDArray[np.int16]] = []
         for number, source in enumerate(sources):
             keep, kept = picked.of(number), 0
-            lacking = _Lacking(missing, wanted)
+            lacking = _Lacking(missing, wanted, source, keep is not None)
             paths = [wanted.found(path) for path in missing | wanted.optional]
             for file, place, row in source.read(paths, keep):
                 kept += 1
                 if kept % 1024 == 0:
                     progress.show(f"reading {source.name}", kept)
-                lacking.look(row)
+                lacking.look(row, file)
                 table._records.append(
                     [number, file, place, *_values(row, wanted, source, file, place)]
                 )
@@ -131,11 +143,11 @@ class Table:
                 )
             if lacking.paths and keep is not None:
                 # A field may be in rows that were not drawn.
-                for _, _, row in source.read(paths):
-                    lacking.look(row)
+                for file, _, row in source.read(paths):
+                    lacking.look(row, file)
                     if not lacking.paths:
                         break
-            lacking.refuse(source, prefix)
+            lacking.refuse(prefix)
             origins.append(np.full(kept, number, np.int16))
         table._order = picked.order(len(table._records))
         table.origins = np.concatenate(origins)[table._order]
@@ -197,12 +209,20 @@ def _values(
     for path in wanted.all:
         name = wanted.found(path)
         value = reach(row, name, where)
-        yield text_of(value, name, where) if path in wanted.texts else _json(value, where)
+        # A number by itself is text, as everywhere.
+        text = path in wanted.texts or isinstance(value, Number | bool)
+        yield text_of(value, name, where) if text else _json(value, where)
 
 
 def _json(value: Any, where: str) -> Any:
     """A value that JSON can hold, its numbers as Python has them."""
-    value = plain(value)
+    if isinstance(value, Repeated):
+        twice = min(value.keys_twice)
+        raise FedForwardError(f"{where} has the key {twice!r} more than once. Keep one of them.")
+    if isinstance(value, Number):
+        return plain(value)
+    if isinstance(value, str):
+        return text_of(value, "of a conversation", where)
     if isinstance(value, Mapping):
         return {key: _json(item, where) for key, item in value.items()}
     if isinstance(value, list):
@@ -215,28 +235,62 @@ def _json(value: Any, where: str) -> Any:
 class _Lacking:
     """The paths whose fields no row has had yet."""
 
-    def __init__(self, paths: set[str], wanted: Wanted) -> None:
-        self.paths, self._wanted = set(paths), wanted
+    def __init__(self, paths: set[str], wanted: Wanted, source: Source, sampled: bool) -> None:
+        self._sampled = sampled
+        self.paths, self._wanted, self._source = set(paths), wanted, source
+        self._all = frozenset(paths)
         self._known: dict[str, None] = {}
+        #: Of each file that rows came from, the paths that none of them has had.
+        self._files: dict[int, set[str]] = {}
 
-    def look(self, row: Mapping[str, Any]) -> None:
+    def look(self, row: Mapping[str, Any], file: int) -> None:
         """Take out what a row has."""
-        if self.paths:
+        mine = self._files.setdefault(file, set(self._all))
+        if mine:
             self._known.update(dict.fromkeys(row))
-            found = {path: self._wanted.found(path) for path in self.paths}
-            self.paths -= {p for p, name in found.items() if first_name(name, row) in row}
+            found = {path for path in mine if _has(row, self._wanted.found(path))}
+            mine -= found
+            self.paths -= found
 
-    def refuse(self, source: Source, prefix: str) -> None:
-        """Refuse data in which one is nowhere.
+    def refuse(self, prefix: str) -> None:
+        """Refuse data in which one is nowhere, or is missing from the header of a file.
 
         Raises:
             FedForwardError: with the fields that there are.
         """
+        source = self._source
+        if not self.paths:
+            for file, mine in self._files.items():
+                for path in sorted(mine):
+                    if len(steps(self._wanted.found(path))) > 1:
+                        continue
+                    what = f"{source.files[file]} has no field {self._wanted.found(path)!r}"
+                    if readers.form_of(source.files[file]) in ("json lines", "json"):
+                        if not self._sampled:
+                            LOGGER.warning("%s in any row, and other files have it", what)
+                        continue
+                    raise FedForwardError(
+                        f"{source.key} = {source.name!r}: {what}, and other files have it. Give "
+                        "all files the same columns."
+                    )
         if self.paths:
             every = (*self._wanted.all, *self._wanted.names)
             first = next(path for path in every if path in self.paths)
             known = dict.fromkeys([*source.columns(), *self._known])
             raise _no_field(first, self._wanted, source, known, prefix)
+
+
+def _has(row: Mapping[str, Any], name: str) -> bool:
+    """Whether a row has a field; of one that is reached into, whether something lies there."""
+    if first_name(name, row) not in row:
+        return False
+    if name in row or len(steps(name)) < 2:
+        return True
+    try:
+        return reach(row, name, "") is not None
+    except FedForwardError:
+        # It is refused with its row where its value is read.
+        return True
 
 
 def _no_field(

@@ -124,9 +124,11 @@ class Template:
         return list(dict.fromkeys(_paths(self.parts, conditions=False)))
 
     def says_something(self, values: Mapping[str, str | None]) -> bool:
-        """Whether a field that is shown has text; of a template without fields, whether it has."""
-        shown = self.shown
-        return any((values[path] or "").strip() for path in shown) if shown else bool(self.source)
+        """Whether a field that is shown, or an optional part, has text.
+
+        Of a template without fields, whether it has any.
+        """
+        return bool("".join(_said(self.parts, values)).strip()) if self.paths else bool(self.source)
 
     def fill(self, values: Mapping[str, str | None]) -> str:
         """The text for a row, whose fields' texts are given by path; None is a null."""
@@ -143,11 +145,24 @@ def _paths(parts: Sequence[Part], *, conditions: bool = True) -> Iterator[str]:
             yield part.path
 
 
+def _said(parts: Sequence[Part], values: Mapping[str, str | None]) -> Iterator[str]:
+    """The texts of fields and of optional parts."""
+    for part in parts:
+        if isinstance(part, Field):
+            yield values[part.path] or ""
+        elif isinstance(part, Optional) and _is_there(part, values):
+            yield from _filled(part.parts, values)
+
+
+def _is_there(part: Optional, values: Mapping[str, str | None]) -> bool:
+    return bool((values[part.path] or "").strip()) == part.present
+
+
 def _filled(parts: Sequence[Part], values: Mapping[str, str | None]) -> Iterator[str]:
     for part in parts:
         if isinstance(part, Text):
             yield part.text
         elif isinstance(part, Field):
             yield values[part.path] or ""
-        elif bool((values[part.path] or "").strip()) == part.present:
+        elif _is_there(part, values):
             yield from _filled(part.parts, values)

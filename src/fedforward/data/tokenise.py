@@ -116,7 +116,7 @@ class AnswerMaker:
                 ] += 1
                 yield None
                 continue
-            if place + 1 > self.sequence_length:
+            if max(1, place) >= min(len(found.tokens), self.sequence_length):
                 tally.dropped[NO_ROOM] += 1
                 yield None
                 continue
@@ -166,7 +166,11 @@ class ChatMaker:
         for begin, end, said in zip(places[0::2], places[1::2], talk.references, strict=True):
             # What follows the end-of-sequence token is never generated.
             ends = np.flatnonzero(tokens[begin:end] == self.encoder.tokenizer.eos_token_id)
-            end = begin + int(ends[-1]) + 1 if len(ends) else end
+            if len(ends):
+                last = begin + int(ends[-1]) + 1
+                # An end within what is said is no end.
+                rest = self.encoder.tokenizer.decode(tokens[last:end])
+                end = end if rest.strip() else last
             if max(1, begin) < min(end, limit):
                 spans.append((max(1, begin), min(end, limit)))
                 reference = said
