@@ -47,9 +47,9 @@ WORDS = [
 
 def said(random_: random.Random) -> str:
     """Something that somebody may say."""
-    return " ".join(random_.choices(WORDS, k=random_.randint(1, 8))) + random_.choice(
-        ["", " ", "\n"]
-    )
+    words = [*random_.choices(WORDS, k=random_.randint(0, 7)), "word"]
+    random_.shuffle(words)
+    return " ".join(words) + random_.choice(["", " ", "\n"])
 
 
 def talk(random_: random.Random, turns: int, system: bool) -> list[dict[str, str]]:

@@ -1,6 +1,7 @@
 """The two halves of a configuration across machines: what travels, and what a site refuses."""
 
 import json
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -498,10 +499,13 @@ def test_fields_are_called_what_the_templates_call_them(renamed: Any) -> None:
     assert texts(renamed(ROWS, {"question": "question"})) == plain
 
 
-def test_a_field_that_is_not_there_names_those_that_are(renamed: Any) -> None:
+def test_a_field_that_is_not_there_names_those_that_are(
+    renamed: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     words = r"data\.fields: question = 'frage' is not a field of .*are question, answer"
-    with pytest.raises(FedForwardError, match=words):
+    with pytest.raises(FedForwardError, match="own log says why"):
         renamed(ROWS, {"question": "frage"})
+    assert re.search(words, caplog.text)
 
 
 def test_two_fields_can_change_places(renamed: Any) -> None:

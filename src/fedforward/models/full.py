@@ -59,16 +59,17 @@ class FullModel(CausalModel):
         inside = (*text_prefixes(network), *heads)
         if blocks is not None:
             inside = (*names_in_blocks(network, blocks), *heads)
-        tensors = {n: p.data for n, p in parameters.items() if n.startswith(inside)}
-        packed = [name for name, t in tensors.items() if t.dtype not in DTYPES.values()]
+        asked = [name for name in parameters if name.startswith(inside)]
+        packed = [name for name in asked if parameters[name].dtype not in DTYPES.values()]
         if packed:
             raise FedForwardError(
                 f"model.tune = 'full' changes every weight, and {len(packed)} tensors of this "
-                f"model are quantised, such as {min(packed)} ({tensors[min(packed)].dtype}). Use "
-                "model.tune = 'lora', or give the model as it was before."
+                f"model are quantised, such as {min(packed)} ({parameters[min(packed)].dtype}). "
+                "Use model.tune = 'lora', or give the model as it was before."
             )
         trial = examine(network)
-        tensors = {name: t for name, t in tensors.items() if name not in trial.unused}
+        # Only now: offloaded blocks have come and gone.
+        tensors = {name: parameters[name].data for name in asked if name not in trial.unused}
         super().__init__(network, tensors, distribution, plan, base)
         unused = [name for name in trial.unused if name.startswith(inside)]
         if unused:
