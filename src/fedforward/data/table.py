@@ -309,7 +309,7 @@ def _no_field(
     if len(known) == 1 and any(mark in next(iter(known)) for mark in ";\t|"):
         hint = " Cells of a .csv file are separated by commas, and those of a .tsv file by tabs."
     if chat := next((name for name in USUAL if name in known), None):
-        hint = f" If {chat} holds conversations, say data.chat = {chat!r} in place of templates."
+        hint = f" If the field {chat} has conversations, say data.chat = {chat!r} instead."
     return FedForwardError(
         f"{key}{prefix} names the field {{{path}}}, which the data do not have. {fields}{hint}"
     )
