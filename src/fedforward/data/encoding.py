@@ -1,9 +1,9 @@
 """From text to tokens, as the tokenizer itself would make them of the whole text.
 
 Prompt and answer are tokenised together. A token that reaches from the prompt into the answer
-belongs to the answer, in training, evaluation and generation alike, so that a model continues a
-prompt from tokens after which it was trained to answer. What the tokenizer puts before and after a
-text stands there once, whether or not the text has it already.
+belongs to the answer, in training, evaluation and generation alike. A model then continues a prompt
+from tokens after which it was trained to answer. What the tokenizer puts before and after a text
+stands there once, whether or not the text has it already.
 """
 
 from collections.abc import Sequence

@@ -171,7 +171,7 @@ def bring_to(network: Any, dtype: torch.dtype) -> None:
 
 
 def make_plain(network: Any, dtype: torch.dtype) -> None:
-    """Take from a network what transformers notes of a quantisation that is no longer there."""
+    """Take transformers' notes of a quantisation from a network whose weights are plain."""
     bring_to(network, dtype)
     network.hf_quantizer = None
     network.is_quantized = False

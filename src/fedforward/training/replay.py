@@ -90,11 +90,11 @@ def rebuild(
     """Base model plus ledger; checks on the way the digests that clients proved.
 
     Args:
-        base: folder or hub name of the base model; needed where it is no longer where it was when
-            the run was started, or where the run directory is that of a server, which has none.
+        base: folder or hub name of the base model, where it has moved since the run was started.
+            The run directory of a server has none, and needs it.
         on_round: called after each round.
-        adapter: folder of the adapter that the run went on from; needed where it is no longer
-            where it was, or where the run directory is that of a server.
+        adapter: folder of the adapter that the run went on from, where it has moved. The run
+            directory of a server needs it as well.
 
     Raises:
         FedForwardError: no base model or adapter, or another one than the ledger's.
