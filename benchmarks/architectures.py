@@ -506,17 +506,17 @@ def in_processes(names: Sequence[str], show: Callable[[dict[str, Any]], None]) -
     while waiting:
         part, waiting = waiting[:AT_ONCE], waiting[AT_ONCE:]
         command = [sys.executable, __file__, "--lines", *part]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        assert process.stdout is not None
         done: Counter[str] = Counter()
-        for line in process.stdout:
-            if line.startswith("{"):
-                row = json.loads(line)
-                done[row["architecture"]] += 1
-                show(row)
-        if process.wait():
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("{"):
+                    row = json.loads(line)
+                    done[row["architecture"]] += 1
+                    show(row)
+        if process.returncode:
             cut = next((name for name in part if done[name] < len(KINDS)), None)
             if cut is not None:
                 for tune in KINDS[done[cut] :]:
