@@ -34,10 +34,15 @@ class Example:
     choice_prompts: tuple[int, ...] = ()
 
     @property
+    def counted_spans(self) -> tuple[tuple[int, int], ...]:
+        """[begin, end) of the tokens whose loss counts."""
+        return self.spans or ((self.prompt_length, len(self.tokens)),)
+
+    @property
     def counted(self) -> NDArray[np.bool_]:
         """Which tokens' loss counts, bool [length]."""
         mask = np.zeros(len(self.tokens), np.bool_)
-        for begin, end in self.spans or ((self.prompt_length, len(self.tokens)),):
+        for begin, end in self.counted_spans:
             mask[begin:end] = True
         return mask
 

@@ -26,7 +26,7 @@ Collate = Callable[[Sequence[Example]], Batch]
 
 def collate(examples: Sequence[Example]) -> TokenBatch:
     """Right-padded rows; only the answers' tokens keep their labels."""
-    return _rows([(e.tokens, e.spans or ((e.prompt_length, len(e.tokens)),)) for e in examples])
+    return _rows([(example.tokens, example.counted_spans) for example in examples])
 
 
 def collate_choices(examples: Sequence[Example]) -> ChoiceBatch:

@@ -7,12 +7,13 @@ A source is read a row at a time and as often as is wanted. What its files hold 
 import glob
 import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedforward.core.errors import FedForwardError
-from fedforward.core.paths import home
+from fedforward.core.paths import home, matches
 from fedforward.data import readers
 from fedforward.data.readers import Row
 
@@ -92,22 +93,13 @@ class Source:
         path = self.files[file]
         return f"{readers.place_word(path)} {place} of {path}"
 
-    def _named(self) -> "_Named":
-        return _Named(f"{self.key} = {self.name!r}: ")
-
-
-class _Named:
-    """Puts the key before what a reader says."""
-
-    def __init__(self, head: str) -> None:
-        self.head = head
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, FedForwardError) and not str(error).startswith(self.head):
-            raise FedForwardError(f"{self.head}{error}") from error.__cause__
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Puts the key before what a reader says."""
+        try:
+            yield
+        except FedForwardError as error:
+            raise FedForwardError(f"{self.key} = {self.name!r}: {error}") from error.__cause__
 
 
 def find(name: str, *, split: str = "train", subset: str | None = None, key: str) -> Source:
@@ -149,14 +141,13 @@ def _files(name: str, path: Path, key: str) -> list[Path]:
     if path.exists():
         raise FedForwardError(f"{key} = {name!r} is neither a file nor a folder.")
     if glob.has_magic(name):
-        matches = glob.glob(str(path), recursive=True)  # noqa: PTH207
-        found = [Path(match) for match in matches if Path(match).is_file()]
+        found = [Path(match) for match in matches(name) if Path(match).is_file()]
         if not found:
             raise FedForwardError(
                 f"{key} = {name!r}: no file has a name like that. Look at the pattern, and at the "
                 "folder that it starts from."
             )
-        return _of_one_form(name, sorted(found), key)
+        return _of_one_form(name, found, key)
     if readers.form_of(path) is not None:
         raise FedForwardError(f"{key} = {name!r}: no such file.")
     if name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or name.endswith("/"):

@@ -134,7 +134,7 @@ def _check_file(file: Path, given: str) -> None:
     _check_pointer(file, given)
     if file.suffix != ".safetensors":
         # An archive of PyTorch's, or a pickle of its older releases.
-        if not _beginning(file).startswith((b"PK", b"\x80")):
+        if not beginning(file, 2).startswith((b"PK", b"\x80")):
             raise FedForwardError(
                 f"{given}: {file.name} is no file of PyTorch's. Download or copy it again."
             )
@@ -149,17 +149,18 @@ def _check_file(file: Path, given: str) -> None:
 
 
 def _check_pointer(file: Path, given: str) -> None:
-    if _beginning(file).startswith(_POINTER):
+    if beginning(file, len(_POINTER)) == _POINTER:
         raise FedForwardError(
             f"{given}: {file.name} is a pointer of Git LFS and not the file. Fetch it with "
             "`git lfs pull`."
         )
 
 
-def _beginning(file: Path) -> bytes:
+def beginning(file: Path, size: int) -> bytes:
+    """The first bytes of a file; none of one that cannot be read."""
     try:
         with file.open("rb") as opened:
-            return opened.read(len(_POINTER))
+            return opened.read(size)
     except OSError:
         return b""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fedforward.core.errors import FedForwardError
 from fedforward.core.paths import home
+from fedforward.models.folders import beginning
 
 
 def is_gguf(path: str) -> bool:
@@ -30,7 +31,7 @@ def check_gguf(path: str) -> None:
     file, given = home(path), f"model.path = {path!r}"
     if not file.is_file():
         raise FedForwardError(f"{given}: no such file.")
-    if _magic(file) != b"GGUF":
+    if beginning(file, 4) != b"GGUF":
         raise FedForwardError(f"{given} is no GGUF file: it does not begin with 'GGUF'.")
     if re.search(r"-\d{5}-of-\d{5}\.gguf$", path.lower()):
         raise FedForwardError(
@@ -42,14 +43,6 @@ def check_gguf(path: str) -> None:
             f"{given} needs the package gguf, which is not installed. Install it with "
             "`pip install 'fedforward[gguf]'`."
         )
-
-
-def _magic(file: Path) -> bytes:
-    try:
-        with file.open("rb") as opened:
-            return opened.read(4)
-    except OSError:
-        return b""
 
 
 @contextmanager
