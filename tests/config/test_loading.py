@@ -86,6 +86,14 @@ from tests.support.configurations import content, refusal
             {"evaluation__metrics": ["f1", "accuracy"]},
             ["evaluation.metrics with 'accuracy' needs data.label_words"],
         ),
+        (
+            {"method__objective": "choice"},
+            ["method.objective = 'choice' needs data.label_words", "the objective 'loss'"],
+        ),
+        (
+            {"evaluation__metrics": ["choice"]},
+            ["evaluation.metrics with 'choice' needs data.label_words"],
+        ),
         ({"evaluation__metrics": "f1"}, ["evaluation.metrics = 'f1'", "a list of texts"]),
         ({"evaluation__metrics": ["bleu"]}, ["evaluation.metrics: 'bleu' is not known"]),
         ({"evaluation__metrics": ["f1", "f1"]}, ["'f1' is there twice"]),

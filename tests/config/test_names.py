@@ -80,7 +80,7 @@ def test_a_registered_name_is_a_value_of_its_key(
     path.write_text(to_toml(config), encoding="utf-8")
     assert load(path) == config
     listed = "mine-1 | perplexity" if kind == "metric" else "mine-1"
-    assert f"{listed})\n# {name} = " in example()
+    assert f"{listed})\n# {name} =" in example()
 
 
 def test_a_sites_filters_are_registered_names_too() -> None:

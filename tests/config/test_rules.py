@@ -25,7 +25,7 @@ FEDAVG = {"method__name": "fedavg"}
             FEDAVG | {"method__objective": "f1"},
             [
                 "method.objective = 'f1' has no gradient",
-                "use method.objective = 'loss', or one of 'fedmezo', 'decomfl'",
+                "use method.objective = 'loss' or 'choice', or one of 'fedmezo', 'decomfl'",
             ],
         ),
         (

@@ -2,6 +2,7 @@
 
 import pytest
 
+from fedforward.config.loading import validate
 from fedforward.config.sections import MethodSection, ModelSection, RunSection, SimulationSection
 
 
@@ -32,3 +33,35 @@ def test_a_simulation_is_plain_when_nothing_goes_wrong() -> None:
     for key in ("dropout", "straggler", "byzantine"):
         assert not SimulationSection(**{key: 0.5}).plain
     assert not SimulationSection(late_join=1).plain
+
+
+WORDS = {"0": " no", "1": " yes"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "words", "head", "found", "metrics"),
+    [
+        (None, None, "causal", "loss", ()),
+        (None, WORDS, "causal", "choice", ("choice",)),
+        ("loss", WORDS, "causal", "loss", ()),
+        ("choice", WORDS, "causal", "choice", ("choice",)),
+        ("accuracy", WORDS, "causal", "accuracy", ("accuracy",)),
+        (None, None, "classification", "loss", ()),
+        (None, WORDS, "classification", "loss", ()),
+        ("choice", None, "classification", "loss", ()),
+        ("accuracy", None, "classification", "accuracy", ("accuracy",)),
+    ],
+)
+def test_the_objective_follows_from_the_data(
+    asked: str | None, words: dict[str, str] | None, head: str, found: str, metrics: tuple[str, ...]
+) -> None:
+    content = {
+        "model": {"path": "m", "head": head},
+        "data": {"source": "d.jsonl", "label_words": words},
+        "method": {"objective": asked},
+    }
+    config = validate(content)
+    assert (config.objective, config.metrics) == (found, metrics)
+    # What is stored says it, whatever the default will be.
+    assert config.with_objective().method.objective == found
+    assert config.with_objective("f1").method.objective == ("f1" if asked is None else found)

@@ -13,7 +13,7 @@ import torch
 
 from fedforward.config.schema import Config
 from fedforward.config.template import to_toml
-from fedforward.core.batches import IGNORED, AnswerBatch, ChoiceBatch, PromptBatch
+from fedforward.core.batches import IGNORED, AnswerBatch, ChoiceBatch, JoinedRows, PromptBatch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.logs import PHASES
 from fedforward.core.steps import NO_STEPS, Probe, Steps, Update
@@ -386,7 +386,7 @@ def test_sums_of_absent_clients_are_dropped(tiny_network: Make) -> None:
         assert len(model.trajectory_cache) <= 1
 
 
-OBJECTIVES = ["accuracy", "exact-match", "f1", "rougeL", "own_scores:length"]
+OBJECTIVES = ["choice", "accuracy", "exact-match", "f1", "rougeL", "own_scores:length"]
 OWN = """
 def length(predictions, references):
     return [-abs(len(p) - len(r)) for p, r in zip(predictions, references)]
@@ -444,11 +444,69 @@ def test_a_run_of_every_objective_resumes_and_verifies(
     assert all(share * 4 == round(share * 4) for share in shares)
 
 
+def test_label_words_are_told_apart_unless_it_is_said(
+    classify: Configure, carry_out: CarryOut, tmp_path: Path
+) -> None:
+    """`choice` is the default, is written down, and its words of one token share a row."""
+    whole = carry_out(classify(), tmp_path / "whole")
+    assert whole["objective"] == "choice" and "choice" in whole["metrics"]
+    assert 'objective = "choice"' in (tmp_path / "whole/config.toml").read_text()
+    plan = json.loads((tmp_path / "whole/plan.json").read_text())
+    assert plan["joins_choices"] and plan["most_branching"] > 0
+    said = carry_out(classify(method__objective="choice"), tmp_path / "said")
+    assert said["ledger_digest"] == whole["ledger_digest"]
+    carry_out(classify(federation__rounds=1), tmp_path / "parts")
+    resumed = carry_out(classify(), tmp_path / "parts", True)
+    assert resumed["ledger_digest"] == whole["ledger_digest"]
+
+
+def test_an_older_run_goes_on_as_it_began(
+    classify: Configure, carry_out: CarryOut, tmp_path: Path
+) -> None:
+    """It began when label words meant the loss of the right one, and each had a row of its own."""
+    older = classify(method__objective="loss")
+    whole = carry_out(older, tmp_path / "whole")
+    carry_out(classify(method__objective="loss", federation__rounds=1), tmp_path / "parts")
+    path = tmp_path / "parts/plan.json"
+    plan = json.loads(path.read_text())
+    del plan["joins_choices"], plan["most_branching"]
+    path.write_text(json.dumps(plan))
+    run = Run(classify(), tmp_path / "parts", resume=True)
+    (accuracy,) = (o for o in run.heldout.objectives.values() if isinstance(o, Accuracy))
+    assert not isinstance(accuracy.batch(run.corpus.heldout).rows, JoinedRows)
+    resumed = run.fit().to_json()
+    assert resumed["objective"] == "loss"
+    assert resumed["ledger_digest"] == whole["ledger_digest"]
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedmezo"])
+def test_training_on_choices_lowers_their_cross_entropy(
+    classify: Configure, carry_out: CarryOut, tmp_path: Path, name: str
+) -> None:
+    """By backpropagation and by forward passes alike; both verify and go on where they stopped."""
+    settings: dict[str, Any] = {
+        "method__name": name,
+        "method__local_steps": 8,
+        "method__batch_size": 8,
+        "federation__rounds": 4,
+    }
+    if name == "fedavg":
+        settings |= {"method__optimizer": "adamw", "method__learning_rate": 3e-3}
+    else:
+        settings |= {"method__learning_rate": 0.03, "method__directions": 4}
+    summary = carry_out(classify(**settings), tmp_path / "run")
+    assert summary["objective"] == "choice"
+    choice = summary["metrics"]["choice"]
+    assert choice["end"] < (0.5 if name == "fedavg" else 0.98) * choice["start"]
+    assert artefacts.verify(tmp_path / "run").differences == []
+
+
 def test_metrics_beside_the_loss(
     classify: Configure, carry_out: CarryOut, tmp_path: Path, reviews: Path
 ) -> None:
-    every = ["loss", "perplexity", "accuracy", "exact-match", "f1", "rougeL"]
+    every = ["loss", "perplexity", "choice", "accuracy", "exact-match", "f1", "rougeL"]
     settings = classify(
+        method__objective="loss",
         evaluation__metrics=every,
         evaluation__source=str(reviews),
         evaluation__limit=10,

@@ -56,7 +56,8 @@ def as_started(config: Config, started: Config) -> Config:
                 )
             LOGGER.warning("%s = %r is %s, as when the run was started", key, text, place)
             changed[key][n] = place
-    return _with_paths(config, changed)
+    # The default may have been another one then.
+    return _with_paths(config.with_objective(started.objective), changed)
 
 
 def _means(text: str, place: str) -> bool:

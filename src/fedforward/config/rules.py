@@ -23,6 +23,8 @@ from fedforward.methods.estimators import build_estimator
 from fedforward.methods.parameters import check_parameters
 from fedforward.methods.report_filters import build_filters
 
+#: Objectives that backpropagation can optimise.
+WITH_GRADIENT = ("loss", "choice")
 #: `method.client_rates` that follow the losses of clients.
 LOSS_RATES = ("loss", "loss-window")
 
@@ -58,6 +60,11 @@ class SectionsRead(Protocol):
     @property
     def run(self) -> RunSection:
         """The section `[run]`."""
+        ...
+
+    @property
+    def objective(self) -> str:
+        """What the run optimises."""
         ...
 
 
@@ -138,10 +145,11 @@ def rules(config: SectionsRead) -> Iterator[str]:
 def _sends_tensors(config: SectionsRead) -> Iterator[str]:
     """Rules of methods that train by backpropagation."""
     method, found = config.method, f"method.name = {config.method.name!r}"
-    if method.objective != "loss":
+    if config.objective not in WITH_GRADIENT:
         yield (
-            f"method.objective = {method.objective!r} has no gradient, and {found} trains by "
-            "backpropagation; use method.objective = 'loss', or one of " + able(forward_only=True)
+            f"method.objective = {config.objective!r} has no gradient, and {found} trains by "
+            f"backpropagation; use method.objective = {' or '.join(map(repr, WITH_GRADIENT))}, or "
+            "one of " + able(forward_only=True)
         )
     if method.client_rates == "update-difference":
         yield (

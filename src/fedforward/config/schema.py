@@ -39,9 +39,30 @@ class Config(Section):
     run: RunSection = RunSection()
 
     @property
+    def objective(self) -> str:
+        """What a run optimises: what is asked for, or what fits its data.
+
+        A sequence classifier's cross-entropy over its classes is its loss.
+        """
+        asked = self.method.objective
+        if self.model.head == "classification":
+            return "loss" if asked in (None, "choice") else asked
+        return asked or ("choice" if self.data.label_words else "loss")
+
+    def with_objective(self, name: str | None = None) -> "Config":
+        """The configuration with its objective written out.
+
+        Args:
+            name: where the configuration leaves it open; None is the default of today.
+        """
+        objective = name if name and self.method.objective is None else self.objective
+        method = self.method.model_copy(update={"objective": objective})
+        return self.model_copy(update={"method": method})
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """What a run measures: what it optimises (unless the loss), and what is asked for."""
-        objective, asked = self.method.objective, self.evaluation.metrics
+        objective, asked = self.objective, self.evaluation.metrics
         return tuple(asked) if objective in ("loss", *asked) else (objective, *asked)
 
     @model_validator(mode="after")
@@ -68,13 +89,14 @@ class Config(Section):
     def _a_classifier_gives_classes(self) -> "Config":
         if self.model.head == "causal":
             return self
-        given = [("method.objective", self.method.objective)]
+        given = [("method.objective", self.objective)]
         given += [("evaluation.metrics", metric) for metric in self.evaluation.metrics]
         for key, found in given:
-            if found not in ("loss", "accuracy"):
+            if found not in ("loss", "choice", "accuracy"):
                 raise ValueError(
                     f"{key} = {found!r} looks at tokens of an answer, and model.head = "
-                    "'classification' gives a class; allowed are 'loss' and 'accuracy'"
+                    "'classification' gives a class; allowed are 'loss', 'choice' (the same) and "
+                    "'accuracy'"
                 )
         if self.planning.budgets is not None:
             raise ValueError(
@@ -84,20 +106,21 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _accuracy_has_its_choices(self) -> "Config":
-        if self.model.head == "classification":
+    def _choices_are_given(self) -> "Config":
+        if self.model.head == "classification" or self.data.label_words is not None:
             return self
-        for key, wanted in (
-            ("method.objective = 'accuracy'", self.method.objective == "accuracy"),
-            ("evaluation.metrics with 'accuracy'", "accuracy" in self.evaluation.metrics),
-        ):
-            if wanted and self.data.label_words is None:
-                raise ValueError(
-                    f"{key} needs data.label_words, the possible answers, as in "
-                    'data.label_words = { 0 = " terrible", 1 = " great" }; for free answers there '
-                    "are 'exact-match', 'f1' and 'rougeL', and for classes model.head = "
-                    "'classification'"
-                )
+        for name in ("choice", "accuracy"):
+            for key, wanted in (
+                (f"method.objective = {name!r}", self.method.objective == name),
+                (f"evaluation.metrics with {name!r}", name in self.evaluation.metrics),
+            ):
+                if wanted:
+                    raise ValueError(
+                        f"{key} needs data.label_words, the possible answers, as in "
+                        'data.label_words = { 0 = " terrible", 1 = " great" }; for free answers '
+                        "there are the objective 'loss' and 'exact-match', 'f1' and 'rougeL', and "
+                        "for classes model.head = 'classification'"
+                    )
         return self
 
     @model_validator(mode="after")

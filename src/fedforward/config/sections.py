@@ -303,9 +303,10 @@ class MethodSection(Section):
         "gaussian", description="of the directions"
     )
     batch_size: Count = Field(1, description="examples per step")
-    objective: Objective = Field(
-        "loss",
-        description="what is optimised; also package.module:function of predictions and references",
+    objective: Objective | None = Field(
+        None,
+        description="what is optimised; also package.module:function of predictions and "
+        "references; default choice with data.label_words, else loss",
     )
     aggregator: Aggregator = Field("mean", description="how the clients' reports become one update")
     report_filters: ReportFilters = Field(

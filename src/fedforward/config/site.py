@@ -225,7 +225,7 @@ def check_terms(config: Config, origin: str) -> None:
 
 def terms(config: Config) -> dict[str, Any]:
     """What sites are told of a run: every section without the keys that are a site's own."""
-    content = config.model_dump()
+    content = config.with_objective().model_dump()
     del content["simulation"]
     return {
         section: {

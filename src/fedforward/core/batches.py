@@ -5,7 +5,7 @@ its labelled tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,12 +65,62 @@ class PromptBatch:
     padding: int | None
 
 
-@dataclass(frozen=True, eq=False)
-class ChoiceBatch:
-    """Examples with several possible answers, a row for each.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class JoinedRows(TokenBatch):
+    """A row for each example, right-padded: what its answers have in common, then their endings.
+
+    An ending is what an answer has beyond that, without its last token, which the network need not
+    be given. Answers of one token have none, so the row is the prompt. Nothing is labelled.
 
     Attributes:
-        rows: the answers of one example after another; only their tokens count.
+        positions: int64 [examples, length], where a token stands in its answer, from 0.
+        endings: int64 [examples, length], whose ending a token belongs to, numbered from 1; 0 is
+            what all have in common, -1 padding. A token sees what comes before it of these two.
+        places: int64 [examples, answers, most tokens], where in the row a token of an answer is
+            predicted; 0 where `targets` is IGNORED.
+        targets: int64 [examples, answers, most tokens], the counted tokens of each answer, and
+            IGNORED after them.
+        right: int64 [examples], the place of the right answer.
+    """
+
+    positions: NDArray[np.int64]
+    endings: NDArray[np.int64]
+    places: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    right: NDArray[np.int64]
+
+    @property
+    def branches(self) -> bool:
+        """Whether any answer has an ending, so that tokens must not see all that is before them."""
+        return bool((self.endings > 0).any())
+
+    @property
+    def single(self) -> bool:
+        """Whether every answer is one token, all of a row predicted in one place."""
+        return self.targets.shape[2] == 1 and bool((self.places == self.places[:, :1]).all())
+
+    def part(self, rows: slice) -> "JoinedRows":
+        """Some of the rows, without padding that they do not need."""
+        length = int((self.endings[rows] >= 0).sum(axis=1).max())
+        return replace(
+            self,
+            tokens=self.tokens[rows, :length],
+            labels=self.labels[rows, :length],
+            positions=self.positions[rows, :length],
+            endings=self.endings[rows, :length],
+            places=self.places[rows],
+            targets=self.targets[rows],
+            right=self.right[rows],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ChoiceBatch:
+    """Examples with several possible answers.
+
+    Attributes:
+        rows: a row for each answer, those of one example after another, where only the answers'
+            tokens count; or a row for each example (`JoinedRows`).
         right: int64 [examples], the place of the right answer.
         objective: see `Batch`.
     """

@@ -13,6 +13,8 @@ PACKAGE = logging.getLogger("fedforward")
 PACKAGE.addHandler(logging.NullHandler())
 #: What a run is doing just now. A terminal shows it in one line, in place of the phase before.
 PHASES = logging.getLogger("fedforward.phase")
+#: Level of records that only say how far a phase is, as `done` of `total`, for a bar.
+PROGRESS = 15
 
 
 def tolerate_narrow_encodings() -> None:

@@ -160,6 +160,7 @@ OBJECTIVES = Registry(
     "fedforward.objectives",
     {
         "loss": "fedforward.evaluation.objectives:Loss",
+        "choice": "fedforward.evaluation.objectives:Choice",
         "accuracy": "fedforward.evaluation.objectives:Accuracy",
         "exact-match": "fedforward.evaluation.objectives:EXACT_MATCH",
         "f1": "fedforward.evaluation.objectives:F1",

@@ -200,6 +200,9 @@ class ProbePlan:
         alone: why probes of this model cannot share a forward pass; empty if they can.
         shares_prefix: whether probes of a batch share what lies below the first block they move.
         left_out: what of the model is not tuned, and why; empty if nothing.
+        joins_choices: whether label words of one token share a row, which is the prompt.
+        most_branching: tokens of a row up to which other label words share one as well, as
+            endings that do not see each other; 0 is none.
     """
 
     probes_per_call: int
@@ -212,3 +215,5 @@ class ProbePlan:
     alone: str = ""
     shares_prefix: bool = True
     left_out: str = ""
+    joins_choices: bool = False
+    most_branching: int = 0

@@ -15,6 +15,7 @@ from fedforward.core.batches import (
     AnswerBatch,
     Batch,
     ChoiceBatch,
+    JoinedRows,
     PromptBatch,
     TokenBatch,
 )
@@ -29,8 +30,21 @@ def collate(examples: Sequence[Example]) -> TokenBatch:
     return _rows([(example.tokens, example.counted_spans) for example in examples])
 
 
-def collate_choices(examples: Sequence[Example]) -> ChoiceBatch:
-    """A row for each possible answer of each example."""
+def collate_choices(
+    examples: Sequence[Example], *, joined: bool = False, most_branching: int = 0
+) -> ChoiceBatch:
+    """A row for each possible answer of each example, or one row for all of an example's.
+
+    Args:
+        joined: whether answers of one token, all after the same prompt, share a row.
+        most_branching: tokens of a row up to which other answers do; see `JoinedRows`.
+    """
+    right = np.array([e.right for e in examples], np.int64)
+    if joined:
+        rows_of_examples = join(examples)
+        length = rows_of_examples.tokens.shape[1]
+        if not rows_of_examples.branches or length <= most_branching:
+            return ChoiceBatch(rows_of_examples, right)
     rows = [
         (choice, ((prompt, len(choice)),))
         for e in examples
@@ -38,7 +52,62 @@ def collate_choices(examples: Sequence[Example]) -> ChoiceBatch:
             e.choices, e.choice_prompts or (e.prompt_length,) * len(e.choices), strict=True
         )
     ]
-    return ChoiceBatch(_rows(rows), np.array([e.right for e in examples], np.int64))
+    return ChoiceBatch(_rows(rows), right)
+
+
+def join(examples: Sequence[Example]) -> JoinedRows:
+    """One row for all possible answers of an example."""
+    shape = (len(examples), len(examples[0].choices))
+    prompts = [e.choice_prompts or (e.prompt_length,) * shape[1] for e in examples]
+    common = [_in_common(e.choices, min(p)) for e, p in zip(examples, prompts, strict=True)]
+    longest = max(
+        begin + sum(len(choice) - 1 - begin for choice in e.choices)
+        for e, begin in zip(examples, common, strict=True)
+    )
+    counted = max(
+        len(choice) - prompt
+        for e, own in zip(examples, prompts, strict=True)
+        for choice, prompt in zip(e.choices, own, strict=True)
+    )
+    tokens, positions = np.zeros((2, shape[0], longest), np.int64)
+    endings = np.full((shape[0], longest), -1, np.int64)
+    places = np.zeros((*shape, counted), np.int64)
+    targets = np.full((*shape, counted), IGNORED, np.int64)
+    for row, (example, begin, own) in enumerate(zip(examples, common, prompts, strict=True)):
+        tokens[row, :begin] = example.choices[0][:begin]
+        positions[row, :begin] = np.arange(begin)
+        endings[row, :begin] = 0
+        free = begin
+        for number, (choice, prompt) in enumerate(zip(example.choices, own, strict=True)):
+            ending = slice(free, free + len(choice) - 1 - begin)
+            tokens[row, ending] = choice[begin:-1]
+            positions[row, ending] = np.arange(begin, len(choice) - 1)
+            endings[row, ending] = number + 1
+            # Each token is predicted where the one before it stands.
+            before = np.arange(prompt - 1, len(choice) - 1)
+            places[row, number, : len(before)] = np.where(
+                before < begin, before, free + before - begin
+            )
+            targets[row, number, : len(before)] = choice[prompt:]
+            free = ending.stop
+    return JoinedRows(
+        tokens=tokens,
+        labels=np.full(tokens.shape, IGNORED, np.int64),
+        positions=positions,
+        endings=endings,
+        places=places,
+        targets=targets,
+        right=np.array([e.right for e in examples], np.int64),
+    )
+
+
+def _in_common(choices: Sequence[NDArray[np.int64]], prompt: int) -> int:
+    """How many tokens all answers begin with, at most the shortest prompt."""
+    most = min(prompt, *(len(choice) - 1 for choice in choices))
+    same = np.ones(most, np.bool_)
+    for choice in choices[1:]:
+        same &= choice[:most] == choices[0][:most]
+    return most if same.all() else int(same.argmin())
 
 
 def collate_classes(examples: Sequence[Example]) -> TokenBatch:

@@ -75,12 +75,11 @@ class Coordinator:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """`path` is the run directory; `clock` and `sleep`, in seconds, are replaced in tests."""
-        self.config = config
         self.clock = clock
         self.sleep = sleep
         self.directory = RunDirectory(path)
         self.state = CoordinatorState(self.directory)
-        self.state.open(config, resume)
+        config = self.config = self.state.open(config, resume)
         hello = encode_json({"terms": terms(config)})
         self.participants = Participants(transport, self.state, hello, clock)
         self.admission = Admission(config, self.directory, self.state, self.participants)

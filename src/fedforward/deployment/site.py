@@ -106,8 +106,9 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
         corpus = experiment.read_corpus(
             config, reader, tokenizer, longest_sequence(model.network), model.classes
         )
-    collate = experiment.collate_of(config, tokenizer, model.classes)
     method = build_method(config)
+    model.plan = experiment.settle_plan(config, model, method)
+    collate = experiment.collate_of(config, tokenizer, model)
     model.plan = experiment.fit_plan(config, model, corpus, method, collate)
     if not method.capabilities.forward_only:
         raise FedForwardError(f"method.name = {config.method.name!r} would send tensors.")

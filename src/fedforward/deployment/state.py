@@ -59,8 +59,11 @@ class CoordinatorState:
         """See the module."""
         return self.directory.path / "stop"
 
-    def open(self, config: Config, resume: bool) -> None:
+    def open(self, config: Config, resume: bool) -> Config:
         """Begin a run's folder, or read what a killed coordinator left.
+
+        Returns:
+            The configuration with the run's objective, where it leaves that open.
 
         Raises:
             FedForwardError: the folder holds another run, or none that can be continued.
@@ -68,11 +71,14 @@ class CoordinatorState:
         directory = self.directory
         if directory.continues(config, resume):
             self._read()
+            config = config.with_objective(directory.config().objective)
         else:
             self.run = os.urandom(RUN_BYTES)
             self._save()
+            config = config.with_objective()
             directory.start(config)
         self.stop_file.unlink(missing_ok=True)
+        return config
 
     def _read(self) -> None:
         try:

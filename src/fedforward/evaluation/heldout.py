@@ -4,14 +4,15 @@ Answers are generated once for all the metrics that look at them.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from logging import INFO
 from typing import Any
 
 import numpy as np
 
 from fedforward.config.schema import Config
-from fedforward.core.logs import PHASES
+from fedforward.core.logs import PHASES, PROGRESS
 from fedforward.core.steps import Probe, ProbePlan
 from fedforward.data.examples import Example
 from fedforward.data.sampler import by_length, collate_prompts
@@ -21,7 +22,9 @@ from fedforward.evaluation.objectives import (
     Score,
     ScoreFunction,
     build_objective,
+    evaluate_together,
     texts,
+    together,
 )
 from fedforward.models.base import CausalModel
 
@@ -73,7 +76,14 @@ def prepare(
         if name == "perplexity":
             continue
         key = typed.get(name, "method.objective")
-        context = Context(tokenizer, config.data.answer_tokens, classes, key)
+        context = Context(
+            tokenizer,
+            config.data.answer_tokens,
+            classes,
+            key,
+            joined=plan.joins_choices,
+            most_branching=plan.most_branching,
+        )
         objective = build_objective(name, context)
         if isinstance(objective, Score):
             scores[name] = objective.function
@@ -90,18 +100,18 @@ def prepare(
 def measure(model: CausalModel, heldout: HeldOut) -> dict[str, Any]:
     """The held-out figures at the model's current weights.
 
-    How far it is, is logged as a phase where it takes more than two seconds.
+    What one pass over the examples can measure, one pass measures. How far it is, is logged as a
+    phase where it takes more than two seconds.
 
     Returns:
-        `heldout_loss`, the mean loss per answer token (or text, of a classifier) in nats; and, if
-        there are any, `metrics` by name: `perplexity` is exp(loss), the others are means over the
-        examples.
+        `heldout_loss`, the mean loss per answer token (or text, of a classifier) in nats, whatever
+        the run optimises; and, if there are any, `metrics` by name: `perplexity` is exp(loss), the
+        others are means over the examples.
     """
     progress = _Progress()
-    values = {
-        name: objective.metric(_mean(model, progress.over(heldout.groups, name), objective))
-        for name, objective in heldout.objectives.items()
-    }
+    values: dict[str, float] = {}
+    for group in together(heldout.objectives):
+        values |= _means(model, progress.over(heldout.groups, ", ".join(group)), group)
     loss = values["loss"]
     if "perplexity" in heldout.metrics:
         with np.errstate(over="ignore"):
@@ -114,14 +124,16 @@ def measure(model: CausalModel, heldout: HeldOut) -> dict[str, Any]:
     return figures
 
 
-def _mean(model: CausalModel, groups: Iterable[Sequence[Example]], objective: Objective) -> float:
-    """The sum of all that is measured, divided by its count."""
-    total, count = 0.0, 0
+def _means(
+    model: CausalModel, groups: Iterable[Sequence[Example]], objectives: Mapping[str, Objective]
+) -> dict[str, float]:
+    """By name, the sum of all that is measured, divided by its count, as people look at it."""
+    total, count = dict.fromkeys(objectives, 0.0), dict.fromkeys(objectives, 0)
     for group in groups:
-        (evaluation,) = model.evaluate([Probe(objective.batch(group))])
-        total += float(evaluation.sums.sum())
-        count += int(evaluation.counts.sum())
-    return total / count
+        for name, evaluation in evaluate_together(model, objectives, group).items():
+            total[name] += float(evaluation.sums.sum())
+            count[name] += int(evaluation.counts.sum())
+    return {name: o.metric(total[name] / count[name]) for name, o in objectives.items()}
 
 
 def _scores(
@@ -142,18 +154,28 @@ def _scores(
 
 
 class _Progress:
-    """Logs how far an evaluation is, once it has taken a while."""
+    """Logs how far an evaluation is, once it has taken a while.
+
+    A line every ten seconds, and a record below INFO for each group, for a bar on a terminal.
+    """
 
     def __init__(self) -> None:
-        self.due = time.monotonic() + FIRST_LINE_S
+        self.first = self.due = time.monotonic() + FIRST_LINE_S
 
     def over(self, groups: Sequence[Sequence[Example]], what: str) -> Iterator[Sequence[Example]]:
         """The groups, one after another."""
         done, total = 0, sum(map(len, groups))
         for group in groups:
             now = time.monotonic()
-            if now >= self.due:
-                PHASES.info("evaluating %s: %d of %d examples", what, done, total)
-                self.due = now + NEXT_LINE_S
+            if now >= self.first:
+                level = INFO if now >= self.due else PROGRESS
+                self._log(level, what, done, total)
+                self.due = now + NEXT_LINE_S if level == INFO else self.due
             yield group
             done += len(group)
+        if time.monotonic() >= self.first:
+            self._log(PROGRESS, what, done, total)
+
+    def _log(self, level: int, what: str, done: int, total: int) -> None:
+        how_far = {"done": done, "total": total}
+        PHASES.log(level, "evaluating %s: %d of %d examples", what, done, total, extra=how_far)

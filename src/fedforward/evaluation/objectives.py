@@ -10,7 +10,7 @@ import importlib
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedforward.core.batches import AnswerBatch, Batch
+from fedforward.core.batches import AnswerBatch, Batch, ChoiceBatch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.registry import OBJECTIVES
 from fedforward.core.steps import Evaluation, Probe
@@ -42,12 +42,16 @@ class Context:
         answer_tokens: most tokens of a generated answer.
         classes: of a sequence classifier; else empty.
         key: the configuration key that names the objective, for errors.
+        joined: whether label words of one token share a row (`ProbePlan.joins_choices`).
+        most_branching: see `ProbePlan`.
     """
 
     tokenizer: Any
     answer_tokens: int
     classes: tuple[str, ...] = ()
     key: str = "method.objective"
+    joined: bool = False
+    most_branching: int = 0
 
 
 class Objective(ABC):
@@ -143,34 +147,93 @@ class ClassError(ClassLoss):
         return 1.0 - value
 
 
-class Accuracy(Objective):
-    """0 for an example that is answered rightly by one of the label words, 1 for another.
+@dataclass(frozen=True, eq=False)
+class OfChoices(Objective):
+    """What follows from the log-likelihoods of an example's possible answers.
 
-    The answer is that of the greatest log-likelihood, summed over its tokens, which is what
-    training on right answers makes greater. MeZO (Malladi et al., 2023) divides it by the number of
-    tokens. Where words have as many the choice is the same; where they have not, a trained model
-    would favour the longer word, whose later tokens are certain once it has begun.
+    The log-likelihood of an answer is summed over its tokens. MeZO (Malladi et al., 2023) divides
+    it by the number of tokens. Where words have as many the choice is the same; where they have
+    not, a trained model would favour the longer word, whose later tokens are certain once it has
+    begun.
+
+    Attributes:
+        joined: see `Context`.
+        most_branching: likewise.
     """
+
+    joined: bool = False
+    most_branching: int = 0
 
     @classmethod
     def build(cls, context: Context) -> Objective:
-        """See `Objective`."""
-        return ClassError() if context.classes else cls()
+        """See `Objective`; of a sequence classifier, what is said of its classes."""
+        return cls.of_classes() if context.classes else cls(context.joined, context.most_branching)
 
-    def batch(self, examples: Sequence[Example]) -> Batch:
+    @classmethod
+    @abstractmethod
+    def of_classes(cls) -> Objective:
+        """The objective of a sequence classifier that has this one's name."""
+
+    def batch(self, examples: Sequence[Example]) -> ChoiceBatch:
         """See `Objective`."""
-        return replace(collate_choices(examples), objective=self)
+        batch = collate_choices(examples, joined=self.joined, most_branching=self.most_branching)
+        return replace(batch, objective=self)
 
     def measure(self, model: Any, probes: Sequence[Probe]) -> list[Evaluation]:
         """See `Objective`. NaN where the loss of an answer is not finite."""
-        measured = model.token_losses([replace(p, batch=p.batch.rows) for p in probes])
-        results = []
-        for probe, losses in zip(probes, measured, strict=True):
-            sums = losses.sums.reshape(len(probe.batch.right), -1)
-            wrong = (sums.argmin(axis=1) != probe.batch.right).astype(np.float64)
-            wrong[~np.isfinite(sums).all(axis=1)] = np.nan
-            results.append(Evaluation(wrong, np.ones(len(wrong), np.int64)))
-        return results
+        measured = model.choices(probes)
+        return [
+            self.evaluation(found.sums, probe.batch.right)
+            for probe, found in zip(probes, measured, strict=True)
+        ]
+
+    def evaluation(self, sums: NDArray[np.float64], right: NDArray[np.int64]) -> Evaluation:
+        """From `Choices.sums`, float64 [examples, answers], and the places of the right answers."""
+        values = np.full(len(right), np.nan)
+        finite = np.isfinite(sums).all(axis=1)
+        values[finite] = self.values(sums[finite], right[finite])
+        return Evaluation(values, np.ones(len(values), np.int64))
+
+    @abstractmethod
+    def values(self, sums: NDArray[np.float64], right: NDArray[np.int64]) -> NDArray[np.float64]:
+        """One value for each example, of finite sums."""
+
+
+class Choice(OfChoices):
+    """Cross-entropy over the possible answers in nats: -log p(right) / Σ p, per example.
+
+    What MeZO calls training as classification.
+    """
+
+    @classmethod
+    def of_classes(cls) -> Objective:
+        """The loss of the classes, which is the same."""
+        return ClassLoss()
+
+    def values(self, sums: NDArray[np.float64], right: NDArray[np.int64]) -> NDArray[np.float64]:
+        """See `OfChoices`."""
+        own = sums[np.arange(len(right)), right]
+        return np.asarray(np.logaddexp.reduce(own[:, None] - sums, axis=1))
+
+    def metric(self, value: float) -> float:
+        """The cross-entropy itself: lower is better."""
+        return value
+
+
+class Accuracy(OfChoices):
+    """0 for an example that is answered rightly by one of the label words, 1 for another.
+
+    The answer is that of the greatest log-likelihood.
+    """
+
+    @classmethod
+    def of_classes(cls) -> Objective:
+        """The share of texts whose class is not the likeliest."""
+        return ClassError()
+
+    def values(self, sums: NDArray[np.float64], right: NDArray[np.int64]) -> NDArray[np.float64]:
+        """See `OfChoices`."""
+        return np.asarray(sums.argmin(axis=1) != right, np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,6 +288,48 @@ class Pairwise:
 
 
 EXACT_MATCH, F1, ROUGE_L = Pairwise(exact_match), Pairwise(token_f1), Pairwise(rouge_l)
+
+
+def together(objectives: Mapping[str, Objective]) -> list[dict[str, Objective]]:
+    """The objectives, by name, in groups that one pass over the examples measures."""
+
+    def of(*kinds: type) -> dict[str, Objective]:
+        return {n: o for n, o in objectives.items() if isinstance(o, kinds)}
+
+    classes, choices = of(ClassLoss), of(OfChoices)
+    if choices and not classes:
+        # The right answer is one of the possible ones.
+        choices = of(OfChoices, Loss)
+    alone = [{n: o} for n, o in objectives.items() if n not in choices and n not in classes]
+    return [group for group in (choices, classes, *alone) if group]
+
+
+def evaluate_together(
+    model: Any, objectives: Mapping[str, Objective], examples: Sequence[Example]
+) -> dict[str, Evaluation]:
+    """What the objectives of one group of `together` say of some examples, by name."""
+    first = next((o for o in objectives.values() if type(o) is not Loss), None)
+    if isinstance(first, OfChoices):
+        batch = first.batch(examples)
+        losses = any(type(o) is Loss for o in objectives.values())
+        (found,) = model.choices([Probe(batch)], loss=losses)
+        counts = np.array([int(example.counted.sum()) for example in examples], np.int64)
+        return {
+            name: o.evaluation(found.sums, batch.right)
+            if isinstance(o, OfChoices)
+            else Evaluation(found.losses, counts)
+            for name, o in objectives.items()
+        }
+    if isinstance(first, ClassLoss):
+        probe = Probe(first.batch(examples))
+        (logits,) = model.class_logits([probe])
+        given, classes = torch.from_numpy(logits), _classes(probe)
+        return {
+            name: _counted_once(o.values(given, classes))
+            for name, o in objectives.items()
+            if isinstance(o, ClassLoss)
+        }
+    return {n: model.evaluate([Probe(o.batch(examples))])[0] for n, o in objectives.items()}
 
 
 def needs_answers(name: str) -> bool:

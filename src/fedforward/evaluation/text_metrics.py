@@ -17,6 +17,8 @@ FINAL = "####"
 
 #: Metrics between 0 and 1, of texts or classes.
 SHARES = frozenset({"accuracy", "exact-match", "f1", "rougeL"})
+#: Objectives that are losses in nats: lower is better, and the values are continuous.
+LOSSES = frozenset({"loss", "choice"})
 
 
 def exact_match(prediction: str, reference: str) -> float:

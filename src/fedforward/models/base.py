@@ -8,6 +8,8 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -18,14 +20,22 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedforward.core.batches import IGNORED, Batch, PromptBatch, TokenBatch
+from fedforward.core.batches import (
+    IGNORED,
+    Batch,
+    ChoiceBatch,
+    JoinedRows,
+    PromptBatch,
+    TokenBatch,
+)
 from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import Evaluation, Probe, ProbePlan, Steps, Update
 from fedforward.directions import Distribution, Layout
 from fedforward.directions.ops import commit_all
-from fedforward.models import tensor_bytes
+from fedforward.models import choices, tensor_bytes
 from fedforward.models.batching import Arrays, Measure, height_and_length, stack
 from fedforward.models.blocks import Prefix, class_heads, names_by_block
+from fedforward.models.choices import Choices
 from fedforward.models.fingerprints import fingerprint
 from fedforward.models.lm_head import Head, VocabularyTile, losses_of
 from fedforward.models.loading import input_device
@@ -165,6 +175,27 @@ class CausalModel(ABC):
             )
         return [Evaluation(*arrays) for arrays in self._measured(probes, self._losses)]
 
+    def choices(self, probes: Sequence[Probe], *, loss: bool = False) -> list[Choices]:
+        """What the model thinks of the possible answers of each probe's `ChoiceBatch`.
+
+        Args:
+            loss: whether the loss of the right answers is asked for as well.
+        """
+        plain = [p for p in probes if not isinstance(p.batch.rows, JoinedRows)]
+        joined = [p for p in probes if isinstance(p.batch.rows, JoinedRows)]
+        found: dict[int, Choices] = {}
+        if plain:
+            measured = self.token_losses([replace(p, batch=p.batch.rows) for p in plain])
+            for probe, losses in zip(plain, measured, strict=True):
+                sums = losses.sums.reshape(len(probe.batch.right), -1)
+                found[id(probe)] = choices.of_sums(sums, probe.batch.right)
+        if joined:
+            rows = [replace(p, batch=p.batch.rows) for p in joined]
+            columns = self._measured(rows, partial(self._choice_columns, loss=loss))
+            for probe, (sums, right) in zip(joined, columns, strict=True):
+                found[id(probe)] = Choices(sums[:, : probe.batch.rows.targets.shape[1]], right)
+        return [found[id(probe)] for probe in probes]
+
     def class_logits(self, probes: Sequence[Probe]) -> list[NDArray[np.float64]]:
         """A sequence classifier's logits for each probe's `TokenBatch`, float64 [rows, classes]."""
         return [logits for (logits,) in self._measured(probes, self._logits)]
@@ -241,14 +272,89 @@ class CausalModel(ABC):
                 given = self.head.inputs(**options)
             if not every and "logits_to_keep" not in options:
                 given = given[:, positions.to(given.device)]
-            if self.head.module is None:
-                losses = losses_of(given, targets.to(given.device))
-            elif self.head.sliceable and (sliced := self._vocabulary_tiles()):
-                losses = self.head.losses_of_counted(given, targets, counted, *sliced)
-            else:
-                losses = self.head.losses_whole(given, targets.to(given.device))
+            losses = self._losses_of(given, targets, counted)
         per_token = losses.cpu().double().view(counted.shape).masked_fill(~counted, 0.0)
         return per_token.sum(dim=1), counted.sum(dim=1)
+
+    def _losses_of(
+        self, given: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor
+    ) -> torch.Tensor:
+        """-log p of targets under the open displacement; anything where they are not counted.
+
+        Args:
+            given: what the head is given, or logits where it cannot be taken apart,
+                [rows, positions, hidden or vocabulary].
+            targets: int64 [rows, positions], in main memory, as is `counted`.
+            counted: bool [rows, positions].
+        """
+        if self.head.module is None:
+            return losses_of(given, targets.to(given.device))
+        if self.head.sliceable and (sliced := self._vocabulary_tiles()):
+            return self.head.losses_of_counted(given, targets, counted, *sliced)
+        return self.head.losses_whole(given, targets.to(given.device))
+
+    def _choice_columns(
+        self, tokens: torch.Tensor, labels: torch.Tensor, probes: Sequence[Probe], loss: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Per row of `JoinedRows`: see `Choices`, float64 [rows, answers] and [rows].
+
+        Args:
+            tokens: int64 [rows below the first block that moves, length].
+            labels: only their shape counts, [rows, length], equally many of each probe.
+            loss: see `choices`.
+        """
+        own = [probe.batch for probe in probes]
+        asked = choices.stack(own, len(labels) // len(own))
+        self._check_tokens(asked.targets)
+        places = asked.places.flatten(1)
+        options: dict[str, Any] = {"input_ids": tokens.to(self.device)}
+        if any(batch.branches for batch in own):
+            below = own
+            if len(tokens) < len(labels):
+                below = list({id(batch): batch for batch in own}.values())
+            options |= choices.branching(below, tokens.shape, self.network.dtype, self.device)
+        if self.head.module is None and self._selects_logits:
+            kept, places = places.unique(return_inverse=True)
+            options["logits_to_keep"] = kept.to(self.device)
+        with self._displaced(probes, (len(labels), labels.shape[1])):
+            if self.head.module is None:
+                given = self.network(use_cache=False, **options).logits
+            else:
+                given = self.head.inputs(**options)
+            rows = torch.arange(len(given), device=given.device)[:, None]
+            if all(batch.single for batch in own):
+                # What is left out of the sum is the same for all words of a row.
+                at = given[rows, places[:, :1].to(given.device)]
+                sums = -self._logits_of(at, asked.targets[:, :, 0]).double().cpu()
+                right = asked.right_targets
+                losses = torch.zeros(len(right))
+                if loss:
+                    losses = self._losses_of(at, right, right != IGNORED)
+                return sums, losses.double().cpu().flatten()
+            at = given[rows, places.to(given.device)]
+            targets, counted = asked.targets.flatten(1), (asked.targets != IGNORED).flatten(1)
+            per_token = self._losses_of(at, targets, counted).cpu().double()
+        per_token = per_token.view(counted.shape).masked_fill(~counted, 0.0)
+        sums = per_token.view(asked.targets.shape).sum(dim=2)
+        return sums, sums.gather(1, asked.right[:, None])[:, 0]
+
+    def _logits_of(self, given: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        """The logits of some words of each row under the open displacement, [rows, words].
+
+        Args:
+            given: as in `_losses_of`, [rows, 1, hidden or vocabulary].
+            words: int64 [rows, words], in main memory; anything where they are IGNORED.
+        """
+        known, place = words.clamp(min=0).unique(return_inverse=True)
+        if self.head.module is None:
+            return given[:, 0].float().gather(1, known[place].to(given.device))
+        found = self._vocabulary_rows(known) if self.head.sliceable else None
+        if found is None:
+            logits = self.head.module(given)
+            logits = logits if self.head.after is None else self.head.after(logits)
+            return logits[:, 0].float().gather(1, known[place].to(logits.device))
+        logits = self.head.logits_of(given[:, 0], *found)
+        return logits.gather(1, place.to(logits.device))
 
     def _logits(
         self, tokens: torch.Tensor, labels: torch.Tensor, probes: Sequence[Probe]
@@ -344,6 +450,17 @@ class CausalModel(ABC):
         None if it cannot be cut along the vocabulary.
         """
         return 1, self.head.frozen_tiles()
+
+    def _vocabulary_rows(self, tokens: torch.Tensor) -> tuple[int, VocabularyTile] | None:
+        """Some rows of the head, int64 [tokens], as the open displacement has them.
+
+        See `_vocabulary_tiles`.
+        """
+        head = self.head.module
+        assert isinstance(head, nn.Linear)
+        tokens = tokens.to(head.weight.device)
+        biases = [] if head.bias is None else [head.bias[tokens]]
+        return 1, VocabularyTile(0, [head.weight[tokens]], biases)
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -458,13 +575,25 @@ class CausalModel(ABC):
             tensor.copy_(part.view(tensor.shape))
         self.clear_cache()
 
-    def loss(self, batch: TokenBatch) -> torch.Tensor:
-        """Mean loss per counted token with gradients to the tuned tensors (first-order methods)."""
+    def loss(self, batch: TokenBatch | ChoiceBatch) -> torch.Tensor:
+        """Mean loss per counted token with gradients to the tuned tensors (first-order methods).
+
+        Of a `ChoiceBatch`: the mean cross-entropy over the possible answers of its examples.
+        """
+        if isinstance(batch, ChoiceBatch):
+            return nn.functional.cross_entropy(
+                -self._choice_sums(batch), torch.from_numpy(batch.right).to(self.device)
+            )
         if self.classes:
             labels = torch.from_numpy(batch.labels)
             logits = self._classified(torch.from_numpy(batch.tokens), labels)
             classes = labels.amax(dim=1).to(logits.device)
             return nn.functional.cross_entropy(logits.double(), classes)
+        losses, counted = self._losses_with_gradients(batch)
+        return losses.sum() / counted.sum()
+
+    def _losses_with_gradients(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed losses of the rows, float64 [rows], and how many tokens were counted, [rows]."""
         tokens = torch.from_numpy(batch.tokens).to(self.device)
         targets = torch.from_numpy(batch.labels)[:, 1:].to(self.device)
         counted = targets != IGNORED
@@ -474,4 +603,24 @@ class CausalModel(ABC):
         if not self._selects_logits:
             logits = logits[:, positions]
         losses = losses_of(logits, targets[:, positions]).double() * counted[:, positions]
-        return losses.sum() / counted.sum()
+        return losses.sum(dim=1), counted.sum(dim=1)
+
+    def _choice_sums(self, batch: ChoiceBatch) -> torch.Tensor:
+        """As `Choices.sums`, with gradients to the tuned tensors."""
+        rows = batch.rows
+        if not isinstance(rows, JoinedRows):
+            return self._losses_with_gradients(rows)[0].view(len(batch.right), -1)
+        asked = choices.stack([rows], len(rows.tokens))
+        options: dict[str, Any] = {"input_ids": torch.from_numpy(rows.tokens).to(self.device)}
+        if rows.branches:
+            dtype = self.network.dtype
+            options |= choices.branching([rows], rows.tokens.shape, dtype, self.device)
+        places = asked.places.flatten(1)
+        if self._selects_logits:
+            kept, places = places.unique(return_inverse=True)
+            options["logits_to_keep"] = kept.to(self.device)
+        logits = self.network(use_cache=False, **options).logits
+        at = logits[torch.arange(len(logits))[:, None], places]
+        targets = asked.targets.flatten(1).to(at.device)
+        losses = losses_of(at, targets).double().masked_fill(targets == IGNORED, 0.0)
+        return losses.view(asked.targets.shape).sum(dim=2)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedforward.core.batches import IGNORED, TokenBatch
+from fedforward.core.batches import IGNORED, JoinedRows, TokenBatch
 from fedforward.core.steps import Probe
 
 #: What a forward pass yields: arrays with a row for each row of a probe's batch.
@@ -43,6 +43,9 @@ def height_and_length(batches: Sequence[TokenBatch]) -> tuple[int, int]:
 
 def cut(batch: TokenBatch, rows: int) -> list[TokenBatch]:
     """A batch as several of so many rows, each without the padding that it does not need."""
+    if isinstance(batch, JoinedRows):
+        begins = range(0, len(batch.tokens), rows)
+        return [batch.part(slice(begin, begin + rows)) for begin in begins]
     parts = []
     for begin in range(0, len(batch.tokens), rows):
         tokens, labels = batch.tokens[begin : begin + rows], batch.labels[begin : begin + rows]

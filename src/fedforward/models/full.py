@@ -230,6 +230,19 @@ class FullModel(CausalModel):
 
         return displacement.groups, tiles()
 
+    def _vocabulary_rows(self, tokens: torch.Tensor) -> tuple[int, VocabularyTile] | None:
+        head = self.head.module
+        assert isinstance(head, nn.Linear)
+        weight, bias = head.weight, head.bias
+        if not isinstance(weight, DisplacedTensor):
+            return None if isinstance(bias, DisplacedTensor) else super()._vocabulary_rows(tokens)
+        displacement = weight.displacement
+        assert displacement is not None
+        biases = [] if bias is None else displacement.parts(bias)[0]
+        rows = displacement.rows_of(weight, tokens)
+        here = tokens.to(rows.device)
+        return displacement.groups, VocabularyTile(0, list(rows), [b[here] for b in biases])
+
     def _update_cache(self, trajectory: Steps) -> None:
         """Bring the float32 copies to θ + trajectory by adding only the steps it lacks.
 

@@ -199,6 +199,25 @@ class Head:
             return losses.new_zeros(counted.numel()).index_copy_(0, places.to(device), losses)
         return losses
 
+    def logits_of(self, given: torch.Tensor, groups: int, rows: VocabularyTile) -> torch.Tensor:
+        """Logits of a few tokens, computed in float32 whatever the head's dtype.
+
+        Args:
+            given: what the head is given, [rows, hidden].
+            groups: of rows, equally large, that meet different heads.
+            rows: of the head, those of the tokens.
+
+        Returns:
+            float32 [rows, tokens].
+        """
+        weights = torch.stack(list(rows.weights)).float()
+        parts = given.to(weights.device).float().view(groups, -1, given.shape[-1])
+        logits = torch.bmm(parts, weights.transpose(1, 2))
+        if rows.biases:
+            logits += torch.stack(list(rows.biases)).float()[:, None]
+        logits = logits.flatten(0, 1)
+        return logits if self.after is None else self.after(logits[None])[0]
+
     def losses_whole(self, given: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """-log p of every target through the head's own forward pass, some positions at a time.
 

@@ -25,6 +25,7 @@ from fedforward.evaluation.objectives import Context, build_objective, needs_ans
 from fedforward.methods.base import Method
 from fedforward.models.adapters import read_adapter
 from fedforward.models.base import CausalModel
+from fedforward.models.choices import with_choices
 from fedforward.models.fingerprints import tokenizer_fingerprint
 from fedforward.models.full import FullModel
 from fedforward.models.grouping import settled
@@ -63,7 +64,7 @@ def read_corpus(
 
     Args and errors: see `CorpusReader.corpus`.
     """
-    measured = (config.method.objective, *config.evaluation.metrics)
+    measured = (config.objective, *config.evaluation.metrics)
     if reader.chat is None:
         _warn_of_no_end(config, tokenizer)
     return reader.corpus(tokenizer, positions, classes, generates=any(map(needs_answers, measured)))
@@ -205,10 +206,32 @@ def identity(model: CausalModel, tokenizer: Any = None) -> ModelIdentity:
     )
 
 
-def collate_of(config: Config, tokenizer: Any, classes: Sequence[str]) -> Collate:
-    """How training examples become the batches of the run's objective."""
-    context = Context(tokenizer, config.data.answer_tokens, tuple(classes))
-    return build_objective(config.method.objective, context).batch
+def collate_of(config: Config, tokenizer: Any, model: CausalModel) -> Collate:
+    """How training examples become the batches of the run's objective, by the model's plan."""
+    context = Context(
+        tokenizer,
+        config.data.answer_tokens,
+        tuple(model.classes),
+        joined=model.plan.joins_choices,
+        most_branching=model.plan.most_branching,
+    )
+    return build_objective(config.objective, context).batch
+
+
+def settle_plan(config: Config, model: CausalModel, method: Method) -> ProbePlan:
+    """The model's plan, with what is found out about the model on short texts.
+
+    What is noteworthy is logged: what is not tuned, and probes that are alone.
+    """
+    if model.left_out:
+        LOGGER.warning("%s.", model.left_out)
+    if method.capabilities.forward_only:
+        plan = settled(model)
+    else:
+        plan = replace(model.plan, left_out=model.left_out)
+    if plan.alone:
+        LOGGER.warning("One probe a forward pass: %s.", plan.alone)
+    return with_choices(model, plan) if config.data.label_words else plan
 
 
 def fit_plan(
@@ -218,19 +241,9 @@ def fit_plan(
     method: Method,
     collate: Collate = collate,
 ) -> ProbePlan:
-    """The model's plan, with as many probes in a forward pass as it and a memory budget allow.
-
-    What is noteworthy about the model is logged: what is not tuned, and probes that are alone.
-    """
-    if model.left_out:
-        LOGGER.warning("%s.", model.left_out)
-    if not method.capabilities.forward_only:
-        return replace(model.plan, left_out=model.left_out)
-    model.plan = settled(model)
-    if model.plan.alone:
-        LOGGER.warning("One probe a forward pass: %s.", model.plan.alone)
+    """The model's settled plan, with as many probes in a pass as a memory budget allows."""
     budget = config.run.budget
-    if budget is None or model.plan.alone:
+    if budget is None or model.plan.alone or not method.capabilities.forward_only:
         return model.plan
     clients = config.federation.clients if config.model.tune == "lora" else 1
     batches = longest_batches(config, corpus, collate)

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
+from fedforward.evaluation.text_metrics import LOSSES
 from fedforward.federation.ledger import Round
 from fedforward.messages.report import Report
 
@@ -126,7 +127,7 @@ class RoundingWatch:
         self.config = config
         self._zeros = self._gradients = 0
         # Other objectives take few values, which are often equal for a good reason.
-        self._over = config.method.objective != "loss"
+        self._over = config.objective not in LOSSES
 
     def look(self, line: Mapping[str, Any]) -> str:
         """A sentence, once, when too many projected gradients were exactly 0; else empty.
@@ -173,7 +174,7 @@ def reason_to_stop(config: Config, lines: Sequence[dict[str, Any]]) -> str:
     steps = config.method.local_steps * len(line["learning_rates"])
     if line["skipped_steps"] >= steps:
         return "diverged: no step of the last round had a finite loss"
-    objective = config.method.objective
+    objective = config.objective
     # Another objective may leave the loss behind as long as there is one.
     limit = DIVERGED if objective == "loss" else math.inf
     training = [entry["training_loss"] for entry in lines[1:]]
@@ -185,13 +186,37 @@ def reason_to_stop(config: Config, lines: Sequence[dict[str, Any]]) -> str:
         return ""
     if not line["heldout_loss"] <= limit * start:
         return f"diverged: the held-out loss is {line['heldout_loss']:.3f}, from {start:.3f}"
+    if words := _worse_than_guessing(config, lines):
+        return words
     patience = config.run.patience
-    evaluated = [entry for entry in lines if "heldout_loss" in entry]
-    values = [
-        entry["heldout_loss"] if objective == "loss" else -entry["metrics"][objective]
-        for entry in evaluated
-    ]
+    values = [heldout_objective(objective, entry) for entry in lines if "heldout_loss" in entry]
     if patience and len(values) > patience and min(values[-patience:]) >= min(values[:-patience]):
-        better = "a lower held-out loss" if objective == "loss" else f"a better {objective}"
+        better = f"a better {objective}"
+        if objective in LOSSES:
+            better = f"a lower held-out {objective}"
         return f"patience: {patience} evaluations without {better}"
     return ""
+
+
+def heldout_objective(objective: str, line: Mapping[str, Any]) -> float:
+    """What a run optimises, on held-out examples, from a line with a held-out loss.
+
+    Lower is better: scores have their sign changed.
+    """
+    if objective == "loss":
+        return float(line["heldout_loss"])
+    value = float(line["metrics"][objective])
+    return value if objective in LOSSES else -value
+
+
+def _worse_than_guessing(config: Config, lines: Sequence[Mapping[str, Any]]) -> str:
+    """Why a run that optimises "choice" has diverged, or nothing.
+
+    A cross-entropy that begins near 0 may well rise by more than half.
+    """
+    if config.objective != "choice" or config.data.label_words is None:
+        return ""
+    start, found = (line["metrics"]["choice"] for line in (lines[0], lines[-1]))
+    if found <= DIVERGED * max(start, math.log(len(config.data.label_words))):
+        return ""
+    return f"diverged: the held-out choice is {found:.3f}, from {start:.3f}"

@@ -16,6 +16,7 @@ from fedforward.messages.report import ClientResult, Report
 from fedforward.messages.task import Task
 from fedforward.methods.base import Method
 from fedforward.models.base import CausalModel
+from fedforward.models.choices import with_choices
 from fedforward.models.loading import longest_sequence
 from fedforward.planning.activation import UNLIMITED, Activation, pareto
 from fedforward.planning.allocator import Allocator
@@ -154,7 +155,12 @@ def preview(config: Config) -> Preview:
     corpus = experiment.read_corpus(config, reader, tokenizer, longest_sequence(model.network))
     examples = tuple(len(part) for part in corpus.clients)
     PHASES.info("measuring what the model needs")
-    resources = survey(config, model, experiment.widest_steps(config, corpus))
+    steps = experiment.widest_steps(config, corpus)
+    if config.data.label_words:
+        model.plan = with_choices(model, model.plan)
+        collate = experiment.collate_of(config, tokenizer, model)
+        steps = experiment.widest_steps(config, corpus, collate)
+    resources = survey(config, model, steps)
     planner: Allocator | None = None
     front: list[Activation] = []
     if method.capabilities.blocks:

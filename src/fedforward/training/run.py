@@ -101,10 +101,12 @@ class Run:
         self.corpus = build.read_corpus(
             config, reader, self.tokenizer, positions, self.model.classes
         )
-        self.collate = build.collate_of(config, self.tokenizer, self.model.classes)
         if not self.directory.started:
             budget = " and the memory budget" if config.run.memory_budget else ""
             PHASES.info("fitting probes to the model%s", budget)
+            self.model.plan = build.settle_plan(config, self.model, self.method)
+        self.collate = build.collate_of(config, self.tokenizer, self.model)
+        if not self.directory.started:
             self.plan = build.fit_plan(config, self.model, self.corpus, self.method, self.collate)
             self.model.plan = self.plan
         PHASES.info(self._describe_plan())

@@ -143,7 +143,7 @@ class RunDirectory:
         if plan is not None:
             write_json(self.path / "plan.json", asdict(plan))
         write_json(self.path / "environment.json", environment())
-        write_text(self.path / "config.toml", to_toml(absolute(config)))
+        write_text(self.path / "config.toml", to_toml(absolute(config.with_objective())))
 
     def config(self) -> Config:
         """The configuration of a run that was started here.
@@ -185,6 +185,8 @@ class RunDirectory:
         found = self.config()
         # The ledger's header has the digests of what lies there.
         free = FREE_KEYS | set(PATH_KEYS)
+        if requested.method.objective is None:
+            free.add("method.objective")
         if found.method.schedule == requested.method.schedule == "constant":
             free.add("federation.rounds")
         old, new = _flat(found), _flat(requested)
@@ -250,10 +252,12 @@ class RunDirectory:
 def _is_plan(plan: ProbePlan) -> bool:
     counts = (plan.probes_per_call, plan.threads, plan.evaluation_rows)
     whole = all(type(count) is int and count > 0 for count in counts)
-    whole = whole and type(plan.tokens_per_call) is int and plan.tokens_per_call >= 0
+    zeros = (plan.tokens_per_call, plan.most_branching)
+    whole = whole and all(type(count) is int and count >= 0 for count in zeros)
     words = (plan.placement, plan.alone, plan.left_out)
     whole = whole and all(type(word) is str for word in words)
-    whole = whole and type(plan.shares_prefix) is bool
+    switches = (plan.shares_prefix, plan.joins_choices)
+    whole = whole and all(type(switch) is bool for switch in switches)
     return whole and plan.trajectory in ("recompute", "cache")
 
 

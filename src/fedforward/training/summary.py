@@ -202,7 +202,7 @@ def summarize(
     first, last = lines[0].get("metrics", {}), lines[-1].get("metrics", {})
     return RunSummary(
         method=config.method.name,
-        objective=config.method.objective,
+        objective=config.objective,
         tune=config.model.tune,
         rounds=lines[-1]["round"],
         local_steps=config.method.local_steps,

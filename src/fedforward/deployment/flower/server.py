@@ -108,7 +108,7 @@ def serve(
     # Every site has a connection or two.
     raise_open_file_limit()
     with directory.locked(), Supervisor() as supervisor:
-        CoordinatorState(directory).open(config, resume)
+        config = CoordinatorState(directory).open(config, resume)
         return _Service(config, directory, address, supervisor, progress).run()
 
 
