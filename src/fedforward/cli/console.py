@@ -13,12 +13,19 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
-from fedforward.cli.tables import shown
+from fedforward.cli.tables import heldout_values
 from fedforward.core.errors import FedForwardError, out_of_memory
-from fedforward.core.logs import PHASES
+from fedforward.core.logs import PHASES, PROGRESS
 
 #: Results, for people or as JSON.
 out_console = Console()
@@ -126,10 +133,16 @@ def say(where: Console, text: str) -> None:
 
 
 class Display:
-    """The progress of a command: a bar on a terminal, plain lines elsewhere, nothing with `-q`."""
+    """The progress of a command: a bar on a terminal, plain lines elsewhere, nothing with `-q`.
+
+    Attributes:
+        objective: of the run whose rounds are shown.
+    """
 
     def __init__(self, progress: Progress) -> None:
         self.rich = progress
+        self.objective = "loss"
+        self._part: TaskID | None = None
         self.task = progress.add_task("starting", total=None)
         self.heldout = ""
         self._plain = _shows_progress() and not console.is_terminal
@@ -148,13 +161,21 @@ class Display:
         """Show how far the step is that began last."""
         self.rich.update(self.task, total=total, completed=done)
 
+    def part(self, text: str, done: int, total: int) -> None:
+        """Show how far a part of a step is, as a bar of its own that is gone when it is done."""
+        if self._part is None:
+            self._part = self.rich.add_task(text, total=total)
+        self.rich.update(self._part, description=text, total=total, completed=done)
+        if done >= total:
+            self.rich.remove_task(self._part)
+            self._part = None
+
     def progress(self, done: int, total: int, line: dict[str, Any]) -> None:
         """Show a round that is done; `line` is its metrics line."""
         self.end_phase()
         if "heldout_loss" in line:
-            self.heldout = f"  held-out {line['heldout_loss']:.3f}"
-            for name, value in line.get("metrics", {}).items():
-                self.heldout += f"  {name} {shown(name, value)}" if name != "loss" else ""
+            values = heldout_values(self.objective, line["heldout_loss"], line.get("metrics", {}))
+            self.heldout = "  held-out " + "  ".join(f"{n} {v}".strip() for n, v in values.items())
         training = line["training_loss"]
         losses = f"training {training:.3f}" if training is not None else "training not known"
         text = f"round {done}/{total}  {losses}{self.heldout}"
@@ -175,12 +196,17 @@ class _PhaseHandler(logging.Handler):
     """Hands what a run does just now to the display."""
 
     def __init__(self, target: Display) -> None:
-        super().__init__(logging.INFO)
+        super().__init__(PROGRESS)
         self.target = target
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Show a phase."""
-        self.target.phase(record.getMessage())
+        """Show a phase, or how far one is that says so."""
+        total = getattr(record, "total", None)
+        if total is not None and not self.target.rich.disable:
+            what = record.getMessage().partition(":")[0]
+            self.target.part(what, getattr(record, "done", 0), total)
+        elif record.levelno >= logging.INFO:
+            self.target.phase(record.getMessage())
 
 
 @contextmanager
@@ -188,7 +214,7 @@ def _phases_shown(target: Display) -> Iterator[None]:
     """Phases are the display's while the block runs, and no log lines."""
     handler, level = _PhaseHandler(target), PHASES.level
     PHASES.addHandler(handler)
-    PHASES.setLevel(logging.INFO)
+    PHASES.setLevel(PROGRESS)
     PHASES.propagate = False
     try:
         yield

@@ -53,6 +53,7 @@ def server(
         settings = load_terms(config, overrides or [])
         engine: Runtime = RUNTIMES.get(runtime)
         with display() as progress:
+            progress.objective = settings.objective
             summary = engine.serve(
                 settings,
                 out,

@@ -1,12 +1,16 @@
 """The result of a run as a table that a person understands."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from fedforward.evaluation.text_metrics import SHARES
+from fedforward.evaluation.text_metrics import LOSSES, SHARES
+
+#: What follows a value of that name.
+UNITS = {"held-out loss": " nats per answer token", "held-out choice": " nats per example"}
 
 
 def quantity(size: float | None) -> str:
@@ -27,9 +31,37 @@ def shown(name: str, value: float | None) -> str:
     return f"{100 * value:.1f} %" if name in SHARES else f"{value:.3f}"
 
 
+def heldout_values(
+    objective: str, loss: float | None, metrics: Mapping[str, float | None]
+) -> dict[str, str]:
+    """Held-out figures as texts by name, what is optimised first where it is another loss.
+
+    Where the loss of the answers' tokens is what is optimised, or nothing better is known, it comes
+    first, without a name.
+    """
+    first = objective if objective in LOSSES - {"loss"} and objective in metrics else ""
+    found = {first: metrics[first], "loss": loss} if first else {"": loss}
+    found |= {name: value for name, value in metrics.items() if name not in ("loss", first)}
+    return {name: shown(name, value) for name, value in found.items()}
+
+
+def _changes(summary: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Losses and metrics of a run with their values before and after, what is optimised first."""
+    rows = [("held-out loss", summary["heldout_loss"])]
+    metrics = {n: value for n, value in summary["metrics"].items() if n != "loss"}
+    if summary["objective"] in LOSSES and summary["objective"] in metrics:
+        name = summary["objective"]
+        rows.insert(0, (f"held-out {name}", metrics.pop(name)))
+    return [*rows, *metrics.items()]
+
+
+def _relative(change: Any) -> str:
+    start, end = change["start"], change["end"]
+    return "" if not start or end is None else f" ({100 * (end / start - 1):+.1f} %)"
+
+
 def summary_table(summary: dict[str, Any]) -> Table:
     """Loss, example, traffic, memory and time of a run."""
-    start, end = summary["heldout_loss"]["start"], summary["heldout_loss"]["end"]
     traffic, example = summary["bytes_per_client_round"], summary["example"]
     peak, plain = summary["peak_memory_bytes"], summary["inference_memory_bytes"]
     what = f"{summary['method']} on {'/'.join(Path(summary['model']).parts[-2:])}"
@@ -40,17 +72,13 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table.add_column(overflow="fold")
     tensor_bytes = 4 * summary["tuned_parameters"]
     rows = [
-        (
-            "held-out loss",
-            f"{start:.3f} before, {end:.3f} after ({100 * (end / start - 1):+.1f} %)",
-        ),
         *(
             (
                 name,
-                f"{shown(name, value['start'])} before, {shown(name, value['end'])} after",
+                f"{shown(name, value['start'])} before, {shown(name, value['end'])} after"
+                + (_relative(value) if name.startswith("held-out") else ""),
             )
-            for name, value in summary["metrics"].items()
-            if name != "loss"
+            for name, value in _changes(summary)
         ),
         ("prompt", example["prompt"].strip()),
         ("answer before", example["before"]),
@@ -114,14 +142,16 @@ def _counts(examples: list[int]) -> str:
 
 def federation_table(summary: dict[str, Any]) -> Table:
     """The result of a run across machines, for people."""
-    start, end = summary["heldout_loss"]["start"], summary["heldout_loss"]["end"]
     up, down = summary["message_bytes"]["up"], summary["message_bytes"]["down"]
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows = [
-        ("held-out loss", f"{start:.3f} to {end:.3f} nats per answer token"),
         *(
-            (name, f"{shown(name, value['start'])} to {shown(name, value['end'])}")
-            for name, value in summary["metrics"].items()
+            (
+                name,
+                f"{shown(name, value['start'])} to {shown(name, value['end'])}"
+                + UNITS.get(name, ""),
+            )
+            for name, value in _changes(summary)
         ),
         ("method", f"{summary['method']}, {summary['tune']}"),
         ("rounds", f"{summary['rounds']} × {summary['local_steps']} local steps"),

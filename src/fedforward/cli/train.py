@@ -121,7 +121,9 @@ def _carry_out(config: Any, out: Path, resume: bool, as_json: bool) -> None:
         from fedforward.training.run import Run
         from fedforward.training.run_directory import strict
 
-        summary = Run(config, out, resume, progress.progress).fit().to_json()
+        run = Run(config, out, resume, progress.progress)
+        progress.objective = run.config.objective
+        summary = run.fit().to_json()
     if as_json:
         print(json.dumps(strict(summary), indent=2))
         return

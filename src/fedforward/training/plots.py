@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedforward.evaluation.text_metrics import SHARES
+from fedforward.evaluation.text_metrics import LOSSES, SHARES
 
 PALE, DARK = "#b8c4d6", "#1b4f9c"
 COLOURS = (DARK, "#c2571a", "#2d7d46", "#7a3e9d")
@@ -13,7 +13,8 @@ COLOURS = (DARK, "#c2571a", "#2d7d46", "#7a3e9d")
 def draw(path: Path, lines: Sequence[dict[str, Any]], summary: dict[str, Any]) -> None:
     """Losses over rounds, and below them the metrics that are shares, written to `path`.
 
-    What the clients optimise is drawn with the loss, or as a score with the metrics.
+    What the clients optimise is drawn with the loss, or as a score with the metrics; where it is
+    the cross-entropy of label words, that is the loss that is drawn.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -23,18 +24,28 @@ def draw(path: Path, lines: Sequence[dict[str, Any]], summary: dict[str, Any]) -
     FigureCanvasAgg(figure)
     axes, *below = figure.subplots(2 if shares else 1, squeeze=False, sharex=True)[:, 0]
     training = [(line["round"], line["training_loss"]) for line in lines if _known(line)]
-    heldout = [(line["round"], line["heldout_loss"]) for line in lines if "heldout_loss" in line]
     objective = summary["objective"]
-    if training and objective == "loss":
+    heldout = [
+        (line["round"], line["metrics"]["choice"] if objective == "choice" else found)
+        for line in lines
+        if (found := line.get("heldout_loss")) is not None
+    ]
+    if training and objective in LOSSES:
         _pale(axes, training, "training, all clients")
     _line(axes, heldout, DARK, "held-out")
     start, end = heldout[0][1], heldout[-1][1]
     axes.set_title(
-        f"{summary['method']}, {summary['clients']} clients: held-out loss "
-        f"{start:.3f} to {end:.3f} nats per token",
+        f"{summary['method']}, {summary['clients']} clients: held-out "
+        + ("choice " if objective == "choice" else "loss ")
+        + f"{start:.3f} to {end:.3f} nats per "
+        + ("example" if objective == "choice" else "token"),
         fontsize=10,
     )
-    axes.set_ylabel("loss (nats per answer token)")
+    axes.set_ylabel(
+        "cross-entropy of the label words (nats)"
+        if objective == "choice"
+        else "loss (nats per answer token)"
+    )
     for lower in below:
         if training and objective in shares:
             scores = [(number, 1.0 - value) for number, value in training]
