@@ -1,12 +1,13 @@
-"""SST-2 by forward passes: the loss and the accuracy as objectives, beside AdamW, per seed.
+"""SST-2 by forward passes: loss, choice and accuracy as objectives, beside AdamW, per seed.
 
     python benchmarks/sst2.py VARIANT … --model FOLDER --data FOLDER --out runs/sst2
 
-Variants: loss, accuracy, adamw. `--data` holds sst2_train.jsonl and sst2_test.jsonl with the fields
-sentence and label (0 or 1). Four clients IID; the accuracy is that of the whole test file, the
-more likely of two label words, before and after. `zero` is the share of projected gradients that
-are exactly 0: where both probes of a batch had as many right answers. Settings may be overridden
-with `--set section.key=value`, as on the command line of fedforward.
+Variants: loss, choice, accuracy, adamw and adamw-choice, which is AdamW on the cross-entropy of the
+label words. `--data` holds sst2_train.jsonl and sst2_test.jsonl with the fields sentence and label
+(0 or 1). Four clients IID; the accuracy is that of the whole test file, the more likely of two
+label words, before and after. `zero` is the share of projected gradients that are exactly 0: where
+both probes of a batch had as many right answers. Settings may be overridden with `--set
+section.key=value`, as on the command line of fedforward.
 """
 
 import argparse
@@ -50,12 +51,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "run": {"evaluate_every": 8, "tokens_per_call": 8192},
 }
+ADAMW = {"name": "fedavg", "optimizer": "adamw", "learning_rate": 1e-2, "directions": 1}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "loss": {},
+    "loss": {"method": {"objective": "loss"}},
+    "choice": {"method": {"objective": "choice"}},
     "accuracy": {"method": {"objective": "accuracy", "mu": 0.2, "batch_size": 32}},
-    "adamw": {
-        "method": {"name": "fedavg", "optimizer": "adamw", "learning_rate": 1e-2, "directions": 1}
-    },
+    "adamw": {"method": {"objective": "loss", **ADAMW}},
+    "adamw-choice": {"method": {"objective": "choice", **ADAMW}},
 }
 
 

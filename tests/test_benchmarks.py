@@ -60,6 +60,16 @@ def test_step_in_half_precision(capsys: pytest.CaptureFixture[str]) -> None:
     assert {row["dtype"] for row in rows} == {"bfloat16"}
 
 
+def test_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = results(capsys, "choice")["rows"]
+    assert len(rows) == 8
+    for row in rows:
+        if row["before_seconds"] is not None:
+            assert row["over_before"] == row["seconds"] / row["before_seconds"]
+    for row in rows[0::4]:
+        assert row["name"].startswith("evaluation") and row["joined"] and row["most_branching"] > 0
+
+
 def test_memory(capsys: pytest.CaptureFixture[str]) -> None:
     rows = results(capsys, "memory", "--tune", "lora")["rows"]
     assert [row["probes_per_call"] for row in rows] == [2]

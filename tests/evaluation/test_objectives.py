@@ -26,7 +26,7 @@ from fedforward.data.templates import Template
 from fedforward.data.tokenise import ChoiceMaker, Tally
 from fedforward.directions import Distribution
 from fedforward.evaluation import heldout as evaluation
-from fedforward.evaluation.objectives import Accuracy, Context, Loss, Score, build_objective
+from fedforward.evaluation.objectives import Accuracy, Choice, Context, Loss, Score, build_objective
 from fedforward.messages.task import Task
 from fedforward.methods.estimators import TwoPoint
 from fedforward.methods.fedmezo import FedMeZO
@@ -34,6 +34,7 @@ from fedforward.models.base import CausalModel
 from fedforward.models.full import FullModel
 from fedforward.models.lora import LoraModel
 from fedforward.training import replay as artefacts
+from fedforward.training.metrics import reason_to_stop
 from fedforward.training.run import Run
 from tests.conftest import DEMO_MODEL
 from tests.models.test_models import PERTURBATION, TRAJECTORY, batch, displace, lora, plan
@@ -547,6 +548,33 @@ def test_the_wanted_objective_decides_when_patience_ends(
     assert summary["stopped"] == "patience: 1 evaluations without a better accuracy"
 
 
+def test_a_choice_that_gets_worse_stops_a_run(classify: Configure) -> None:
+    """By patience where it no longer falls, and as diverged where guessing is much better."""
+    settings = classify(run__patience=2)
+
+    def lines(*values: float) -> list[dict[str, Any]]:
+        return [
+            {
+                "heldout_loss": 3.0 - number,
+                "metrics": {"choice": value},
+                "training_loss": 9.0 if number else None,
+                "skipped_steps": 0,
+                "learning_rates": {0: 1.0},
+            }
+            for number, value in enumerate(values)
+        ]
+
+    assert reason_to_stop(settings, lines(0.1, 0.4, 0.09)) == ""
+    assert reason_to_stop(settings, lines(0.1, 0.4, 0.3)) == (
+        "patience: 2 evaluations without a lower held-out choice"
+    )
+    # 1.5 log 2 is 1.04, and 1.5 times 1.2 is 1.8.
+    assert reason_to_stop(settings, lines(0.1, 1.05)).startswith("diverged: the held-out choice is")
+    assert reason_to_stop(settings, lines(1.2, 1.75)) == ""
+    assert "1.850, from 1.200" in reason_to_stop(settings, lines(1.2, 1.85))
+    assert "nan" in reason_to_stop(settings, lines(0.6, math.nan))
+
+
 def test_a_long_evaluation_says_how_far_it_is(
     tiny_network: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -563,6 +591,33 @@ def test_a_long_evaluation_says_how_far_it_is(
         for what in ("loss", "answers")
         for done in (0, 2, 4)
     ]
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_one_pass_measures_loss_choice_and_accuracy(tiny_network: Make, joined: bool) -> None:
+    """A row for each example where words share one; the figures are those of a pass for each."""
+    model = FullModel(tiny_network(), plan=plan(1))
+    random = np.random.default_rng(0)
+    prompts = [random.integers(3, 97, 4 + number) for number in range(6)]
+    words = [tuple(np.append(prompt, word) for word in (5, 6, 7)) for prompt in prompts]
+    made = [Example(w[n % 3], len(w[0]) - 1, "", w, n % 3) for n, w in enumerate(words)]
+    objectives = {"loss": Loss(), "choice": Choice(joined), "accuracy": Accuracy(joined)}
+    held = evaluation.HeldOut(
+        [made[:3], made[3:]], ("choice", "accuracy"), objectives, {}, Numbers(), 4
+    )
+    given: list[int] = []
+    block = model.network.get_submodule("model.layers.0")
+    hook = block.register_forward_hook(lambda _, args, out: given.append(len(args[0])))
+    figures = evaluation.measure(model, held)
+    hook.remove()
+    assert given == ([3, 3] if joined else [9, 9])
+    apart = {
+        name: objective.metric(model.evaluate([Probe(objective.batch(made))])[0].mean)
+        for name, objective in objectives.items()
+    }
+    assert figures["heldout_loss"] == pytest.approx(apart["loss"], rel=1e-5)
+    for name in ("choice", "accuracy"):
+        assert figures["metrics"][name] == pytest.approx(apart[name], rel=1e-5)
 
 
 @pytest.mark.usefixtures("own_scores")
