@@ -200,6 +200,9 @@ class ProbePlan:
         alone: why probes of this model cannot share a forward pass; empty if they can.
         shares_prefix: whether probes of a batch share what lies below the first block they move.
         left_out: what of the model is not tuned, and why; empty if nothing.
+        keeps_activations: whether what enters the first tuned block is computed by row and kept;
+            how much memory that may take does not matter to any bit.
+        not_kept: why it is not, where that was asked for; else empty.
     """
 
     probes_per_call: int
@@ -212,3 +215,5 @@ class ProbePlan:
     alone: str = ""
     shares_prefix: bool = True
     left_out: str = ""
+    keeps_activations: bool = False
+    not_kept: str = ""

@@ -7,7 +7,7 @@ How a probe's displacement reaches the weights is left to `lora` (a batched adap
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -27,10 +27,11 @@ from fedforward.models import tensor_bytes
 from fedforward.models.batching import Arrays, Measure, height_and_length, stack
 from fedforward.models.blocks import Prefix, class_heads, names_by_block
 from fedforward.models.fingerprints import fingerprint
+from fedforward.models.kept_activations import KeptActivations, LowerBlocks, NotKeptError, Work
 from fedforward.models.lm_head import Head, VocabularyTile, losses_of
 from fedforward.models.loading import input_device
 from fedforward.models.offload import Offload
-from fedforward.models.trial import sentences
+from fedforward.models.trial import sentences, trial_tokens
 
 
 class CausalModel(ABC):
@@ -53,6 +54,8 @@ class CausalModel(ABC):
         left_out: what of the network is not tuned though all is asked for, in words; may be empty.
         tokenizer: that came with the model; None unless it was loaded by `from_pretrained`.
         settings: what a configuration says of the model, by section; likewise.
+        kept: what enters the first tuned block, where it is kept (see `keep_activations`).
+        work: what probes have cost so far, generated answers aside.
     """
 
     tokenizer: Any = None
@@ -89,6 +92,60 @@ class CausalModel(ABC):
         self._base: dict[str, torch.Tensor] = {}
         self.masks: dict[str, torch.Tensor] = {}
         self.offload: Offload | None = None
+        self.kept: KeptActivations | None = None
+        self.work = Work()
+
+    def keep_activations(self, most_bytes: int) -> str:
+        """From now on keep what enters the first tuned block, by row, in host memory.
+
+        Losses then have other last bits, which do not depend on `most_bytes`.
+
+        Args:
+            most_bytes: that are kept between passes; 0 keeps nothing, and the bits are the same.
+
+        Returns:
+            Why it is not kept, in words; "" if it is.
+        """
+        self.drop_activations()
+        depth = min(self.prefix.begins, default=0)
+        if not depth:
+            return "the first transformer block is tuned"
+        if self.offload is not None or any(hasattr(m, "_hf_hook") for m in self.network.modules()):
+            return "blocks are offloaded, or lie on several devices"
+        lower = LowerBlocks(self.network, depth)
+        places = {tensor.data_ptr() for tensor in self.tensors.values()}
+        tuned = [
+            module
+            for module in self.network.modules()
+            if any(
+                parameter.data_ptr() in places
+                for parameter in module.parameters(recurse=hasattr(module, "lora_A"))
+            )
+        ]
+        try:
+            lower.check(self._plain_logits, trial_tokens(self.network), tuned)
+        except NotKeptError as reason:
+            lower.end()
+            return str(reason)
+        self.kept = KeptActivations(lower, self._plain_logits, most_bytes)
+        return ""
+
+    def drop_activations(self) -> None:
+        """Keep no activations from now on."""
+        if self.kept is not None:
+            self.kept.lower.end()
+            self.kept = None
+
+    def _plain_logits(self, tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """The logits of rows of so many tokens at the weights as they are."""
+        if not self.classes:
+            logits: torch.Tensor = self.network(
+                input_ids=tokens.to(self.device), use_cache=False
+            ).logits
+            return logits
+        labels = torch.full(tokens.shape, IGNORED)
+        labels[torch.arange(len(tokens)), torch.tensor(lengths) - 1] = 0
+        return self._classified(tokens, labels)
 
     def offload_to_host(self) -> None:
         """From now on transformer blocks that probes do not move are offloaded to host memory.
@@ -142,6 +199,7 @@ class CausalModel(ABC):
 
         The weights stay, bit for bit.
         """
+        self.work.probes += len(probes)
         results: list[Evaluation] = []
         for _, run in groupby(probes, key=lambda probe: id(probe.batch.objective)):
             part = list(run)
@@ -204,15 +262,53 @@ class CausalModel(ABC):
         spread: torch.Tensor | None = index.to(self.device)
         shares = len(batches) < len(probes) and self.plan.shares_prefix
         first = self.prefix.first(probes) if shares else 0
+        entering = self._entering(batches, tokens)
         if not first:
             tokens, spread = tokens[index], None
-        with self.prefix.spread(len(tokens), spread, first):
+            entering = None if entering is None else [entering[place] for place in index.tolist()]
+        self._count(len(tokens), labels.shape, measure, first, entering is not None)
+        with self._lower_left_out(entering), self.prefix.spread(len(tokens), spread, first):
             measured = measure(tokens, labels, probes)
         columns = [part.split(rows) for part in measured]
         return [
             tuple(part.numpy()[: len(probe.batch.tokens)] for part in parts)
             for probe, *parts in zip(probes, *columns, strict=True)
         ]
+
+    def _entering(
+        self, batches: Sequence[TokenBatch], tokens: torch.Tensor
+    ) -> list[torch.Tensor] | None:
+        """What enters the first tuned block, for each row of stacked batches; None if not kept."""
+        lengths = [batch.input_lengths for batch in batches]
+        if self.kept is None or any(own is None for own in lengths):
+            return None
+        needed = np.zeros((len(batches), len(tokens) // len(batches)), np.int64)
+        for place, own in enumerate(lengths):
+            assert own is not None
+            # A classifier reads its labelled token as well.
+            needed[place, : len(own)] = own + bool(self.classes)
+        before = self.kept.tokens
+        rows = self.kept.rows(tokens.numpy(), needed.reshape(-1))
+        self.work.token_blocks += (self.kept.tokens - before) * self.kept.lower.depth
+        return rows
+
+    def _lower_left_out(self, entering: list[torch.Tensor] | None) -> AbstractContextManager[None]:
+        if self.kept is None or entering is None:
+            return nullcontext()
+        return self.kept.lower.left_out(entering)
+
+    def _count(
+        self, below: int, shape: tuple[int, ...], measure: Measure, first: int, kept: bool
+    ) -> None:
+        """Add a pass to `work`: `below` rows up to block `first`, and `shape` from there on."""
+        begin = self.kept.lower.depth if kept and self.kept is not None else 0
+        rows, length = shape
+        # What is predicted last need not be read.
+        length -= measure == self._losses
+        every = self.prefix.count or 1
+        first = max(first, begin)
+        self.work.token_blocks += length * (below * (first - begin) + rows * (every - first))
+        self.work.plain_token_blocks += length * rows * every
 
     def _losses(
         self, tokens: torch.Tensor, labels: torch.Tensor, probes: Sequence[Probe]

@@ -33,6 +33,7 @@ from fedforward.models.lora import LoraModel
 from fedforward.models.masks import random_mask, small_weights_mask
 from fedforward.models.trial import check_causal
 from fedforward.planning import probe_grouping as probes
+from fedforward.training import activation_cache
 from fedforward.training.faults import Faults
 
 LOGGER = logging.getLogger("fedforward.training.build")
@@ -229,12 +230,14 @@ def fit_plan(
     model.plan = settled(model)
     if model.plan.alone:
         LOGGER.warning("One probe a forward pass: %s.", model.plan.alone)
+    batches = longest_batches(config, corpus, collate)
+    model.plan = activation_cache.planned(config, model, batches)
     budget = config.run.budget
     if budget is None or model.plan.alone:
         return model.plan
     clients = config.federation.clients if config.model.tune == "lora" else 1
-    batches = longest_batches(config, corpus, collate)
-    return probes.fit(model, batches, budget, clients, method.estimator)
+    kept = activation_cache.largest_bytes(model, corpus)
+    return probes.fit(model, batches, budget, clients, method.estimator, kept)
 
 
 def faults(config: Config) -> Faults:
