@@ -20,6 +20,7 @@ from fedforward.models.loading import longest_sequence
 from fedforward.planning.activation import UNLIMITED, Activation, pareto
 from fedforward.planning.allocator import Allocator
 from fedforward.planning.budgets import Resources, allocator, survey
+from fedforward.training import activation_cache
 from fedforward.training import build as experiment
 from fedforward.training.assembly import build_method
 
@@ -42,6 +43,7 @@ class Preview:
         up: encoded bytes of a client's report.
         down: encoded bytes of its task, with the entry of one round.
         parameters: that are tuned.
+        kept_bytes: that activations kept by example come to; 0 if none are.
     """
 
     config: Config
@@ -54,6 +56,7 @@ class Preview:
     up: int
     down: int
     parameters: int
+    kept_bytes: int = 0
 
     @property
     def matrix(self) -> NDArray[np.bool_]:
@@ -107,6 +110,7 @@ class Preview:
                 for client, examples in enumerate(self.examples)
             ],
             "activation": None if self.activation is None else certificate(self.activation),
+            "activation_cache_bytes": self.kept_bytes,
             "pareto": [certificate(point) for point in self.front],
             "bytes_per_client_round": {"up": self.up, "down": self.down},
         }
@@ -154,7 +158,10 @@ def preview(config: Config) -> Preview:
     corpus = experiment.read_corpus(config, reader, tokenizer, longest_sequence(model.network))
     examples = tuple(len(part) for part in corpus.clients)
     PHASES.info("measuring what the model needs")
-    resources = survey(config, model, experiment.widest_steps(config, corpus))
+    steps = experiment.widest_steps(config, corpus)
+    model.plan = activation_cache.planned(config, model, steps)
+    kept = activation_cache.largest_bytes(model, corpus)
+    resources = survey(config, model, steps, kept)
     planner: Allocator | None = None
     front: list[Activation] = []
     if method.capabilities.blocks:
@@ -176,6 +183,7 @@ def preview(config: Config) -> Preview:
         up=up,
         down=down,
         parameters=model.layout.parameters,
+        kept_bytes=kept,
     )
 
 

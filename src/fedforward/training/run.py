@@ -240,7 +240,8 @@ class Run:
         resources = None
         if planning.active is None:
             steps = build.widest_steps(self.config, self.corpus, self.collate)
-            resources = survey(self.config, self.model, steps)
+            kept = activation_cache.largest_bytes(self.model, self.corpus)
+            resources = survey(self.config, self.model, steps, kept)
         examples = [len(part) for part in self.corpus.clients]
         planner = allocator(self.config, self.model, examples, resources)
         # What cannot be kept is refused now, not in some round.
