@@ -15,6 +15,8 @@ from fedforward.models.blocks import transformer_blocks
 from fedforward.models.full import FullModel
 from fedforward.models.kept_activations import Work
 from fedforward.models.trial import is_linear
+from tests.models.test_classification import KINDS, classifier, examples
+from tests.models.test_classification import batch as classes
 from tests.models.test_models import batch, hugging_face_loss, lora, plan
 from tests.models.test_probing import FAMILIES, make
 
@@ -242,3 +244,64 @@ def test_generated_answers_and_plain_inference_go_the_plain_way(tiny_network: Ma
     before = model.kept.tokens
     model.infer(data)
     assert model.kept.tokens == before
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("together", "apart", "expected"),
+    [
+        (1, [2] * 9, [2, 2]),
+        # The fourth pass has probes of both batches: it is another one.
+        (2, [2, 2, 2, 4, 2], [2, 4, 2]),
+        (3, [2, 2, 4], [2, 4]),
+    ],
+)
+def test_probes_in_several_passes_share_lower_blocks(
+    tune: str, together: int, apart: list[int], expected: list[int]
+) -> None:
+    """Rows that run through block 0 in passes of their own, and in those of one call."""
+    one, two = batch(0, 2, 12), batch(1, 2, 12)
+    along = Steps.of([5], [0.05])
+    data = [one] * 7 + [two] * 2
+    given = [Probe(own, along, Steps.of([s], [0.1])) for s, own in enumerate(data)]
+    model = build(tune, make("llama"), together=together)
+    model.evaluate(given)
+    rows: list[int] = []
+    inner = transformer_blocks(model.network)[0].mlp
+    handle = inner.register_forward_hook(lambda module, args, result: rows.append(len(args[0])))
+    alone = [
+        evaluation
+        for begin in range(0, len(given), together)
+        for evaluation in model.evaluate(given[begin : begin + together])
+    ]
+    assert rows == apart
+    rows.clear()
+    model.work = Work()
+    assert bits(model.evaluate(given)) == bits(alone)
+    assert rows == expected
+    assert model.work.token_blocks == 11 * (sum(expected) + 2 * len(given))
+    handle.remove()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_classifiers(kind: str, tune: str) -> None:
+    """Encoders too: a text sees all of itself, and padding is hidden from it either way."""
+    data = [classes(seed) for seed in (0, 1)]
+    along = Steps.of([5], [0.05])
+    given = [Probe(b, along, Steps.of([11], [c])) for b in data for c in (0.1, -0.1)]
+    plain = build(tune, classifier(kind)).evaluate(given)
+    model = build(tune, classifier(kind))
+    assert model.keep_activations(PLENTY) == ""
+    kept = model.evaluate(given)
+    for one, other in zip(kept, plain, strict=True):
+        np.testing.assert_allclose(one.sums, other.sums, rtol=2e-5)
+    assert model.kept is not None
+    before = model.kept.tokens
+    # Every token of a text was read, none of them twice.
+    assert before == sum(len(e.tokens) for seed in (0, 1) for e in examples(seed))
+    assert bits(model.evaluate(given)) == bits(kept)
+    assert model.kept.tokens == before
+    model.kept.clear()
+    model.kept.most_bytes = 0
+    assert bits(model.evaluate(given[2:])) == bits(kept[2:])

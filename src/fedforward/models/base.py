@@ -27,7 +27,13 @@ from fedforward.models import tensor_bytes
 from fedforward.models.batching import Arrays, Measure, height_and_length, stack
 from fedforward.models.blocks import Prefix, class_heads, names_by_block
 from fedforward.models.fingerprints import fingerprint
-from fedforward.models.kept_activations import KeptActivations, LowerBlocks, NotKeptError, Work
+from fedforward.models.kept_activations import (
+    CarriedStates,
+    KeptActivations,
+    LowerBlocks,
+    NotKeptError,
+    Work,
+)
 from fedforward.models.lm_head import Head, VocabularyTile, losses_of
 from fedforward.models.loading import input_device
 from fedforward.models.offload import Offload
@@ -94,6 +100,7 @@ class CausalModel(ABC):
         self.offload: Offload | None = None
         self.kept: KeptActivations | None = None
         self.work = Work()
+        self._carried = CarriedStates(network, self._plain_logits)
 
     def keep_activations(self, most_bytes: int) -> str:
         """From now on keep what enters the first tuned block, by row, in host memory.
@@ -110,7 +117,7 @@ class CausalModel(ABC):
         depth = min(self.prefix.begins, default=0)
         if not depth:
             return "the first transformer block is tuned"
-        if self.offload is not None or any(hasattr(m, "_hf_hook") for m in self.network.modules()):
+        if self._is_spread:
             return "blocks are offloaded, or lie on several devices"
         lower = LowerBlocks(self.network, depth)
         places = {tensor.data_ptr() for tensor in self.tensors.values()}
@@ -129,6 +136,12 @@ class CausalModel(ABC):
             return str(reason)
         self.kept = KeptActivations(lower, self._plain_logits, most_bytes)
         return ""
+
+    @property
+    def _is_spread(self) -> bool:
+        """Whether blocks do not lie on one device all the time."""
+        hooked = any(hasattr(module, "_hf_hook") for module in self.network.modules())
+        return self.offload is not None or hooked
 
     def drop_activations(self) -> None:
         """Keep no activations from now on."""
@@ -232,12 +245,16 @@ class CausalModel(ABC):
         self._pin_moved(probes)
         results: list[Arrays] = []
         begin = 0
-        while begin < len(probes):
-            end = begin + 1
-            while end < len(probes) and self._fit(probes[begin : end + 1]):
-                end += 1
-            results += self._measured_together(probes[begin:end], measure)
-            begin = end
+        try:
+            while begin < len(probes):
+                end = begin + 1
+                while end < len(probes) and self._fit(probes[begin : end + 1]):
+                    end += 1
+                again = end < len(probes) and probes[end].batch is probes[end - 1].batch
+                results += self._measured_together(probes[begin:end], measure, again)
+                begin = end
+        finally:
+            self._carried.clear()
         return results
 
     def _fit(self, probes: Sequence[Probe]) -> bool:
@@ -247,9 +264,12 @@ class CausalModel(ABC):
         return len(probes) <= self.plan.probes_per_call and tokens <= most
 
     @torch.inference_mode()
-    def _measured_together(self, probes: Sequence[Probe], measure: Measure) -> list[Arrays]:
+    def _measured_together(
+        self, probes: Sequence[Probe], measure: Measure, again: bool
+    ) -> list[Arrays]:
         """One forward pass. The probes' rows come one group after another; probes with a batch in
-        common share what lies below the first block that they move.
+        common share what lies below the first block that they move, with the next pass as well if
+        that measures the last batch `again`.
         """
         batches = list({id(probe.batch): probe.batch for probe in probes}.values())
         place = {id(batch): number for number, batch in enumerate(batches)}
@@ -261,14 +281,20 @@ class CausalModel(ABC):
         labels = labels[index]
         spread: torch.Tensor | None = index.to(self.device)
         shares = len(batches) < len(probes) and self.plan.shares_prefix
-        first = self.prefix.first(probes) if shares else 0
+        depth = self.prefix.first(probes) if self.plan.shares_prefix else 0
+        first = depth if shares else 0
         entering = self._entering(batches, tokens)
         if not first:
             tokens, spread = tokens[index], None
             entering = None if entering is None else [entering[place] for place in index.tolist()]
-        self._count(len(tokens), labels.shape, measure, first, entering is not None)
-        with self._lower_left_out(entering), self.prefix.spread(len(tokens), spread, first):
-            measured = measure(tokens, labels, probes)
+        if depth and (self.kept is not None or self._is_spread):
+            depth = 0
+        carried = self._carried.over(tuple(map(id, batches)), depth, again)
+        with carried as spared, self._lower_left_out(entering):
+            below = depth if spared else self.kept.lower.depth if self.kept and entering else 0
+            self._count(len(tokens), labels.shape, measure, first, below)
+            with self.prefix.spread(len(tokens), spread, first):
+                measured = measure(tokens, labels, probes)
         columns = [part.split(rows) for part in measured]
         return [
             tuple(part.numpy()[: len(probe.batch.tokens)] for part in parts)
@@ -298,16 +324,21 @@ class CausalModel(ABC):
         return self.kept.lower.left_out(entering)
 
     def _count(
-        self, below: int, shape: tuple[int, ...], measure: Measure, first: int, kept: bool
+        self, shared: int, shape: tuple[int, ...], measure: Measure, first: int, begin: int
     ) -> None:
-        """Add a pass to `work`: `below` rows up to block `first`, and `shape` from there on."""
-        begin = self.kept.lower.depth if kept and self.kept is not None else 0
+        """Add a pass to `work`.
+
+        Args:
+            shared: rows below block `first`.
+            shape: rows from there on, and tokens of each.
+            begin: the block that the pass begins with.
+        """
         rows, length = shape
         # What is predicted last need not be read.
         length -= measure == self._losses
         every = self.prefix.count or 1
         first = max(first, begin)
-        self.work.token_blocks += length * (below * (first - begin) + rows * (every - first))
+        self.work.token_blocks += length * (shared * (first - begin) + rows * (every - first))
         self.work.plain_token_blocks += length * rows * every
 
     def _losses(

@@ -22,7 +22,7 @@ from torch import nn
 
 from fedforward.core.errors import out_of_memory
 from fedforward.models.blocks import transformer_blocks
-from fedforward.models.trial import BEGINNING, LENGTH, is_apart
+from fedforward.models.trial import BEGINNING, LENGTH, is_apart, trial_tokens
 
 #: Runs a network: tokens int64 [rows, length] and the length of each row give logits with a row
 #: for each of them.
@@ -117,6 +117,15 @@ class LowerBlocks:
         if not isinstance(entered[0], torch.Tensor) or entered[0].dim() != 3:
             raise NotKeptError(f"what enters block {self.depth} is not [rows, tokens, width]")
         return entered[0]
+
+    @contextmanager
+    def taken(self) -> Iterator[list[torch.Tensor]]:
+        """While it is open, what enters the first block above is noted in a list."""
+        self._entered, self._taking, self._stopping = [], True, False
+        try:
+            yield self._entered
+        finally:
+            self._entered, self._taking = [], False
 
     def _note(self, number: int, calls: list[int]) -> Any:
         def note(_: nn.Module, __: Any, result: Any) -> None:
@@ -248,6 +257,11 @@ class KeptActivations:
         """What a token of a kept row takes."""
         return self.lower.width * self.lower.dtype.itemsize
 
+    def clear(self) -> None:
+        """Drop all rows."""
+        self._kept.clear()
+        self.size = 0
+
     @torch.inference_mode()
     def rows(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[torch.Tensor]:
         """The rows' states, [length, width] each; those that are not kept are computed.
@@ -286,6 +300,59 @@ class KeptActivations:
         self.size += row.nbytes
         while self.size > self.most_bytes and self._kept:
             self.size -= self._kept.popitem(last=False)[1].nbytes
+
+
+class CarriedStates:
+    """What passes over the same batches have in common, from one pass of a call to its next.
+
+    Probes that do not fit into one pass need not run their lower blocks again. Passes of the same
+    shape have the same bits either way.
+    """
+
+    def __init__(self, network: Any, run: RunNetwork) -> None:
+        self._network, self._run = network, run
+        self._lower: dict[int, LowerBlocks | None] = {}
+        self._key: tuple[int, ...] = ()
+        self._state: torch.Tensor | None = None
+
+    def clear(self) -> None:
+        """Drop the state of the last pass."""
+        self._key, self._state = (), None
+
+    @contextmanager
+    def over(self, key: tuple[int, ...], depth: int, again: bool) -> Iterator[bool]:
+        """Around one pass; yields whether it is spared the blocks below `depth`.
+
+        Args:
+            key: what two passes must have in common to have the same state there.
+            depth: the first block that probes move; 0 shares nothing.
+            again: whether a later pass of the call will ask for this state.
+        """
+        own = (depth, *key)
+        known, self._state = self._state if own == self._key else None, None
+        lower = self._checked(depth) if depth and (again or known is not None) else None
+        if lower is None:
+            yield False
+        elif known is not None:
+            with lower.left_out(list(known)):
+                yield True
+            self._state = known if again else None
+        else:
+            with lower.taken() as entered:
+                yield False
+                self._key, self._state = own, entered[0] if len(entered) == 1 else None
+
+    def _checked(self, depth: int) -> LowerBlocks | None:
+        """The blocks below, or None if they cannot be left out."""
+        if depth not in self._lower:
+            lower = LowerBlocks(self._network, depth)
+            self._lower[depth] = lower
+            try:
+                lower.check(self._run, trial_tokens(self._network), ())
+            except NotKeptError:
+                lower.end()
+                self._lower[depth] = None
+        return self._lower[depth]
 
 
 @dataclass
