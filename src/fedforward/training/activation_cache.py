@@ -35,7 +35,9 @@ def allowed_bytes(config: Config) -> int:
     return min(limits)
 
 
-def planned(config: Config, model: CausalModel, batches: Sequence[Batch]) -> ProbePlan:
+def planned(
+    config: Config, model: CausalModel, corpus: Corpus, batches: Sequence[Batch]
+) -> ProbePlan:
     """The plan of a new run, whose model keeps activations from now on if they can be kept.
 
     Args:
@@ -50,9 +52,10 @@ def planned(config: Config, model: CausalModel, batches: Sequence[Batch]) -> Pro
     if config.run.activation_cache == "none" or (every and not asked):
         return plan
     reason = model.keep_activations(most)
-    if not reason and not asked and least_bytes(model, batches) > most:
-        model.drop_activations()
-        reason = f"one batch takes more than the {format_bytes(most)} that are free for it"
+    if not reason and not asked:
+        reason = _why_no_use(model, corpus, batches)
+        if reason:
+            model.drop_activations()
     if reason:
         note = LOGGER.warning if asked else LOGGER.info
         note("run.activation_cache = %r keeps nothing: %s.", config.run.activation_cache, reason)
@@ -79,6 +82,24 @@ def resumed(config: Config, model: CausalModel, batches: Sequence[Batch]) -> Non
     _check(config, model, batches)
 
 
+def _why_no_use(model: CausalModel, corpus: Corpus, batches: Sequence[Batch]) -> str:
+    """Why it would not help to keep what can be kept; "" if it would."""
+    assert model.kept is not None
+    most = model.kept.most_bytes
+    if least_bytes(model, batches) > most:
+        return f"one batch takes more than the {format_bytes(most)} that are free for it"
+    every = _tokens(corpus) * model.kept.bytes_per_token
+    if model.device.type != "cpu" and every > most:
+        # Rows that run alone do not fill an accelerator. On a CPU they cost what a batch does.
+        return f"all rows take {format_bytes(every)}, and {format_bytes(most)} are free for them"
+    return ""
+
+
+def _tokens(corpus: Corpus) -> int:
+    """Of all examples, training and held-out."""
+    return sum(int(lengths(part).sum()) for part in (*corpus.clients, corpus.heldout))
+
+
 def _check(config: Config, model: CausalModel, batches: Sequence[Batch]) -> None:
     given, least = config.run.cache_bytes, least_bytes(model, batches)
     if given and given < least:
@@ -101,8 +122,7 @@ def largest_bytes(model: CausalModel, corpus: Corpus) -> int:
     """What kept activations can come to over a run; 0 if none are kept."""
     if model.kept is None:
         return 0
-    tokens = sum(int(lengths(part).sum()) for part in (*corpus.clients, corpus.heldout))
-    return min(model.kept.most_bytes, tokens * model.kept.bytes_per_token)
+    return min(model.kept.most_bytes, _tokens(corpus) * model.kept.bytes_per_token)
 
 
 def described(model: CausalModel, corpus: Corpus) -> str:

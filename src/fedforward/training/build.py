@@ -231,7 +231,7 @@ def fit_plan(
     if model.plan.alone:
         LOGGER.warning("One probe a forward pass: %s.", model.plan.alone)
     batches = longest_batches(config, corpus, collate)
-    model.plan = activation_cache.planned(config, model, batches)
+    model.plan = activation_cache.planned(config, model, corpus, batches)
     budget = config.run.budget
     if budget is None or model.plan.alone:
         return model.plan

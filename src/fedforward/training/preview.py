@@ -159,7 +159,7 @@ def preview(config: Config) -> Preview:
     examples = tuple(len(part) for part in corpus.clients)
     PHASES.info("measuring what the model needs")
     steps = experiment.widest_steps(config, corpus)
-    model.plan = activation_cache.planned(config, model, steps)
+    model.plan = activation_cache.planned(config, model, corpus, steps)
     kept = activation_cache.largest_bytes(model, corpus)
     resources = survey(config, model, steps, kept)
     planner: Allocator | None = None
