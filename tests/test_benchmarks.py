@@ -255,6 +255,15 @@ def test_memory_model(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+def test_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = results(capsys, "kept")["rows"]
+    # Nine probes of two blocks, the upper one tuned.
+    passes = [row[f"{name}_passes"] for name in ("all", "upper", "new", "kept")]
+    assert passes == [9.0, 5.0, 5.0, 4.5]
+    assert row["kept_over_all"] == row["kept_seconds"] / row["all_seconds"]
+    assert row["bytes"] == 2 * 7 * 32 * 4
+
+
 def test_prefix(capsys: pytest.CaptureFixture[str]) -> None:
     rows = results(capsys, "prefix")["rows"]
     assert {row["tune"] for row in rows} == {"lora", "full"}

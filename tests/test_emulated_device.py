@@ -37,6 +37,7 @@ from fedforward.planning.budgets import memory_there
 from fedforward.planning.memory.calibrate import calibrate
 from fedforward.planning.memory.tracker import bytes_alive, peak_bytes
 from fedforward.planning.probe_grouping import fit, step_probes
+from fedforward.training import activation_cache
 from fedforward.training import build as experiment
 from fedforward.training import replay as artefacts
 from fedforward.training.run import Run
@@ -413,6 +414,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "fedmezo": {},
     "fedmezo full cache": FULL | {"run__trajectory": "cache"},
     "fedmezo full recompute": FULL | {"run__trajectory": "recompute"},
+    "upper blocks": {"model__blocks": [2]},
+    "upper blocks full": FULL | {"model__blocks": [1, 2]},
     "decomfl": {"method__name": "decomfl"},
     "zorba": ZORBA,
     "zorba offload": ZORBA | {"model__offload": "host"},
@@ -445,9 +448,24 @@ def test_a_run_has_the_bits_of_the_cpu(
         assert summaries[0][key] == summaries[1][key]
     for ledger in ledgers:
         ledger.close()
-    assert json.loads((tmp_path / DEVICE / "plan.json").read_text())["device"] == DEVICE
+    stored = json.loads((tmp_path / DEVICE / "plan.json").read_text())
+    assert stored["device"] == DEVICE
+    assert stored["keeps_activations"] == ("upper" in name)
     if name == "fedmezo":
         assert artefacts.verify(tmp_path / DEVICE).differences == []
+
+
+def test_rows_that_do_not_fit_run_together(
+    configure: Any, carry_out: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory is short, "auto" does not run row after row alone; the CPU may."""
+    monkeypatch.setattr(activation_cache, "available_memory", lambda: 200_000)
+    for place in ("cpu", DEVICE):
+        settings = configure(run__device=place, federation__rounds=1, **RUNS["upper blocks"])
+        carry_out(settings, tmp_path / place)
+        stored = json.loads((tmp_path / place / "plan.json").read_text())
+        assert stored["keeps_activations"] == (place == "cpu")
+        assert ("all rows take" in stored["not_kept"]) == (place == DEVICE)
 
 
 def first_order(cache: Path, settings: Any, out: Path) -> float:

@@ -82,6 +82,7 @@ LOCAL: dict[str, dict[str, Any]] = {
         "tokens_per_call": 99,
         "memory_budget": "6 GiB",
         "trajectory": "cache",
+        "activation_cache": "1 GiB",
     },
     "planning": {"budgets": "6 GiB", "active": [1, 1]},
     "simulation": {"dropout": 0.5},

@@ -24,6 +24,9 @@ def render(plan: Preview) -> Iterator[RenderableType]:
         f"predicted peak memory of a step in {unit}, by active blocks (the last blocks first)"
     )
     yield memory_table(plan, size)
+    if plan.kept_bytes:
+        there = "among these" if plan.resources.memory.kept else "beside these, in host memory"
+        yield Text(f"kept activations: {plan.kept_bytes / size:.1f} {unit}, {there}")
     if not plan.resources.memory.streams:
         yield Text('on host: given less what model.offload = "host" keeps off a CUDA device')
     if len(plan.examples) > MOST_CLIENTS:

@@ -166,6 +166,11 @@ def _sends_tensors(config: SectionsRead) -> Iterator[str]:
             f"run.memory_budget = {config.run.memory_budget!r} says how many probes share a "
             f"forward pass, and {found} has none; leave it out"
         )
+    if config.run.activation_cache not in ("auto", "none"):
+        yield (
+            f"run.activation_cache = {config.run.activation_cache!r} keeps what probes share, and "
+            f"{found} has none; leave it out"
+        )
     if not config.server.plain or config.server.normalise:
         yield f"the [server] section works on steps, and {found} has tensors; leave it out"
     if not config.simulation.plain:

@@ -474,6 +474,29 @@ class SimulationSection(Section):
         return self == SimulationSection()
 
 
+#: What [run] says of `activation_cache`, of a run and of a site.
+ACTIVATION_CACHE = (
+    'host memory for what enters the first of model.blocks, kept by example: "1 GiB", "none" or '
+    '"auto", a quarter of what is free and at most 1 GiB'
+)
+
+
+def check_cache(given: str) -> None:
+    """Refuse an `activation_cache` that is no amount.
+
+    Raises:
+        ValueError: with what is allowed.
+    """
+    if given in ("auto", "none"):
+        return
+    try:
+        size = parse_bytes(given)
+    except ValueError as error:
+        raise ValueError(f"activation_cache: {error}, or as 'auto' or 'none'") from error
+    if not size:
+        raise ValueError(f"activation_cache = {given!r} keeps nothing; write that as 'none'")
+
+
 class RunSection(Section):
     """[run]"""
 
@@ -499,6 +522,19 @@ class RunSection(Section):
         description='local steps under full tuning: "recompute" them in every probe (slower, no '
         'memory), or "cache" their sum in float32 (4 bytes a parameter)',
     )
+    activation_cache: str = Field("auto", description=ACTIVATION_CACHE)
+
+    @model_validator(mode="after")
+    def _cache_is_an_amount(self) -> "RunSection":
+        check_cache(self.activation_cache)
+        return self
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """`activation_cache` in bytes; None for "auto"."""
+        if self.activation_cache == "auto":
+            return None
+        return 0 if self.activation_cache == "none" else parse_bytes(self.activation_cache)
 
     @model_validator(mode="after")
     def _budget_is_an_amount(self) -> "RunSection":

@@ -8,7 +8,7 @@ not do whatever the terms say. Imports no PyTorch.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedforward.config import rules
 from fedforward.config.fields import (
@@ -21,7 +21,7 @@ from fedforward.config.fields import (
 )
 from fedforward.config.loading import read_toml, validate, validate_as
 from fedforward.config.schema import Config
-from fedforward.config.sections import RunSection
+from fedforward.config.sections import ACTIVATION_CACHE, RunSection, check_cache
 from fedforward.config.template import example_of
 from fedforward.core.errors import FedForwardError
 from fedforward.core.registry import METHODS
@@ -129,6 +129,12 @@ class SiteRunSection(Section):
         description='local steps under full tuning: "recompute" them in every probe, or "cache" '
         "their sum",
     )
+    activation_cache: str = Field("auto", description=ACTIVATION_CACHE)
+
+    @model_validator(mode="after")
+    def _cache_is_an_amount(self) -> "SiteRunSection":
+        check_cache(self.activation_cache)
+        return self
 
 
 class LimitsSection(Section):

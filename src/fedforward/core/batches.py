@@ -46,6 +46,18 @@ class TokenBatch:
     labels: NDArray[np.int64]
     objective: Any = None
 
+    @property
+    def input_lengths(self) -> NDArray[np.int64] | None:
+        """int64 [rows], tokens before the last labelled one; 0 in a row without any.
+
+        These are what a network must be given of a row that runs alone. A kind of batch whose rows
+        are read in another way says so itself; None is for rows that cannot run alone.
+        """
+        if type(self) is not TokenBatch:
+            return None
+        places = np.arange(self.labels.shape[1])
+        return np.asarray((places * (self.labels != IGNORED)).max(axis=1, initial=0))
+
 
 @dataclass(frozen=True, eq=False)
 class PromptBatch:

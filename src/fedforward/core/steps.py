@@ -203,6 +203,9 @@ class ProbePlan:
         joins_choices: whether label words of one token share a row, which is the prompt.
         most_branching: tokens of a row up to which other label words share one as well, as
             endings that do not see each other; 0 is none.
+        keeps_activations: whether what enters the first tuned block is computed by row and kept;
+            how much memory that may take does not matter to any bit.
+        not_kept: why it is not, where that was asked for; else empty.
     """
 
     probes_per_call: int
@@ -217,3 +220,5 @@ class ProbePlan:
     left_out: str = ""
     joins_choices: bool = False
     most_branching: int = 0
+    keeps_activations: bool = False
+    not_kept: str = ""

@@ -7,7 +7,7 @@ How a probe's displacement reaches the weights is left to `lora` (a batched adap
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -37,10 +37,17 @@ from fedforward.models.batching import Arrays, Measure, height_and_length, stack
 from fedforward.models.blocks import Prefix, class_heads, names_by_block
 from fedforward.models.choices import Choices
 from fedforward.models.fingerprints import fingerprint
+from fedforward.models.kept_activations import (
+    CarriedStates,
+    KeptActivations,
+    LowerBlocks,
+    NotKeptError,
+    Work,
+)
 from fedforward.models.lm_head import Head, VocabularyTile, losses_of
 from fedforward.models.loading import input_device
 from fedforward.models.offload import Offload
-from fedforward.models.trial import sentences
+from fedforward.models.trial import sentences, trial_tokens
 
 
 class CausalModel(ABC):
@@ -63,6 +70,8 @@ class CausalModel(ABC):
         left_out: what of the network is not tuned though all is asked for, in words; may be empty.
         tokenizer: that came with the model; None unless it was loaded by `from_pretrained`.
         settings: what a configuration says of the model, by section; likewise.
+        kept: what enters the first tuned block, where it is kept (see `keep_activations`).
+        work: what probes have cost so far, generated answers aside.
     """
 
     tokenizer: Any = None
@@ -99,6 +108,67 @@ class CausalModel(ABC):
         self._base: dict[str, torch.Tensor] = {}
         self.masks: dict[str, torch.Tensor] = {}
         self.offload: Offload | None = None
+        self.kept: KeptActivations | None = None
+        self.work = Work()
+        self._carried = CarriedStates(network, self._plain_logits)
+
+    def keep_activations(self, most_bytes: int) -> str:
+        """From now on keep what enters the first tuned block, by row, in host memory.
+
+        Losses then have other last bits, which do not depend on `most_bytes`.
+
+        Args:
+            most_bytes: that are kept between passes; 0 keeps nothing, and the bits are the same.
+
+        Returns:
+            Why it is not kept, in words; "" if it is.
+        """
+        self.drop_activations()
+        depth = min(self.prefix.begins, default=0)
+        if not depth:
+            return "the first transformer block is tuned"
+        if self._is_spread:
+            return "blocks are offloaded, or lie on several devices"
+        lower = LowerBlocks(self.network, depth)
+        places = {tensor.data_ptr() for tensor in self.tensors.values()}
+        tuned = [
+            module
+            for module in self.network.modules()
+            if any(
+                parameter.data_ptr() in places
+                for parameter in module.parameters(recurse=hasattr(module, "lora_A"))
+            )
+        ]
+        try:
+            lower.check(self._plain_logits, trial_tokens(self.network), tuned)
+        except NotKeptError as reason:
+            lower.end()
+            return str(reason)
+        self.kept = KeptActivations(lower, self._plain_logits, most_bytes)
+        return ""
+
+    @property
+    def _is_spread(self) -> bool:
+        """Whether blocks do not lie on one device all the time."""
+        hooked = any(hasattr(module, "_hf_hook") for module in self.network.modules())
+        return self.offload is not None or hooked
+
+    def drop_activations(self) -> None:
+        """Keep no activations from now on."""
+        if self.kept is not None:
+            self.kept.lower.end()
+            self.kept = None
+
+    def _plain_logits(self, tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """The logits of rows of so many tokens at the weights as they are."""
+        if not self.classes:
+            logits: torch.Tensor = self.network(
+                input_ids=tokens.to(self.device), use_cache=False
+            ).logits
+            return logits
+        labels = torch.full(tokens.shape, IGNORED)
+        labels[torch.arange(len(tokens)), torch.tensor(lengths) - 1] = 0
+        return self._classified(tokens, labels)
 
     def offload_to_host(self) -> None:
         """From now on transformer blocks that probes do not move are offloaded to host memory.
@@ -152,6 +222,7 @@ class CausalModel(ABC):
 
         The weights stay, bit for bit.
         """
+        self.work.probes += len(probes)
         results: list[Evaluation] = []
         for _, run in groupby(probes, key=lambda probe: id(probe.batch.objective)):
             part = list(run)
@@ -205,12 +276,16 @@ class CausalModel(ABC):
         self._pin_moved(probes)
         results: list[Arrays] = []
         begin = 0
-        while begin < len(probes):
-            end = begin + 1
-            while end < len(probes) and self._fit(probes[begin : end + 1]):
-                end += 1
-            results += self._measured_together(probes[begin:end], measure)
-            begin = end
+        try:
+            while begin < len(probes):
+                end = begin + 1
+                while end < len(probes) and self._fit(probes[begin : end + 1]):
+                    end += 1
+                again = end < len(probes) and probes[end].batch is probes[end - 1].batch
+                results += self._measured_together(probes[begin:end], measure, again)
+                begin = end
+        finally:
+            self._carried.clear()
         return results
 
     def _fit(self, probes: Sequence[Probe]) -> bool:
@@ -220,9 +295,12 @@ class CausalModel(ABC):
         return len(probes) <= self.plan.probes_per_call and tokens <= most
 
     @torch.inference_mode()
-    def _measured_together(self, probes: Sequence[Probe], measure: Measure) -> list[Arrays]:
+    def _measured_together(
+        self, probes: Sequence[Probe], measure: Measure, again: bool
+    ) -> list[Arrays]:
         """One forward pass. The probes' rows come one group after another; probes with a batch in
-        common share what lies below the first block that they move.
+        common share what lies below the first block that they move, with the next pass as well if
+        that measures the last batch `again`.
         """
         batches = list({id(probe.batch): probe.batch for probe in probes}.values())
         place = {id(batch): number for number, batch in enumerate(batches)}
@@ -234,16 +312,65 @@ class CausalModel(ABC):
         labels = labels[index]
         spread: torch.Tensor | None = index.to(self.device)
         shares = len(batches) < len(probes) and self.plan.shares_prefix
-        first = self.prefix.first(probes) if shares else 0
+        depth = self.prefix.first(probes) if self.plan.shares_prefix else 0
+        first = depth if shares else 0
+        entering = self._entering(batches, tokens)
         if not first:
             tokens, spread = tokens[index], None
-        with self.prefix.spread(len(tokens), spread, first):
-            measured = measure(tokens, labels, probes)
+            entering = None if entering is None else [entering[place] for place in index.tolist()]
+        if depth and (self.kept is not None or self._is_spread):
+            depth = 0
+        carried = self._carried.over(tuple(map(id, batches)), depth, again)
+        with carried as spared, self._lower_left_out(entering):
+            below = depth if spared else self.kept.lower.depth if self.kept and entering else 0
+            self._count(len(tokens), labels.shape, measure, first, below)
+            with self.prefix.spread(len(tokens), spread, first):
+                measured = measure(tokens, labels, probes)
         columns = [part.split(rows) for part in measured]
         return [
             tuple(part.numpy()[: len(probe.batch.tokens)] for part in parts)
             for probe, *parts in zip(probes, *columns, strict=True)
         ]
+
+    def _entering(
+        self, batches: Sequence[TokenBatch], tokens: torch.Tensor
+    ) -> list[torch.Tensor] | None:
+        """What enters the first tuned block, for each row of stacked batches; None if not kept."""
+        lengths = [batch.input_lengths for batch in batches]
+        if self.kept is None or any(own is None for own in lengths):
+            return None
+        needed = np.zeros((len(batches), len(tokens) // len(batches)), np.int64)
+        for place, own in enumerate(lengths):
+            assert own is not None
+            # A classifier reads its labelled token as well.
+            needed[place, : len(own)] = own + bool(self.classes)
+        before = self.kept.tokens
+        rows = self.kept.rows(tokens.numpy(), needed.reshape(-1))
+        self.work.token_blocks += (self.kept.tokens - before) * self.kept.lower.depth
+        return rows
+
+    def _lower_left_out(self, entering: list[torch.Tensor] | None) -> AbstractContextManager[None]:
+        if self.kept is None or entering is None:
+            return nullcontext()
+        return self.kept.lower.left_out(entering)
+
+    def _count(
+        self, shared: int, shape: tuple[int, ...], measure: Measure, first: int, begin: int
+    ) -> None:
+        """Add a pass to `work`.
+
+        Args:
+            shared: rows below block `first`.
+            shape: rows from there on, and tokens of each.
+            begin: the block that the pass begins with.
+        """
+        rows, length = shape
+        # What is predicted last need not be read.
+        length -= measure == self._losses
+        every = self.prefix.count or 1
+        first = max(first, begin)
+        self.work.token_blocks += length * (shared * (first - begin) + rows * (every - first))
+        self.work.plain_token_blocks += length * rows * every
 
     def _losses(
         self, tokens: torch.Tensor, labels: torch.Tensor, probes: Sequence[Probe]

@@ -88,8 +88,10 @@ class Prefix:
     """What lies below the first block that probes move, which all probes of a batch share.
 
     Attributes:
-        depths: for each block of a layout, the number of the transformer block below which nothing
-            depends on it; 0 shares nothing.
+        count: transformer blocks of the network.
+        begins: for each block of a layout, the number of the transformer block below which nothing
+            depends on it.
+        depths: the same, and 0 where nothing can be shared.
     """
 
     def __init__(self, network: nn.Module, blocks: Sequence[str]) -> None:
@@ -102,10 +104,11 @@ class Prefix:
         # The last block is where rows can still be told apart for what follows all of them.
         after = max(0, len(self._blocks) - 1)
         outside = {"embeddings": 0, "norm": after, "head": after}
-        depths = tuple(outside[b] if b in outside else int(b) for b in blocks)
+        self.count = len(self._blocks)
+        self.begins = tuple(outside[b] if b in outside else int(b) for b in blocks)
         # With images beside text, positions have three axes, the first of which is no row.
         alone = class_heads(network) or is_multimodal(network)
-        self.depths = (0,) * len(depths) if alone else depths
+        self.depths = (0,) * len(self.begins) if alone else self.begins
         self._hooked = False
         self._first = 0
         self._rows = 0

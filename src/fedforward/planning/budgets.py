@@ -4,7 +4,7 @@ From a configuration, a model and the clients' examples to the problem that `act
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,11 +47,14 @@ class Resources:
     weights: NDArray[np.float64]
 
 
-def survey(config: Config, model: CausalModel, longest: Sequence[Batch]) -> Resources:
+def survey(
+    config: Config, model: CausalModel, longest: Sequence[Batch], kept_bytes: int = 0
+) -> Resources:
     """Measure what the model needs, and read what the clients have.
 
     Args:
         longest: each client's batch of its longest examples, in the order of the clients.
+        kept_bytes: that kept activations will come to, in host memory.
     """
     shapes = tuple((len(batch.tokens), batch.tokens.shape[1]) for batch in longest)
     memory = calibrate(
@@ -61,6 +64,8 @@ def survey(config: Config, model: CausalModel, longest: Sequence[Batch]) -> Reso
         caches_trajectory=config.method.local_steps > 1,
         from_base=METHODS.get(config.method.name).capabilities.from_base,
     )
+    if model.device.type == "cpu":
+        memory = replace(memory, kept=kept_bytes)
     sizes = np.array(model.layout.block_sizes, dtype=np.float64)
     weights = sizes / sizes.sum()
     if config.planning.weights == "sensitivity":

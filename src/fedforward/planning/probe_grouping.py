@@ -76,6 +76,7 @@ def fit(
     budget: int,
     clients: int,
     estimator: Estimator,
+    kept_bytes: int = 0,
 ) -> ProbePlan:
     """The model's plan with as many probes in a forward pass as a memory budget allows.
 
@@ -87,16 +88,19 @@ def fit(
         budget: bytes of tensors alive, the model's own included.
         clients: whose steps can ever be ready at once.
         estimator: of a step.
+        kept_bytes: that kept activations will come to, in host memory.
 
     Raises:
         FedForwardError: not even one probe fits.
     """
     plan = model.plan
+    counted = kept_bytes if model.device.type == "cpu" else 0
 
     def measured(count: int) -> int:
         model.plan = replace(plan, probes_per_call=count)
         probes = step_probes(batches, count, estimator)
-        return peak_bytes(lambda: model.evaluate(probes), model.device)
+        peak = peak_bytes(lambda: model.evaluate(probes), model.device)
+        return peak + max(0, counted - (model.kept.size if model.kept else 0))
 
     try:
         measured(1)

@@ -34,6 +34,7 @@ from fedforward.models.lora import LoraModel
 from fedforward.models.masks import random_mask, small_weights_mask
 from fedforward.models.trial import check_causal
 from fedforward.planning import probe_grouping as probes
+from fedforward.training import activation_cache
 from fedforward.training.faults import Faults
 
 LOGGER = logging.getLogger("fedforward.training.build")
@@ -241,13 +242,17 @@ def fit_plan(
     method: Method,
     collate: Collate = collate,
 ) -> ProbePlan:
-    """The model's settled plan, with as many probes in a pass as a memory budget allows."""
+    """The model's settled plan: kept activations, and as many probes as a memory budget allows."""
+    if not method.capabilities.forward_only:
+        return model.plan
+    batches = longest_batches(config, corpus, collate)
+    model.plan = activation_cache.planned(config, model, corpus, batches)
     budget = config.run.budget
-    if budget is None or model.plan.alone or not method.capabilities.forward_only:
+    if budget is None or model.plan.alone:
         return model.plan
     clients = config.federation.clients if config.model.tune == "lora" else 1
-    batches = longest_batches(config, corpus, collate)
-    return probes.fit(model, batches, budget, clients, method.estimator)
+    kept = activation_cache.largest_bytes(model, corpus)
+    return probes.fit(model, batches, budget, clients, method.estimator, kept)
 
 
 def faults(config: Config) -> Faults:

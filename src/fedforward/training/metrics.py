@@ -73,12 +73,15 @@ class RoundOutcome:
         traffic: None for a round that was read from the ledger.
         attendance: likewise.
         changed_share: share of the tuned weights whose bits the round has changed, if measured.
+        passes: forward passes over a probe's batch that would cost as much as all the round's
+            probes did; None or 0 if that was not counted.
     """
 
     record: Round
     traffic: Traffic | None = None
     attendance: Attendance | None = None
     changed_share: float | None = None
+    passes: float | None = None
 
 
 def round_line(outcome: RoundOutcome, seconds: float) -> dict[str, Any]:
@@ -102,6 +105,8 @@ def round_line(outcome: RoundOutcome, seconds: float) -> dict[str, Any]:
         line["bytes"] = _known(outcome.traffic)
     if attendance is not None and (attendance.reported < attendance.asked or attendance.late):
         line["clients"] = _known(attendance)
+    if outcome.passes:
+        line["passes"] = outcome.passes
     if outcome.changed_share is not None:
         line["changed_share"] = outcome.changed_share
     return line

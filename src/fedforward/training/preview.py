@@ -21,6 +21,7 @@ from fedforward.models.loading import longest_sequence
 from fedforward.planning.activation import UNLIMITED, Activation, pareto
 from fedforward.planning.allocator import Allocator
 from fedforward.planning.budgets import Resources, allocator, survey
+from fedforward.training import activation_cache
 from fedforward.training import build as experiment
 from fedforward.training.assembly import build_method
 
@@ -43,6 +44,7 @@ class Preview:
         up: encoded bytes of a client's report.
         down: encoded bytes of its task, with the entry of one round.
         parameters: that are tuned.
+        kept_bytes: that activations kept by example come to; 0 if none are.
     """
 
     config: Config
@@ -55,6 +57,7 @@ class Preview:
     up: int
     down: int
     parameters: int
+    kept_bytes: int = 0
 
     @property
     def matrix(self) -> NDArray[np.bool_]:
@@ -108,6 +111,7 @@ class Preview:
                 for client, examples in enumerate(self.examples)
             ],
             "activation": None if self.activation is None else certificate(self.activation),
+            "activation_cache_bytes": self.kept_bytes,
             "pareto": [certificate(point) for point in self.front],
             "bytes_per_client_round": {"up": self.up, "down": self.down},
         }
@@ -160,7 +164,9 @@ def preview(config: Config) -> Preview:
         model.plan = with_choices(model, model.plan)
         collate = experiment.collate_of(config, tokenizer, model)
         steps = experiment.widest_steps(config, corpus, collate)
-    resources = survey(config, model, steps)
+    model.plan = activation_cache.planned(config, model, corpus, steps)
+    kept = activation_cache.largest_bytes(model, corpus)
+    resources = survey(config, model, steps, kept)
     planner: Allocator | None = None
     front: list[Activation] = []
     if method.capabilities.blocks:
@@ -182,6 +188,7 @@ def preview(config: Config) -> Preview:
         up=up,
         down=down,
         parameters=model.layout.parameters,
+        kept_bytes=kept,
     )
 
 

@@ -30,7 +30,7 @@ from fedforward.models.base import CausalModel
 from fedforward.models.loading import longest_sequence, placement
 from fedforward.planning.allocator import Allocator
 from fedforward.planning.memory.tracker import peak_bytes
-from fedforward.training import assembly, build, summary
+from fedforward.training import activation_cache, assembly, build, summary
 from fedforward.training.loop import Loop
 from fedforward.training.metrics import ProgressCallback, RoundOutcome
 from fedforward.training.plots import draw
@@ -95,6 +95,7 @@ class Run:
             build.set_masks(config, built[0])
         self.model, self.tokenizer = built
         self.model.plan = self.plan
+        self.model.drop_activations()
         self._place()
         PHASES.info("reading the data")
         positions = longest_sequence(self.model.network)
@@ -109,6 +110,9 @@ class Run:
         if not self.directory.started:
             self.plan = build.fit_plan(config, self.model, self.corpus, self.method, self.collate)
             self.model.plan = self.plan
+        else:
+            longest = build.longest_batches(config, self.corpus, self.collate)
+            activation_cache.resumed(config, self.model, longest)
         PHASES.info(self._describe_plan())
         self.heldout = evaluation.prepare(
             config, self.corpus.heldout, self.tokenizer, self.plan, self.model.classes
@@ -166,7 +170,9 @@ class Run:
         words = f"{grouped} probes a forward pass" if grouped > 1 else "one probe a forward pass"
         if self.model.offload is not None:
             words += ", blocks offloaded to host memory"
-        if shared:
+        if kept := activation_cache.described(self.model, self.corpus):
+            words += f", {kept}"
+        elif shared:
             words += f", blocks 0 to {shared - 1} once for all"
         if self.config.model.tune == "lora":
             step = self.config.method.probes_per_step
@@ -236,7 +242,8 @@ class Run:
         resources = None
         if planning.active is None:
             steps = build.widest_steps(self.config, self.corpus, self.collate)
-            resources = survey(self.config, self.model, steps)
+            kept = activation_cache.largest_bytes(self.model, self.corpus)
+            resources = survey(self.config, self.model, steps, kept)
         examples = [len(part) for part in self.corpus.clients]
         planner = allocator(self.config, self.model, examples, resources)
         # What cannot be kept is refused now, not in some round.
@@ -278,6 +285,10 @@ class Run:
         self._inference_memory = peak_bytes(inference, model.device)
         step()
         self._peak_memory = peak_bytes(step, model.device)
+        if model.kept is not None and model.device.type == "cpu":
+            # It fills up over the rounds.
+            largest = activation_cache.largest_bytes(model, self.corpus)
+            self._peak_memory += max(0, largest - model.kept.size)
 
     # ---- the rounds, as the loop asks for them -----------------------------------------------
 
@@ -292,13 +303,15 @@ class Run:
 
     def run_round(self) -> RoundOutcome:
         """One whole round; the model is brought to it."""
+        before = replace(self.model.work)
         outcome = self.runtime.run_round()
+        passes = self.model.work.since(before).passes
         if not self._commit_measured:
             # Later commits take no more.
             self._commit_measured = True
             self._peak_memory = max(self._peak_memory, peak_bytes(self.catch_up, self.model.device))
         self.catch_up()
-        return replace(outcome, changed_share=self.model.changed_share)
+        return replace(outcome, changed_share=self.model.changed_share, passes=passes)
 
     def catch_up(self, rounds: int | None = None) -> None:
         """Bring the shared replica to so many rounds of the ledger, or to its end."""

@@ -31,7 +31,7 @@ from fedforward.core.version import __version__
 from fedforward.training.folder_lock import HOLDER, LOCK, FolderLock
 
 #: Keys that may change on resume: no committed step depends on them.
-FREE_KEYS = {"run.patience", "run.evaluate_every"}
+FREE_KEYS = {"run.patience", "run.evaluate_every", "run.activation_cache"}
 #: What a start that was cut short may leave behind; nothing has been computed yet.
 _FIRST_FILES = {LOCK, HOLDER} | {
     name + ending
@@ -254,9 +254,9 @@ def _is_plan(plan: ProbePlan) -> bool:
     whole = all(type(count) is int and count > 0 for count in counts)
     zeros = (plan.tokens_per_call, plan.most_branching)
     whole = whole and all(type(count) is int and count >= 0 for count in zeros)
-    words = (plan.placement, plan.alone, plan.left_out)
+    words = (plan.placement, plan.alone, plan.left_out, plan.not_kept)
     whole = whole and all(type(word) is str for word in words)
-    switches = (plan.shares_prefix, plan.joins_choices)
+    switches = (plan.shares_prefix, plan.joins_choices, plan.keeps_activations)
     whole = whole and all(type(switch) is bool for switch in switches)
     return whole and plan.trajectory in ("recompute", "cache")
 

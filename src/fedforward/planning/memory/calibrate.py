@@ -66,7 +66,9 @@ def calibrate(
     if not shapes:
         raise FedForwardError("Calibrating memory needs the shape of at least one batch.")
     derived = _derive(model, probes_per_step, caches_trajectory, from_base)
-    plan = model.plan
+    plan, kept = model.plan, model.kept
+    # A plain pass takes as much as one on kept rows, and leaves none of these texts behind.
+    model.kept = None
     model.clear_cache()
     try:
         _peaks(model, derived, 1, 1, 2)
@@ -78,7 +80,7 @@ def calibrate(
             for stage, table in _tables(model, derived, mode, shapes).items()
         }
     finally:
-        model.plan = plan
+        model.plan, model.kept = plan, kept
         model.clear_cache()
     return replace(derived, activations=tables)
 

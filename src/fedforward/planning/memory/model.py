@@ -87,6 +87,8 @@ class MemoryModel:
         streams: whether transformer blocks that are not active wait in host memory and come to the
             device in turn (`model.offload = "host"`); what lies on the host is not counted then.
             Replace it to see what that would change.
+        kept: activations that are kept by example (`run.activation_cache`), where they lie in the
+            same memory.
         activations: by "stage mode" (of `STAGES`, and `UNDISPLACED`, `ALONE` or `TOGETHER`), what a
             stage takes beyond all of the above.
     """
@@ -109,6 +111,7 @@ class MemoryModel:
     cuts_rows: bool
     streams: bool
     activations: dict[str, Activations]
+    kept: int = 0
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "MemoryModel":
@@ -190,7 +193,14 @@ class MemoryModel:
     @property
     def _always(self) -> int:
         """What is there whichever blocks are active, the transformer blocks' weights aside."""
-        return self.outside + self.adapters + self.trajectory_cache + self.base + self.library
+        return (
+            self.outside
+            + self.adapters
+            + self.trajectory_cache
+            + self.base
+            + self.library
+            + self.kept
+        )
 
     def _staying(self, number: int, active: NDArray[np.bool_]) -> int:
         """Bytes of a transformer block's weights that are on the device all the time."""
