@@ -64,8 +64,11 @@ RUN: dict[str, dict[str, Any]] = {
 #: Keys of a site or of a simulation, with values that a server might have.
 LOCAL: dict[str, dict[str, Any]] = {
     "model": {"path": "somewhere", "adapter": "begun", "device_map": "auto", "offload": "host"},
+    "lora": {"init_file": "a.safetensors"},
     "data": {
         "source": "rows.jsonl",
+        "public": "public.jsonl",
+        "public_rows": 7,
         "weights": [1.0],
         "chat_template": "chat.jinja",
         "subset": "small",
@@ -146,6 +149,7 @@ def test_no_key_is_forgotten() -> None:
         known = RUN.get(section, {}).keys() | here.get(section, set())
         optional = {"model": {"tune", "head", "quantization"}, "server": {"normalise"}}
         optional |= {
+            "lora": {"init"},
             "data": {"chat", "loss_on"},
             "federation": {"partition", "field", "alpha"},
             "method": {"mask", "density", "aggregator", "report_filters", "parameters"},
@@ -219,6 +223,8 @@ def test_terms_that_do_not_fit_are_a_sentence() -> None:
         if (section, key)
         in {
             ("data", "subset"),
+            ("lora", "init_file"),
+            ("data", "public"),
             ("data", "limit"),
             ("data", "example"),
             ("data", "fields"),

@@ -39,6 +39,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "init": train.init,
         "preview": train.preview,
         "plan": train.plan,
+        "align": train.align,
         "run": train.run,
     },
     "Results": {"verify": train.verify, "export": train.export},

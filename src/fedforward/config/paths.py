@@ -17,7 +17,9 @@ LOGGER = logging.getLogger("fedforward.config.paths")
 PATH_KEYS = (
     "model.path",
     "model.adapter",
+    "lora.init_file",
     "data.source",
+    "data.public",
     "data.chat_template",
     "evaluation.source",
 )

@@ -124,6 +124,23 @@ class LoraSection(Section):
         description='"all-linear" (what can be probed), or names such as ["q_proj", "v_proj"]',
     )
     factors: Literal["both", "B"] = Field("both", description='"B" keeps the initial A')
+    init: Literal["random", "aligned"] = Field(
+        "random",
+        description='of A: "aligned" spans the directions in which each layer\'s inputs vary most',
+    )
+    init_file: PathText | None = Field(
+        None,
+        description="file of `fedforward align` with the aligned A; default is made at the start",
+    )
+
+    @model_validator(mode="after")
+    def _a_file_is_what_aligned_begins_with(self) -> "LoraSection":
+        if self.init_file is not None and self.init != "aligned":
+            raise ValueError(
+                f"init_file = {self.init_file!r} has the A that init = 'aligned' begins with, and "
+                f"init = {self.init!r}; set init = 'aligned', or leave init_file out"
+            )
+        return self
 
 
 class DataSection(Section):
@@ -160,6 +177,12 @@ class DataSection(Section):
         description="words for the values of the answer's field, all of them possible answers: "
         '{ 0 = " terrible", 1 = " great" }',
     )
+    public: PathText | list[PathText] | None = Field(
+        None,
+        description="text that anyone may see, for what is made of text before a run: a source "
+        "with the same fields, or a .txt file; default is the training rows, on one machine",
+    )
+    public_rows: Count = Field(48, description="rows of it that are looked at")
     answer_tokens: Count = Field(48, description="most tokens of a generated answer")
     heldout: Annotated[float, Field(gt=0.0)] = Field(
         0.01,

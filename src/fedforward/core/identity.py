@@ -16,6 +16,7 @@ class ModelIdentity:
         state_bytes: of the tuned tensors, which a snapshot carries.
         tokenizer: SHA-256 of what it makes of texts, hexadecimal; empty where one is shared.
         adapter: SHA-256 of the adapter that the tuned tensors begin with; empty if they are new.
+        initial_a: SHA-256 of the file with the A that adapters begin with; empty if it is random.
     """
 
     layout: Layout
@@ -24,3 +25,4 @@ class ModelIdentity:
     state_bytes: int
     tokenizer: str = ""
     adapter: str = ""
+    initial_a: str = ""

@@ -48,6 +48,7 @@ class CausalModel(ABC):
         masks: bool, by tensor, which coordinates may move at all; empty is all of them.
         offload: of the transformer blocks, where inactive ones are offloaded; else None.
         adapter_digest: of the adapter that the tuned tensors begin with; "" if they are new.
+        initial_a_digest: of the file with the A that adapters begin with; "" if it is random.
         changed_share: of the tuned weights, how many the last update changed; None in float32,
             where it says nothing.
         left_out: what of the network is not tuned though all is asked for, in words; may be empty.
@@ -58,6 +59,7 @@ class CausalModel(ABC):
     tokenizer: Any = None
     settings: Mapping[str, Mapping[str, Any]] = {}
     adapter_digest = ""
+    initial_a_digest = ""
     left_out = ""
     _applied = 0
 

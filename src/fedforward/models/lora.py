@@ -24,7 +24,7 @@ from fedforward.core.paths import absolute_text
 from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 from fedforward.directions import TILE, Distribution, Layout
 from fedforward.directions.ops import accumulate, displace
-from fedforward.models.adapters import StoredAdapter, read_adapter
+from fedforward.models.adapters import StoredAdapter, check_initial, read_adapter
 from fedforward.models.base import CausalModel
 from fedforward.models.batching import Arrays, Measure, cut
 from fedforward.models.blocks import class_heads, transformer_blocks
@@ -39,6 +39,7 @@ from fedforward.models.lora_layers import (
     replace_head,
     views_of,
 )
+from fedforward.models.pinned_files import PinnedFile, read_pinned
 from fedforward.models.pretrained import allow, loaded
 from fedforward.models.quantization import dequantize, is_quantized
 from fedforward.models.targets import find_targets
@@ -54,6 +55,7 @@ class LoraModel(CausalModel):
         peft: the `PeftModel` around the network.
         flat: float32 [tiles * 2048], the storage that all tuned tensors are views of.
         trajectory_cache: sums of local steps, each with its trajectory: float32, as `flat`.
+        adapted: rank, targets and blocks, as a configuration says them.
     """
 
     def __init__(
@@ -171,6 +173,12 @@ class LoraModel(CausalModel):
         self._buffer = self.flat.new_empty(0)
         self._adapters = adapters
         self._run_seed = run_seed
+        self._initial: PinnedFile | None = None
+        self.adapted: dict[str, Any] = {
+            "rank": rank,
+            "targets": targets if isinstance(targets, str) else list(targets),
+            "blocks": None if blocks is None else sorted(blocks),
+        }
         self._flat_mask: torch.Tensor | None = None
         self.trajectory_cache: list[tuple[Steps, torch.Tensor]] = []
         self._live: set[int] = set()
@@ -199,6 +207,7 @@ class LoraModel(CausalModel):
         distribution: str = "gaussian",
         seed: int = 0,
         adapter: str | Path | None = None,
+        init_file: str | Path | None = None,
     ) -> "LoraModel":
         """A model with new adapters, from a folder in Hugging Face format or a hub name.
 
@@ -215,6 +224,7 @@ class LoraModel(CausalModel):
             distribution: of the directions, "gaussian" or "rademacher".
             seed: of the initial A, and of the run that is made with the model.
             adapter: a folder in PEFT format to go on from; rank, alpha and targets must be its own.
+            init_file: of `fedforward align`, with the A to begin with in place of the random one.
 
         Raises:
             FedForwardError: there is no such model, or it does not fit.
@@ -228,6 +238,11 @@ class LoraModel(CausalModel):
         if type(rank) is not int or rank < 1:
             raise FedForwardError(
                 f"rank = {rank!r} is not allowed: it must be a whole number, at least 1."
+            )
+        if init_file is not None and adapter is not None:
+            raise FedForwardError(
+                f"init_file = {str(init_file)!r} and adapter = {str(adapter)!r} both give the A "
+                "that the adapters begin with. Leave one of them out."
             )
         allow("distribution", distribution, tuple(Distribution))
         allow("factors", factors, ("both", "B"))
@@ -246,6 +261,10 @@ class LoraModel(CausalModel):
             plan=plan,
             adapter=None if adapter is None else read_adapter(str(adapter)),
         )
+        if init_file is not None:
+            model.begin_with(
+                read_pinned(str(init_file), "initial A", "lora.init_file", "fedforward align")
+            )
         model.tokenizer = tokenizer
         model.plan = settled(model)
         model.settings = {
@@ -260,6 +279,11 @@ class LoraModel(CausalModel):
                 "alpha": float(alpha),
                 "targets": targets if isinstance(targets, str) else list(targets),
                 "factors": factors,
+                **(
+                    {}
+                    if init_file is None
+                    else {"init": "aligned", "init_file": absolute_text(str(init_file))}
+                ),
             },
             "method": {"distribution": distribution},
             "run": {"seed": seed, "device": device},
@@ -323,8 +347,26 @@ class LoraModel(CausalModel):
             self._begin.put_into({**self._adapters, **self._heads})
             return
         initialise(self._adapters, self._run_seed)
+        if self._initial is not None:
+            self._put_initial(self._initial)
         for name, parameter in self._heads.items():
             parameter.data.copy_(self._base_heads[name])
+
+    def begin_with(self, initial: PinnedFile) -> None:
+        """Begin with the A of a file in place of the random one (see `aligned`).
+
+        Raises:
+            FedForwardError: it was made for another model or other adapters.
+        """
+        own = {name: a.data for name, a in self._adapters.items() if ".lora_A." in name}
+        check_initial(initial, self.base_fingerprint, self.adapted, own)
+        self._initial, self.initial_a_digest = initial, initial.digest
+        self._put_initial(initial)
+        self.clear_cache()
+
+    def _put_initial(self, initial: PinnedFile) -> None:
+        for name, values in initial.tensors.items():
+            self._adapters[name].data.copy_(values)
 
     @contextmanager
     def _displaced(self, probes: Sequence[Probe], shape: tuple[int, int]) -> Iterator[None]:
@@ -472,6 +514,13 @@ class LoraModel(CausalModel):
             if hasattr(layer, "lora_A") and hasattr(layer, "base_layer")
         }
         return dequantize(self.peft.unload(), deltas)
+
+
+def random_factors(model: LoraModel) -> dict[str, torch.Tensor]:
+    """Every A as the run seed gives it, float32 [r, inputs], by its name in a file."""
+    factors = {name: torch.empty_like(p.data) for name, p in model._adapters.items()}
+    initialise(factors, model._run_seed)
+    return {name: factor for name, factor in factors.items() if ".lora_A." in name}
 
 
 def _runs(probes: Sequence[Probe]) -> Iterator[slice]:

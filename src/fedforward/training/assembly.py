@@ -43,7 +43,12 @@ def build_method(config: Config) -> Method:
 def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
     """What the ledger of a run is bound to: enough to replay it, and to refuse another's."""
     density = config.method.density
-    lora = config.lora.model_dump() if config.model.tune == "lora" else None
+    # The file with the initial A is known by its digest.
+    lora = (
+        config.lora.model_dump(exclude={"init", "init_file"})
+        if config.model.tune == "lora"
+        else None
+    )
     return {
         # 4: entries, tasks and reports carry a payload of the method's own.
         "format": 4,
@@ -58,6 +63,7 @@ def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
         "layout": model.layout.fingerprint,
         "base": model.base,
         "adapter": model.adapter or None,
+        "initial_a": model.initial_a or None,
         "lora": lora,
     }
 
@@ -69,6 +75,7 @@ def check_header(ledger: Ledger, header: dict[str, Any]) -> None:
             what = {
                 "base": "the base model has other weights than that of the run",
                 "adapter": "the adapter that it began with (model.adapter) is another",
+                "initial_a": "the A that its adapters began with (lora.init_file) is another",
                 "data": "the data are not those of the run, or have changed",
                 "classes": "the data have other classes than when the run started",
                 "lora": "the adapters are set up in another way",

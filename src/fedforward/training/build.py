@@ -14,15 +14,18 @@ from numpy.typing import NDArray
 
 from fedforward.config.schema import Config
 from fedforward.core.batches import Batch
+from fedforward.core.errors import FedForwardError
 from fedforward.core.identity import ModelIdentity
 from fedforward.core.steps import Probe, ProbePlan
 from fedforward.data.chat import read_template
 from fedforward.data.corpus import Corpus, CorpusReader
 from fedforward.data.encoding import TextEncoder
+from fedforward.data.public import public_texts, training_texts
 from fedforward.data.sampler import Batches, Collate, collate, collate_prompts, longest
 from fedforward.directions import Distribution
 from fedforward.evaluation.objectives import Context, build_objective, needs_answers, texts
 from fedforward.methods.base import Method
+from fedforward.models import aligned
 from fedforward.models.adapters import read_adapter
 from fedforward.models.base import CausalModel
 from fedforward.models.fingerprints import tokenizer_fingerprint
@@ -31,9 +34,11 @@ from fedforward.models.grouping import settled
 from fedforward.models.loading import load, longest_sequence
 from fedforward.models.lora import LoraModel
 from fedforward.models.masks import random_mask, small_weights_mask
+from fedforward.models.pinned_files import PinnedFile, read_pinned
 from fedforward.models.trial import check_causal
 from fedforward.planning import probe_grouping as probes
 from fedforward.training.faults import Faults
+from fedforward.training.run_directory import RunDirectory
 
 LOGGER = logging.getLogger("fedforward.training.build")
 
@@ -145,6 +150,53 @@ def set_masks(config: Config, model: CausalModel) -> None:
         model.masks = small_weights_mask(model.tensors, density)
 
 
+def read_initial_a(path: str, key: str = aligned.KEY) -> PinnedFile:
+    """The A that aligned adapters begin with, from a file.
+
+    Args:
+        key: that names it in errors.
+
+    Raises:
+        FedForwardError: see `read_pinned`.
+    """
+    return read_pinned(path, aligned.KIND, key, aligned.COMMAND)
+
+
+def initial_a_of(directory: RunDirectory) -> PinnedFile:
+    """The A that a run of this machine was given at its start.
+
+    Raises:
+        FedForwardError: it is gone or damaged.
+    """
+    file = directory.initial_a
+    if not file.is_file():
+        raise FedForwardError(
+            f"{file} is missing, with which the adapters of this run began. Restore it from a "
+            "copy; `fedforward verify` and `export` take one with --init-file FILE."
+        )
+    return read_initial_a(str(file), "lora.init = 'aligned', the file")
+
+
+def align(
+    config: Config, model: CausalModel, tokenizer: Any, corpus: Corpus | None = None
+) -> PinnedFile:
+    """The aligned A of a model, from `data.public`, or else from the training rows.
+
+    Raises:
+        FedForwardError: for whatever is wrong with `data.public`.
+    """
+    assert isinstance(model, LoraModel)
+    if config.data.public is not None:
+        texts = public_texts(config, tokenizer, model.classes)
+        where = f"data.public = {config.data.public!r}"
+    else:
+        assert corpus is not None
+        texts = training_texts(corpus, config.data.public_rows)
+        where = "the training rows of all clients, which lie on this machine (no data.public)"
+    LOGGER.info("aligning adapters with %d rows of %s", len(texts), where)
+    return aligned.align(model, texts)
+
+
 def use_threads(plan: ProbePlan) -> None:
     """Compute with the plan's number of threads, on which the last bits of losses depend."""
     import torch
@@ -190,6 +242,8 @@ def _tuned_model(
         plan=plan,
         adapter=None if begin is None else read_adapter(begin),
     )
+    if config.lora.init == "aligned" and config.lora.init_file is not None:
+        model.begin_with(read_initial_a(config.lora.init_file))
     return model, tokenizer
 
 
@@ -202,6 +256,7 @@ def identity(model: CausalModel, tokenizer: Any = None) -> ModelIdentity:
         state_bytes=model.state_bytes,
         tokenizer="" if tokenizer is None else tokenizer_fingerprint(tokenizer),
         adapter=model.adapter_digest,
+        initial_a=model.initial_a_digest,
     )
 
 
