@@ -512,3 +512,35 @@ def test_a_server_has_no_aligned_a(tmp_path: Path) -> None:
         run_toml(tmp_path, 'lora.init="aligned"', 'lora.init_file="a"')
     with pytest.raises(FedForwardError, match=r"data\.public = 'a' is read by `fedforward align`"):
         run_toml(tmp_path, 'data.public="a"')
+
+
+def test_sites_have_the_same_mask(tmp_path: Path, three: dict[str, Site]) -> None:
+    """Two sites have the file and one has another; without one a site refuses the terms."""
+    from fedforward.core.batches import TokenBatch
+    from fedforward.models.lora import LoraModel
+    from fedforward.models.masks import sensitivity_mask
+
+    model = LoraModel.from_pretrained(DEMO_MODEL, rank=2, device="cpu", seed=5)
+    tokens = np.arange(3, 40)[None]
+    for name, density in (("one", 0.01), ("other", 0.02)):
+        made = sensitivity_mask(model, [TokenBatch(tokens, tokens.copy())], density)
+        (tmp_path / f"{name}.safetensors").write_bytes(made.data)
+    for name, file in (("a", "one"), ("b", "one"), ("c", "other")):
+        path = str(tmp_path / f"{file}.safetensors")
+        three[name] = party(tmp_path, name, method__mask_file=path)
+    settings = run_toml(tmp_path, "run.seed=5", 'method.mask="file"')
+    summary = carry_out(settings, tmp_path / "out", Direct(three))
+    header = Ledger(tmp_path / "out/ledger.sqlite").header
+    tuning = [site.tuning for site in three.values()]
+    same = [["file", part.identity.mask] == header["mask"] for part in tuning if part]
+    assert same == [True, True, False]
+    base, one = str(DEMO_MODEL), str(tmp_path / "one.safetensors")
+    with pytest.raises(FedForwardError, match="Give --mask-file FILE"):
+        replay.verify(tmp_path / "out", base)
+    result = replay.verify(tmp_path / "out", base, mask_file=one)
+    assert result.differences == [] and result.state_digest == summary["state_digest"]
+    hello = Envelope(MessageKind.HELLO, b"12345678", encode_json({"terms": sites.terms(settings)}))
+    answer = Envelope.decode(party(tmp_path, "a").answer(hello.encode()))
+    assert answer.kind is MessageKind.REFUSAL and "no method.mask_file" in answer.text()
+    with pytest.raises(FedForwardError, match=r"method\.mask_file = 'a': each site has the file"):
+        run_toml(tmp_path, 'method.mask="file"', 'method.mask_file="a"')

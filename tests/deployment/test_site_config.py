@@ -65,6 +65,7 @@ RUN: dict[str, dict[str, Any]] = {
 LOCAL: dict[str, dict[str, Any]] = {
     "model": {"path": "somewhere", "adapter": "begun", "device_map": "auto", "offload": "host"},
     "lora": {"init_file": "a.safetensors"},
+    "method": {"mask_file": "m.safetensors"},
     "data": {
         "source": "rows.jsonl",
         "public": "public.jsonl",
@@ -224,6 +225,7 @@ def test_terms_that_do_not_fit_are_a_sentence() -> None:
         in {
             ("data", "subset"),
             ("lora", "init_file"),
+            ("method", "mask_file"),
             ("data", "public"),
             ("data", "limit"),
             ("data", "example"),
@@ -447,7 +449,7 @@ def test_the_example_parses(tmp_path: Path) -> None:
         ("[site]\nname = 'a/b'", r"site\.name = 'a/b' is not allowed"),
         ("[data]\nheldout = -1.0", r"data\.heldout = -1\.0 is not allowed: .*above 0"),
         ("[data]\nfields = ['a']", r"data\.fields = \['a'\] is not allowed: .*table of texts"),
-        ("[method]\nname = 'zorba'", r"method is not a known section"),
+        ("[method]\nname = 'zorba'", r"method\.name is not a known key"),
         ("", r"the section \[model\] is missing"),
         ("[model]", r"model\.path is missing"),
     ],

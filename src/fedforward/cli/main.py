@@ -40,6 +40,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "preview": train.preview,
         "plan": train.plan,
         "align": train.align,
+        "mask": train.mask,
         "run": train.run,
     },
     "Results": {"verify": train.verify, "export": train.export},

@@ -37,6 +37,14 @@ InitFileOption = Annotated[
         show_default=False,
     ),
 ]
+MaskFileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mask-file",
+        help="file that says which weights move (method.mask_file), where it has moved",
+        show_default=False,
+    ),
+]
 BaseOption = Annotated[
     str | None,
     typer.Option(
@@ -207,6 +215,31 @@ def align(
     )
 
 
+def mask(
+    config: ConfigArgument,
+    out: Annotated[Path, typer.Option("--out", help="file to write", show_default=False)],
+    overrides: OverridesArgument = None,
+) -> None:
+    """Make the mask of a run (method.mask_file) from gradients on public text, before the run."""
+    from fedforward.config.site import load_partial
+
+    settings = load_partial(config, overrides or [])
+    with display("loading libraries"):
+        from fedforward.models.libraries import quiet_libraries
+
+        quiet_libraries()
+        from fedforward.training.before import make_mask
+
+        made = make_mask(settings, out)
+    made_for = made.made_for
+    say(
+        out_console,
+        f"wrote {out}: {made_for['coordinates']} free weights (method.density = "
+        f"{made_for['density']:g}), from {made_for['rows']} rows\nsha256 {made.digest}\n"
+        f'set method.mask = "file" and method.mask_file to this file, here or in every site.toml',
+    )
+
+
 def init(
     path: Annotated[Path, typer.Argument(help="file to write")] = Path("fedforward.toml"),
     site: Annotated[
@@ -236,6 +269,7 @@ def verify(
     model: BaseOption = None,
     adapter: AdapterOption = None,
     init_file: InitFileOption = None,
+    mask_file: MaskFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Rebuild the tuned parameters from base and ledger, and say whether every bit agrees."""
@@ -247,7 +281,7 @@ def verify(
 
         from fedforward.training import replay
 
-        result = replay.verify(run, model, progress.count, adapter, init_file)
+        result = replay.verify(run, model, progress.count, adapter, init_file, mask_file)
     if as_json:
         print(json.dumps(asdict(result), indent=2))
     elif not result.differences:
@@ -271,6 +305,7 @@ def export(
     model: BaseOption = None,
     adapter: AdapterOption = None,
     init_file: InitFileOption = None,
+    mask_file: MaskFileOption = None,
 ) -> None:
     """Write the adapter (PEFT format) or a merged model, rebuilt from the ledger."""
     with display("rebuilding from base and ledger") as progress:
@@ -287,5 +322,6 @@ def export(
             on_round=progress.count,
             adapter=adapter,
             init_file=init_file,
+            mask_file=mask_file,
         )
     say(out_console, f"wrote {out}")

@@ -20,6 +20,7 @@ PATH_KEYS = (
     "lora.init_file",
     "data.source",
     "data.public",
+    "method.mask_file",
     "data.chat_template",
     "evaluation.source",
 )

@@ -317,9 +317,13 @@ class MethodSection(Section):
         description="of the projected gradients; fzoo takes directions + 1 probes a step, "
         "normalised by the spread of their losses",
     )
-    mask: Literal["none", "random", "small"] = Field(
+    mask: Literal["none", "random", "small", "file"] = Field(
         "none",
-        description="which tuned weights move at all: a random share, or those of least magnitude",
+        description="which tuned weights move at all: a random share, those of least magnitude, or "
+        "those of mask_file",
+    )
+    mask_file: PathText | None = Field(
+        None, description="file of `fedforward mask`, with the weights of the largest gradients"
     )
     density: Share = Field(0.1, description="share of the weights that a mask lets move")
     distribution: Literal["gaussian", "rademacher"] = Field(
@@ -383,6 +387,15 @@ class MethodSection(Section):
         estimator = build_estimator(self.estimator, self.directions, self.mu)
         count: int = estimator.probes_per_step
         return count
+
+    @model_validator(mode="after")
+    def _a_file_is_what_the_mask_is_read_from(self) -> "MethodSection":
+        if self.mask_file is not None and self.mask != "file":
+            raise ValueError(
+                f"mask_file = {self.mask_file!r} is read with mask = 'file', and mask = "
+                f"{self.mask!r}; set mask = 'file', or leave mask_file out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rates_stay_positive(self) -> "MethodSection":

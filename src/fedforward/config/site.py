@@ -32,6 +32,7 @@ AT_SITES = "(each site's own)"
 _LOCAL = {
     "model": {"path", "adapter", "device_map", "offload"},
     "lora": {"init_file"},
+    "method": {"mask_file"},
     "data": {
         "source",
         "public",
@@ -91,6 +92,14 @@ class SiteLoraSection(Section):
 
     init_file: PathText | None = Field(
         None, description="file of `fedforward align` with the aligned A, alike at all sites"
+    )
+
+
+class SiteMethodSection(Section):
+    """[method]"""
+
+    mask_file: PathText | None = Field(
+        None, description="file of `fedforward mask`, alike at all sites"
     )
 
 
@@ -164,6 +173,7 @@ class SiteConfig(Section):
     model: SiteModelSection
     lora: SiteLoraSection = SiteLoraSection()
     data: SiteDataSection
+    method: SiteMethodSection = SiteMethodSection()
     run: SiteRunSection = SiteRunSection()
     limits: LimitsSection = LimitsSection()
 
@@ -239,10 +249,15 @@ def check_terms(config: Config, origin: str) -> None:
             f"lora.init_file = {config.lora.init_file!r}: each site has the file itself, and "
             "names it with lora.init_file in its site.toml. Leave it out."
         )
+    if config.method.mask_file is not None:
+        problems.append(
+            f"method.mask_file = {config.method.mask_file!r}: each site has the file itself, and "
+            "names it with method.mask_file in its site.toml. Leave it out."
+        )
     if config.data.public is not None:
         problems.append(
-            f"data.public = {config.data.public!r} is read by `fedforward align`, before the run. "
-            "Leave it out."
+            f"data.public = {config.data.public!r} is read by `fedforward align` and `mask`, "
+            "before the run. Leave it out."
         )
     if config.evaluation.source is not None:
         problems.append(
@@ -317,7 +332,7 @@ def join(given: dict[str, Any], site: SiteConfig) -> Config:
         for section, values in given.items()
         if isinstance(values, dict) and section != "simulation"
     }
-    for section in ("model", "lora", "data", "run"):
+    for section in ("model", "lora", "data", "method", "run"):
         own = getattr(site, section).model_dump(exclude_none=True)
         content.setdefault(section, {}).update(own)
     # A site is one client of one, whatever the number of the others.
@@ -328,6 +343,12 @@ def join(given: dict[str, Any], site: SiteConfig) -> Config:
         raise FedForwardError(
             "lora.init = 'aligned': the site.toml of this site has no lora.init_file. Get the file "
             "from whoever starts the run, who makes it with `fedforward align`, and name it there."
+        )
+    if config.method.mask == "file" and config.method.mask_file is None:
+        raise FedForwardError(
+            "method.mask = 'file': the site.toml of this site has no method.mask_file. Get the "
+            "file from whoever starts the run, who makes it with `fedforward mask`, and name it "
+            "there."
         )
     return config
 

@@ -17,6 +17,7 @@ class ModelIdentity:
         tokenizer: SHA-256 of what it makes of texts, hexadecimal; empty where one is shared.
         adapter: SHA-256 of the adapter that the tuned tensors begin with; empty if they are new.
         initial_a: SHA-256 of the file with the A that adapters begin with; empty if it is random.
+        mask: SHA-256 of the file that says which tuned weights move; empty if there is none.
     """
 
     layout: Layout
@@ -26,3 +27,4 @@ class ModelIdentity:
     tokenizer: str = ""
     adapter: str = ""
     initial_a: str = ""
+    mask: str = ""

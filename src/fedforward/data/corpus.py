@@ -329,11 +329,11 @@ class CorpusReader:
 
     def sample(
         self, tokenizer: Any, classes: Sequence[str], rows: int, purpose: str
-    ) -> list[NDArray[np.int64]]:
-        """The tokens of some rows drawn at random, prompt and answer; int64 [length] each.
+    ) -> list[Example]:
+        """Examples of some rows drawn at random.
 
         Args:
-            classes: of a sequence classifier, whose rows are prompts alone; else empty.
+            classes: of a sequence classifier; else empty. A row of another class has -1.
             rows: how many, at most.
             purpose: names the draw's stream of random numbers.
 
@@ -351,13 +351,19 @@ class CorpusReader:
         )
         limit = self._data.sequence_length
         if classes:
-            encoder = TextEncoder(tokenizer)
-            found = encoder.texts([self._prompt.fill(table[n].values) for n in range(len(table))])
-            return [tokens[:limit] for tokens in found]
+            words = self._data.label_words
+            rows_read = [table[number] for number in range(len(table))]
+            texts = TextEncoder(tokenizer).texts([self._prompt.fill(r.values) for r in rows_read])
+            places = {name: place for place, name in enumerate(classes)}
+            names = [labels.class_name(row, self._answer, words) for row in rows_read]
+            return [
+                Example(tokens[:limit], len(tokens[:limit]), name, right=places.get(name, -1))
+                for tokens, name in zip(texts, names, strict=True)
+            ]
         maker, _ = self._maker(tokenizer, ())
         tokenised = tokenise(table, narrow(np.arange(len(table))), maker, f"rows of {self._key}")
         check_left(tokenised, len(table), self._key, limit)
-        return [example.tokens for example in tokenised.examples]
+        return list(tokenised.examples)
 
     def _names(self) -> dict[str, str]:
         """`data.fields`, for sources that may call their fields as the templates do."""

@@ -11,6 +11,7 @@ from fedforward.core.errors import FedForwardError
 from fedforward.core.paths import hint, home
 from fedforward.data.corpus import Corpus, CorpusReader
 from fedforward.data.encoding import TextEncoder
+from fedforward.data.examples import Example
 
 #: Bytes of a plain text that are read for each token that is wanted.
 _BYTES_PER_TOKEN = 16
@@ -29,10 +30,11 @@ def public_reader(config: Config) -> CorpusReader:
     )
 
 
-def public_texts(config: Config, tokenizer: Any, classes: Sequence[str]) -> list[NDArray[np.int64]]:
-    """The tokens of at most `data.public_rows` rows of `data.public`, int64 [length] each.
+def public_examples(config: Config, tokenizer: Any, classes: Sequence[str]) -> list[Example]:
+    """At most `data.public_rows` rows of `data.public`.
 
-    A .txt file is cut into rows of `data.sequence_length` tokens, spread over its beginning.
+    A .txt file is cut into rows of `data.sequence_length` tokens, spread over its beginning. All
+    of them count in the loss.
 
     Args:
         classes: of a sequence classifier; else empty.
@@ -42,7 +44,7 @@ def public_texts(config: Config, tokenizer: Any, classes: Sequence[str]) -> list
     """
     name = config.data.public
     if isinstance(name, str) and name.lower().endswith(".txt"):
-        return _of_plain_text(config, name, tokenizer)
+        return [Example(text, 1) for text in _of_plain_text(config, name, tokenizer)]
     return public_reader(config).sample(tokenizer, classes, config.data.public_rows, "public")
 
 
@@ -65,11 +67,11 @@ def _of_plain_text(config: Config, name: str, tokenizer: Any) -> list[NDArray[np
     return [pieces[number * len(pieces) // chosen] for number in range(chosen)]
 
 
-def training_texts(corpus: Corpus, rows: int) -> list[NDArray[np.int64]]:
-    """The tokens of some of all clients' training examples, spread evenly over them."""
+def training_examples(corpus: Corpus, rows: int) -> list[Example]:
+    """Some of all clients' training examples, spread evenly over them."""
     every = [
         (client, place) for client, part in enumerate(corpus.clients) for place in range(len(part))
     ]
     chosen = min(rows, len(every))
     picked = [every[number * len(every) // chosen] for number in range(chosen)]
-    return [corpus.clients[client][place].tokens for client, place in picked]
+    return [corpus.clients[client][place] for client, place in picked]

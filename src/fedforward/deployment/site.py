@@ -184,6 +184,7 @@ class Site:
         more = (
             own.model.adapter,
             own.lora.init_file,
+            own.method.mask_file,
             own.data.chat_template,
             own.data.chat,
             own.site.out,

@@ -23,7 +23,8 @@ from fedforward.core.errors import FedForwardError
 from fedforward.core.paths import absolute_text
 from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 from fedforward.directions import TILE, Distribution, Layout
-from fedforward.directions.ops import accumulate, displace
+from fedforward.directions.ops import accumulate, commit_at, displace, displace_at
+from fedforward.directions.sparse_kernels import FreeCoordinates
 from fedforward.models.adapters import StoredAdapter, check_initial, read_adapter
 from fedforward.models.base import CausalModel
 from fedforward.models.batching import Arrays, Measure, cut
@@ -179,7 +180,8 @@ class LoraModel(CausalModel):
             "targets": targets if isinstance(targets, str) else list(targets),
             "blocks": None if blocks is None else sorted(blocks),
         }
-        self._flat_mask: torch.Tensor | None = None
+        self._flat_mask: tuple[Any, torch.Tensor | None] = (None, None)
+        self._free_parts: tuple[Any, dict[tuple[int, int], FreeCoordinates]] = (None, {})
         self.trajectory_cache: list[tuple[Steps, torch.Tensor]] = []
         self._live: set[int] = set()
         self._filled: list[Steps] = []
@@ -399,7 +401,11 @@ class LoraModel(CausalModel):
                 own = free[: groups * TILE * (end - begin)]
                 free = free[len(own) :]
                 banks[block, begin, end] = own.view(groups, -1)
-        for same in _runs(probes):
+        few = bool(self.free_coordinates())
+        for same in _runs(probes) if few else ():
+            for (block, begin, end), bank in banks.items():
+                self._fill_few(probes[same], block, begin, end, bank[same])
+        for same in () if few else _runs(probes):
             total = self._trajectory_sum(probes[same.start].trajectory)
             for (block, begin, end), bank in banks.items():
                 displace(
@@ -410,13 +416,42 @@ class LoraModel(CausalModel):
                     distribution=self.distribution,
                     out=bank[same],
                 )
-        for (_, begin, end), bank in banks.items() if self.masks else ():
+        for (_, begin, end), bank in banks.items() if self.masks and not few else ():
             still = self.flat[TILE * begin : TILE * end]
             torch.where(self._mask_flat()[TILE * begin : TILE * end], bank, still, out=bank)
         views = views_of(self.layout, [(begin, bank) for (_, begin, _), bank in banks.items()])
         self._bank.factors = {id(self.tensors[name]): view for name, view in views.items()}
         # The parts of a batch come one after another with the same probes.
         self._filled, self._last_factors = requested, self._bank.factors
+
+    def _fill_few(
+        self, probes: Sequence[Probe], block: int, begin: int, end: int, bank: torch.Tensor
+    ) -> None:
+        """The adapters of probes with one trajectory, of which few coordinates move.
+
+        Args:
+            begin: first tile, and `end` the one after the last.
+            bank: float32 [probes, coordinates], which is filled.
+        """
+        still = self.flat[TILE * begin : TILE * end]
+        bank.copy_(still)
+        free = self._free_between(begin, end)
+        if len(free):
+            own = [probe.perturbation.block(block) for probe in probes]
+            shared = probes[0].trajectory.block(block)
+            values = displace_at(still, free, shared, own, distribution=self.distribution)
+            bank.index_copy_(1, torch.from_numpy(free.places), values)
+
+    def _free_between(self, begin: int, end: int) -> FreeCoordinates:
+        """The free coordinates of some tiles of the flat storage, numbered from the first."""
+        known = self._free_parts
+        if known[0] is not self.masks:
+            known = self._free_parts = (self.masks, {})
+        if (begin, end) not in known[1]:
+            inside = self._mask_flat()[TILE * begin : TILE * end]
+            places = inside.nonzero()[:, 0].numpy()
+            known[1][begin, end] = FreeCoordinates(places, begin)
+        return known[1][begin, end]
 
     def _moved_by(self, updates: Sequence[Update]) -> list[tuple[torch.Tensor, int, list[Update]]]:
         """The stretches of the flat storage that are updated alike, in place of its many tensors.
@@ -429,13 +464,25 @@ class LoraModel(CausalModel):
             for block, begin, end in self._segments([update.steps for update in updates])
         ]
 
+    def _commit_few(self, updates: Sequence[Update]) -> int:
+        """See `CausalModel`: of the flat storage's stretches, not of its many tensors."""
+        parts = zip(
+            self._segments([u.steps for u in updates]), self._moved_by(updates), strict=True
+        )
+        return sum(
+            commit_at(part, self._free_between(b, e), own, distribution=self.distribution)
+            for (_, b, e), (part, _, own) in parts
+        )
+
     def _mask_flat(self) -> torch.Tensor:
         """The masks in the flat storage's order, bool [tiles * 2048]; False in padding."""
-        if self._flat_mask is None:
-            self._flat_mask = torch.zeros(len(self.flat), dtype=torch.bool, device=self.device)
-            for name, view in views_of(self.layout, [(0, self._flat_mask)]).items():
+        known, flat = self._flat_mask
+        if flat is None or known is not self.masks:
+            flat = torch.zeros(len(self.flat), dtype=torch.bool, device=self.device)
+            for name, view in views_of(self.layout, [(0, flat)]).items():
                 view.copy_(self.masks[name])
-        return self._flat_mask
+            self._flat_mask = self.masks, flat
+        return flat
 
     def _segments(self, steps: Sequence[Steps]) -> Sequence[tuple[int, int, int]]:
         """The stretches of the flat storage in which all of these steps have equal coefficients."""

@@ -34,6 +34,23 @@ def make_initial_a(config: Config, out: Path) -> PinnedFile:
     return _written(build.align(config, model, tokenizer, corpus), out)
 
 
+def make_mask(config: Config, out: Path) -> PinnedFile:
+    """Write the mask of a run (`method.mask_file`): `method.density` of the tuned weights.
+
+    Raises:
+        FedForwardError: there is no model or text, or `out` cannot be written.
+    """
+    method = config.method.model_copy(update={"mask": "none", "mask_file": None})
+    out = _check(config, out)
+    model, tokenizer, corpus = _built(config.model_copy(update={"method": method}))
+    if config.lora.init == "aligned" and config.lora.init_file is None:
+        raise FedForwardError(
+            "lora.init = 'aligned' without lora.init_file: gradients depend on A. Make it first, "
+            "with `fedforward align CONFIG --out FILE`, and name it here."
+        )
+    return _written(build.sensitivity(config, model, tokenizer, corpus), out)
+
+
 def _check(config: Config, out: Path) -> Path:
     """Refuse what could not be written or computed, before anything is loaded."""
     out = home(out)

@@ -20,12 +20,20 @@ from fedforward.core.steps import Probe, ProbePlan
 from fedforward.data.chat import read_template
 from fedforward.data.corpus import Corpus, CorpusReader
 from fedforward.data.encoding import TextEncoder
-from fedforward.data.public import public_texts, training_texts
-from fedforward.data.sampler import Batches, Collate, collate, collate_prompts, longest
+from fedforward.data.examples import Example
+from fedforward.data.public import public_examples, training_examples
+from fedforward.data.sampler import (
+    Batches,
+    Collate,
+    collate,
+    collate_classes,
+    collate_prompts,
+    longest,
+)
 from fedforward.directions import Distribution
 from fedforward.evaluation.objectives import Context, build_objective, needs_answers, texts
 from fedforward.methods.base import Method
-from fedforward.models import aligned
+from fedforward.models import aligned, masks
 from fedforward.models.adapters import read_adapter
 from fedforward.models.base import CausalModel
 from fedforward.models.fingerprints import tokenizer_fingerprint
@@ -33,7 +41,7 @@ from fedforward.models.full import FullModel
 from fedforward.models.grouping import settled
 from fedforward.models.loading import load, longest_sequence
 from fedforward.models.lora import LoraModel
-from fedforward.models.masks import random_mask, small_weights_mask
+from fedforward.models.masks import mask_of, random_mask, sensitivity_mask, small_weights_mask
 from fedforward.models.pinned_files import PinnedFile, read_pinned
 from fedforward.models.trial import check_causal
 from fedforward.planning import probe_grouping as probes
@@ -143,11 +151,19 @@ def build_model(config: Config, plan: ProbePlan, classes: Sequence[str]) -> tupl
 def set_masks(config: Config, model: CausalModel) -> None:
     """Set which weights of a model at its base may move at all (`method.mask`)."""
     density = config.method.density
-    model.masks = {}
+    model.masks, model.mask_digest = {}, ""
     if config.method.mask == "random":
         model.masks = random_mask(model.tensors, model.layout, density, config.run.seed)
     elif config.method.mask == "small":
         model.masks = small_weights_mask(model.tensors, density)
+    elif config.method.mask == "file":
+        if config.method.mask_file is None:
+            raise FedForwardError(
+                "method.mask = 'file' needs method.mask_file, a file that `fedforward mask CONFIG "
+                "--out FILE` has written."
+            )
+        made = read_pinned(config.method.mask_file, masks.KIND, masks.KEY, masks.COMMAND)
+        model.masks, model.mask_digest = mask_of(made, model), made.digest
 
 
 def read_initial_a(path: str, key: str = aligned.KEY) -> PinnedFile:
@@ -186,15 +202,48 @@ def align(
         FedForwardError: for whatever is wrong with `data.public`.
     """
     assert isinstance(model, LoraModel)
+    examples = public_or_training(config, model, tokenizer, corpus, "aligning adapters")
+    return aligned.align(model, [example.tokens for example in examples])
+
+
+def sensitivity(
+    config: Config, model: CausalModel, tokenizer: Any, corpus: Corpus | None = None
+) -> PinnedFile:
+    """The mask of `method.density` of the tuned weights, from `data.public` or the training rows.
+
+    Raises:
+        FedForwardError: for whatever is wrong with `data.public`; no row is of the run's classes.
+    """
+    examples = public_or_training(config, model, tokenizer, corpus, "measuring gradients")
+    if model.classes:
+        examples = [example for example in examples if example.right >= 0]
+        if not examples:
+            raise FedForwardError(
+                f"data.public = {config.data.public!r} has no row of the run's classes, "
+                f"{', '.join(model.classes[:8])}. Give other rows."
+            )
+    rows = collate_classes if model.classes else collate
+    return sensitivity_mask(model, [rows([example]) for example in examples], config.method.density)
+
+
+def public_or_training(
+    config: Config, model: CausalModel, tokenizer: Any, corpus: Corpus | None, what: str
+) -> list[Example]:
+    """Rows of `data.public`, or else of what all clients train on; which, is logged.
+
+    Args:
+        corpus: None only with `data.public`.
+        what: is done with them, for the log.
+    """
     if config.data.public is not None:
-        texts = public_texts(config, tokenizer, model.classes)
+        examples = public_examples(config, tokenizer, model.classes)
         where = f"data.public = {config.data.public!r}"
     else:
         assert corpus is not None
-        texts = training_texts(corpus, config.data.public_rows)
+        examples = training_examples(corpus, config.data.public_rows)
         where = "the training rows of all clients, which lie on this machine (no data.public)"
-    LOGGER.info("aligning adapters with %d rows of %s", len(texts), where)
-    return aligned.align(model, texts)
+    LOGGER.info("%s with %d rows of %s", what, len(examples), where)
+    return examples
 
 
 def use_threads(plan: ProbePlan) -> None:
@@ -257,6 +306,7 @@ def identity(model: CausalModel, tokenizer: Any = None) -> ModelIdentity:
         tokenizer="" if tokenizer is None else tokenizer_fingerprint(tokenizer),
         adapter=model.adapter_digest,
         initial_a=model.initial_a_digest,
+        mask=model.mask_digest,
     )
 
 
