@@ -169,6 +169,9 @@ def test_a_run_with_a_mask_of_a_file(
     file, toml = tmp_path / "m.safetensors", tmp_path / "configuration.toml"
     settings: dict[str, Any] = {"model__tune": tune, "data__public_rows": 4}
     toml.write_text(to_toml(configure(**settings)))
+    if tune == "lora":
+        refused = command("mask", toml, "lora.init=aligned", "--out", file)
+        refused.refused("without lora.init_file", "fedforward align")
     done = command("mask", toml, "method.density=0.01", "--out", file)
     assert done.code == 0, done
     assert read(file).digest in done.out and read(file).made_for["rows"] == 4

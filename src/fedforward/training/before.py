@@ -40,14 +40,14 @@ def make_mask(config: Config, out: Path) -> PinnedFile:
     Raises:
         FedForwardError: there is no model or text, or `out` cannot be written.
     """
-    method = config.method.model_copy(update={"mask": "none", "mask_file": None})
-    out = _check(config, out)
-    model, tokenizer, corpus = _built(config.model_copy(update={"method": method}))
     if config.lora.init == "aligned" and config.lora.init_file is None:
         raise FedForwardError(
             "lora.init = 'aligned' without lora.init_file: gradients depend on A. Make it first, "
             "with `fedforward align CONFIG --out FILE`, and name it here."
         )
+    method = config.method.model_copy(update={"mask": "none", "mask_file": None})
+    out = _check(config, out)
+    model, tokenizer, corpus = _built(config.model_copy(update={"method": method}))
     return _written(build.sensitivity(config, model, tokenizer, corpus), out)
 
 
