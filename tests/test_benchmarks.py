@@ -332,3 +332,12 @@ def test_chat(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folders = [str(tmp_path / name) for name in ("chatml", "begins")]
     rows = results(capsys, "chat", "--tokenizers", *folders)["rows"]
     assert {row["equal"] for row in rows} == {100.0} and len(rows) == 6
+
+
+def test_masks(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = results(capsys, "masks")["rows"]
+    ways = {(row["tune"], row["distribution"], row["way"]) for row in rows}
+    assert len(ways) == len(rows) == 12
+    for row in rows:
+        assert row["replay_seconds"] > 0 and row["probes_over_passes"] > 0
+        assert (row["replay_over_all"] == 1.0) == (row["way"] == "all weights")

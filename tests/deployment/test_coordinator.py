@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ from fedforward.deployment.site import Site
 from fedforward.federation.client import Client
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import Server
-from fedforward.messages.envelope import Enrollment, Envelope, MessageKind
+from fedforward.messages.envelope import Enrollment, Envelope, MessageKind, encode_json
 from fedforward.methods.base import Method
 from fedforward.training import assembly, replay
 from fedforward.training.simulation import LocalRuntime
@@ -468,3 +469,79 @@ def test_sites_go_on_from_the_same_adapter(tmp_path: Path, three: dict[str, Site
         replay.verify(tmp_path / "out", base, adapter=str(tmp_path / "other"))
     result = replay.verify(tmp_path / "out", base, adapter=str(tmp_path / "one"))
     assert result.differences == [] and result.state_digest == summary["state_digest"]
+
+
+def test_sites_begin_with_the_same_aligned_a(tmp_path: Path, three: dict[str, Site]) -> None:
+    """Two sites have the file and one has another; without one a site refuses the terms."""
+    from fedforward.models.aligned import align
+    from fedforward.models.lora import LoraModel
+
+    model = LoraModel.from_pretrained(DEMO_MODEL, rank=2, device="cpu", seed=5)
+    for number, name in enumerate(("one", "other")):
+        texts = [np.arange(3 + number, 40)]
+        (tmp_path / f"{name}.safetensors").write_bytes(align(model, texts).data)
+    for name, file in (("a", "one"), ("b", "one"), ("c", "other")):
+        path = str(tmp_path / f"{file}.safetensors")
+        three[name] = party(tmp_path, name, lora__init_file=path)
+    settings = run_toml(tmp_path, "run.seed=5", 'lora.init="aligned"')
+    summary = carry_out(settings, tmp_path / "out", Direct(three))
+    header = Ledger(tmp_path / "out/ledger.sqlite").header
+    tuning = [site.tuning for site in three.values()]
+    same = [part.identity.initial_a == header["initial_a"] for part in tuning if part]
+    assert same == [True, True, False]
+    base = str(DEMO_MODEL)
+    with pytest.raises(FedForwardError, match="Give --init-file FILE"):
+        replay.verify(tmp_path / "out", base)
+    with pytest.raises(FedForwardError, match=r"\(lora\.init_file\) is another"):
+        replay.verify(tmp_path / "out", base, init_file=str(tmp_path / "other.safetensors"))
+    one = str(tmp_path / "one.safetensors")
+    result = replay.verify(tmp_path / "out", base, init_file=one)
+    assert result.differences == [] and result.state_digest == summary["state_digest"]
+    three["a"] = party(tmp_path, "a")
+    assert three["a"].settings.lora.init_file is None
+    hello = Envelope(MessageKind.HELLO, b"12345678", encode_json({"terms": sites.terms(settings)}))
+    answer = Envelope.decode(three["a"].answer(hello.encode()))
+    assert answer.kind is MessageKind.REFUSAL
+    assert "no lora.init_file" in answer.text()
+    gone = party(tmp_path, "a", lora__init_file=str(tmp_path / "gone.safetensors"))
+    said = Envelope.decode(gone.answer(hello.encode())).text()
+    assert "no such file" in said and str(tmp_path) not in said
+
+
+def test_a_server_has_no_aligned_a(tmp_path: Path) -> None:
+    with pytest.raises(FedForwardError, match=r"lora\.init_file = 'a': each site has the file"):
+        run_toml(tmp_path, 'lora.init="aligned"', 'lora.init_file="a"')
+    with pytest.raises(FedForwardError, match=r"data\.public = 'a' is read by `fedforward align`"):
+        run_toml(tmp_path, 'data.public="a"')
+
+
+def test_sites_have_the_same_mask(tmp_path: Path, three: dict[str, Site]) -> None:
+    """Two sites have the file and one has another; without one a site refuses the terms."""
+    from fedforward.core.batches import TokenBatch
+    from fedforward.models.lora import LoraModel
+    from fedforward.models.masks import sensitivity_mask
+
+    model = LoraModel.from_pretrained(DEMO_MODEL, rank=2, device="cpu", seed=5)
+    tokens = np.arange(3, 40)[None]
+    for name, density in (("one", 0.01), ("other", 0.02)):
+        made = sensitivity_mask(model, [TokenBatch(tokens, tokens.copy())], density)
+        (tmp_path / f"{name}.safetensors").write_bytes(made.data)
+    for name, file in (("a", "one"), ("b", "one"), ("c", "other")):
+        path = str(tmp_path / f"{file}.safetensors")
+        three[name] = party(tmp_path, name, method__mask_file=path)
+    settings = run_toml(tmp_path, "run.seed=5", 'method.mask="file"')
+    summary = carry_out(settings, tmp_path / "out", Direct(three))
+    header = Ledger(tmp_path / "out/ledger.sqlite").header
+    tuning = [site.tuning for site in three.values()]
+    same = [["file", part.identity.mask] == header["mask"] for part in tuning if part]
+    assert same == [True, True, False]
+    base, one = str(DEMO_MODEL), str(tmp_path / "one.safetensors")
+    with pytest.raises(FedForwardError, match="Give --mask-file FILE"):
+        replay.verify(tmp_path / "out", base)
+    result = replay.verify(tmp_path / "out", base, mask_file=one)
+    assert result.differences == [] and result.state_digest == summary["state_digest"]
+    hello = Envelope(MessageKind.HELLO, b"12345678", encode_json({"terms": sites.terms(settings)}))
+    answer = Envelope.decode(party(tmp_path, "a").answer(hello.encode()))
+    assert answer.kind is MessageKind.REFUSAL and "no method.mask_file" in answer.text()
+    with pytest.raises(FedForwardError, match=r"method\.mask_file = 'a': each site has the file"):
+        run_toml(tmp_path, 'method.mask="file"', 'method.mask_file="a"')

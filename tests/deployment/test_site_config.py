@@ -64,8 +64,12 @@ RUN: dict[str, dict[str, Any]] = {
 #: Keys of a site or of a simulation, with values that a server might have.
 LOCAL: dict[str, dict[str, Any]] = {
     "model": {"path": "somewhere", "adapter": "begun", "device_map": "auto", "offload": "host"},
+    "lora": {"init_file": "a.safetensors"},
+    "method": {"mask_file": "m.safetensors"},
     "data": {
         "source": "rows.jsonl",
+        "public": "public.jsonl",
+        "public_rows": 7,
         "weights": [1.0],
         "chat_template": "chat.jinja",
         "subset": "small",
@@ -147,6 +151,7 @@ def test_no_key_is_forgotten() -> None:
         known = RUN.get(section, {}).keys() | here.get(section, set())
         optional = {"model": {"tune", "head", "quantization"}, "server": {"normalise"}}
         optional |= {
+            "lora": {"init"},
             "data": {"chat", "loss_on"},
             "federation": {"partition", "field", "alpha"},
             "method": {"mask", "density", "aggregator", "report_filters", "parameters"},
@@ -220,6 +225,9 @@ def test_terms_that_do_not_fit_are_a_sentence() -> None:
         if (section, key)
         in {
             ("data", "subset"),
+            ("lora", "init_file"),
+            ("method", "mask_file"),
+            ("data", "public"),
             ("data", "limit"),
             ("data", "example"),
             ("data", "fields"),
@@ -442,7 +450,7 @@ def test_the_example_parses(tmp_path: Path) -> None:
         ("[site]\nname = 'a/b'", r"site\.name = 'a/b' is not allowed"),
         ("[data]\nheldout = -1.0", r"data\.heldout = -1\.0 is not allowed: .*above 0"),
         ("[data]\nfields = ['a']", r"data\.fields = \['a'\] is not allowed: .*table of texts"),
-        ("[method]\nname = 'zorba'", r"method is not a known section"),
+        ("[method]\nname = 'zorba'", r"method\.name is not a known key"),
         ("", r"the section \[model\] is missing"),
         ("[model]", r"model\.path is missing"),
     ],

@@ -39,6 +39,8 @@ GROUPS: dict[str, dict[str, Command]] = {
         "init": train.init,
         "preview": train.preview,
         "plan": train.plan,
+        "align": train.align,
+        "mask": train.mask,
         "run": train.run,
     },
     "Results": {"verify": train.verify, "export": train.export},

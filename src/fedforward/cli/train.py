@@ -29,6 +29,22 @@ AdapterOption = Annotated[
         show_default=False,
     ),
 ]
+InitFileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--init-file",
+        help="file that aligned adapters began with (lora.init_file), where it has moved",
+        show_default=False,
+    ),
+]
+MaskFileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mask-file",
+        help="file that says which weights move (method.mask_file), where it has moved",
+        show_default=False,
+    ),
+]
 BaseOption = Annotated[
     str | None,
     typer.Option(
@@ -176,6 +192,56 @@ def _check_picture(path: Path) -> None:
         raise FedForwardError(f"--png {path}: give a file that ends in .png, .pdf or .svg.")
 
 
+def align(
+    config: ConfigArgument,
+    out: Annotated[Path, typer.Option("--out", help="file to write", show_default=False)],
+    overrides: OverridesArgument = None,
+) -> None:
+    """Make the file of aligned adapters (lora.init_file) from public text, before a run."""
+    from fedforward.config.site import load_partial
+
+    settings = load_partial(config, overrides or [])
+    with display("loading libraries"):
+        from fedforward.models.libraries import quiet_libraries
+
+        quiet_libraries()
+        from fedforward.training.before import make_initial_a
+
+        made = make_initial_a(settings, out)
+    made_for = made.made_for
+    say(
+        out_console,
+        f"wrote {out}: A of {len(made.tensors)} layers, rank {made_for['rank']}, from "
+        f"{made_for['rows']} rows with {made_for['tokens']} tokens\nsha256 {made.digest}\n"
+        f'set lora.init = "aligned" and lora.init_file to this file, here or in every site.toml',
+    )
+
+
+def mask(
+    config: ConfigArgument,
+    out: Annotated[Path, typer.Option("--out", help="file to write", show_default=False)],
+    overrides: OverridesArgument = None,
+) -> None:
+    """Make the mask of a run (method.mask_file) from gradients on public text, before the run."""
+    from fedforward.config.site import load_partial
+
+    settings = load_partial(config, overrides or [])
+    with display("loading libraries"):
+        from fedforward.models.libraries import quiet_libraries
+
+        quiet_libraries()
+        from fedforward.training.before import make_mask
+
+        made = make_mask(settings, out)
+    made_for = made.made_for
+    say(
+        out_console,
+        f"wrote {out}: {made_for['coordinates']} free weights (method.density = "
+        f"{made_for['density']:g}), from {made_for['rows']} rows\nsha256 {made.digest}\n"
+        f'set method.mask = "file" and method.mask_file to this file, here or in every site.toml',
+    )
+
+
 def init(
     path: Annotated[Path, typer.Argument(help="file to write")] = Path("fedforward.toml"),
     site: Annotated[
@@ -204,6 +270,8 @@ def verify(
     run: RunArgument,
     model: BaseOption = None,
     adapter: AdapterOption = None,
+    init_file: InitFileOption = None,
+    mask_file: MaskFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Rebuild the tuned parameters from base and ledger, and say whether every bit agrees."""
@@ -215,7 +283,7 @@ def verify(
 
         from fedforward.training import replay
 
-        result = replay.verify(run, model, progress.count, adapter)
+        result = replay.verify(run, model, progress.count, adapter, init_file, mask_file)
     if as_json:
         print(json.dumps(asdict(result), indent=2))
     elif not result.differences:
@@ -238,6 +306,8 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="a whole model, adapters merged")] = False,
     model: BaseOption = None,
     adapter: AdapterOption = None,
+    init_file: InitFileOption = None,
+    mask_file: MaskFileOption = None,
 ) -> None:
     """Write the adapter (PEFT format) or a merged model, rebuilt from the ledger."""
     with display("rebuilding from base and ledger") as progress:
@@ -246,5 +316,14 @@ def export(
         quiet_libraries()
         from fedforward.training import replay
 
-        replay.export(run, out, merge=merge, base=model, on_round=progress.count, adapter=adapter)
+        replay.export(
+            run,
+            out,
+            merge=merge,
+            base=model,
+            on_round=progress.count,
+            adapter=adapter,
+            init_file=init_file,
+            mask_file=mask_file,
+        )
     say(out_console, f"wrote {out}")

@@ -17,7 +17,10 @@ LOGGER = logging.getLogger("fedforward.config.paths")
 PATH_KEYS = (
     "model.path",
     "model.adapter",
+    "lora.init_file",
     "data.source",
+    "data.public",
+    "method.mask_file",
     "data.chat_template",
     "evaluation.source",
 )

@@ -133,6 +133,20 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _aligned_adapters_are_new_ones(self) -> "Config":
+        if self.lora.init == "aligned" and self.model.tune == "full":
+            raise ValueError(
+                "lora.init = 'aligned' is of adapters, and model.tune = 'full' has none; use "
+                "model.tune = 'lora', or leave lora.init out"
+            )
+        if self.lora.init == "aligned" and self.model.adapter is not None:
+            raise ValueError(
+                f"lora.init = 'aligned' gives new adapters their A, and model.adapter = "
+                f"{self.model.adapter!r} has an A of its own; leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_ledger_round_holds_the_window(self) -> "Config":
         window = self.server.window if self.server.momentum else 1
         if self.federation.clients * window > MOST_COUNTED:

@@ -124,6 +124,23 @@ class LoraSection(Section):
         description='"all-linear" (what can be probed), or names such as ["q_proj", "v_proj"]',
     )
     factors: Literal["both", "B"] = Field("both", description='"B" keeps the initial A')
+    init: Literal["random", "aligned"] = Field(
+        "random",
+        description='of A: "aligned" spans the directions in which each layer\'s inputs vary most',
+    )
+    init_file: PathText | None = Field(
+        None,
+        description="file of `fedforward align` with the aligned A; default is made at the start",
+    )
+
+    @model_validator(mode="after")
+    def _a_file_is_what_aligned_begins_with(self) -> "LoraSection":
+        if self.init_file is not None and self.init != "aligned":
+            raise ValueError(
+                f"init_file = {self.init_file!r} has the A that init = 'aligned' begins with, and "
+                f"init = {self.init!r}; set init = 'aligned', or leave init_file out"
+            )
+        return self
 
 
 class DataSection(Section):
@@ -160,6 +177,12 @@ class DataSection(Section):
         description="words for the values of the answer's field, all of them possible answers: "
         '{ 0 = " terrible", 1 = " great" }',
     )
+    public: PathText | list[PathText] | None = Field(
+        None,
+        description="text that anyone may see, for what is made of text before a run: a source "
+        "with the same fields, or a .txt file; default is the training rows, on one machine",
+    )
+    public_rows: Count = Field(48, description="rows of it that are looked at")
     answer_tokens: Count = Field(48, description="most tokens of a generated answer")
     heldout: Annotated[float, Field(gt=0.0)] = Field(
         0.01,
@@ -294,9 +317,13 @@ class MethodSection(Section):
         description="of the projected gradients; fzoo takes directions + 1 probes a step, "
         "normalised by the spread of their losses",
     )
-    mask: Literal["none", "random", "small"] = Field(
+    mask: Literal["none", "random", "small", "file"] = Field(
         "none",
-        description="which tuned weights move at all: a random share, or those of least magnitude",
+        description="which tuned weights move at all: a random share, those of least magnitude, or "
+        "those of mask_file",
+    )
+    mask_file: PathText | None = Field(
+        None, description="file of `fedforward mask`, with the weights of the largest gradients"
     )
     density: Share = Field(0.1, description="share of the weights that a mask lets move")
     distribution: Literal["gaussian", "rademacher"] = Field(
@@ -361,6 +388,15 @@ class MethodSection(Section):
         estimator = build_estimator(self.estimator, self.directions, self.mu)
         count: int = estimator.probes_per_step
         return count
+
+    @model_validator(mode="after")
+    def _a_file_is_what_the_mask_is_read_from(self) -> "MethodSection":
+        if self.mask_file is not None and self.mask != "file":
+            raise ValueError(
+                f"mask_file = {self.mask_file!r} is read with mask = 'file', and mask = "
+                f"{self.mask!r}; set mask = 'file', or leave mask_file out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rates_stay_positive(self) -> "MethodSection":

@@ -31,8 +31,12 @@ AT_SITES = "(each site's own)"
 #: Keys that never travel: they are a site's own, or mean nothing across machines.
 _LOCAL = {
     "model": {"path", "adapter", "device_map", "offload"},
+    "lora": {"init_file"},
+    "method": {"mask_file"},
     "data": {
         "source",
+        "public",
+        "public_rows",
         "weights",
         "subset",
         "split",
@@ -80,6 +84,22 @@ class SiteModelSection(Section):
     )
     offload: Literal["none", "host"] = Field(
         "none", description='"host" keeps blocks that are not perturbed in host memory'
+    )
+
+
+class SiteLoraSection(Section):
+    """[lora]"""
+
+    init_file: PathText | None = Field(
+        None, description="file of `fedforward align` with the aligned A, alike at all sites"
+    )
+
+
+class SiteMethodSection(Section):
+    """[method]"""
+
+    mask_file: PathText | None = Field(
+        None, description="file of `fedforward mask`, alike at all sites"
     )
 
 
@@ -157,7 +177,9 @@ class SiteConfig(Section):
 
     site: SiteSection = SiteSection()
     model: SiteModelSection
+    lora: SiteLoraSection = SiteLoraSection()
     data: SiteDataSection
+    method: SiteMethodSection = SiteMethodSection()
     run: SiteRunSection = SiteRunSection()
     limits: LimitsSection = LimitsSection()
 
@@ -171,18 +193,27 @@ def load_site(path: Path) -> SiteConfig:
     return validate_as(SiteConfig, read_toml(path), str(path))
 
 
-def load_terms(path: Path, overrides: list[str]) -> Config:
-    """Read a server's `run.toml`: a configuration that need not say where model and data are.
+def load_partial(path: Path, overrides: list[str]) -> Config:
+    """Read a configuration that need not say where model and data are, such as a server's.
 
     Raises:
-        FedForwardError: as `loading.load`, and for what cannot be done across machines.
+        FedForwardError: as `loading.load`.
     """
     content = read_toml(path, overrides)
     for section, key in (("model", "path"), ("data", "source")):
         part = content.setdefault(section, {})
         if isinstance(part, dict):
             part.setdefault(key, AT_SITES)
-    config = validate(content, str(path))
+    return validate(content, str(path))
+
+
+def load_terms(path: Path, overrides: list[str]) -> Config:
+    """Read a server's `run.toml`, see `load_partial`.
+
+    Raises:
+        FedForwardError: as `loading.load`, and for what cannot be done across machines.
+    """
+    config = load_partial(path, overrides)
     check_terms(config, str(path))
     return config
 
@@ -218,6 +249,21 @@ def check_terms(config: Config, origin: str) -> None:
         problems.append(
             f"model.adapter = {config.model.adapter!r}: each site has the adapter itself, and "
             "names it with model.adapter in its site.toml. Leave it out."
+        )
+    if config.lora.init_file is not None:
+        problems.append(
+            f"lora.init_file = {config.lora.init_file!r}: each site has the file itself, and "
+            "names it with lora.init_file in its site.toml. Leave it out."
+        )
+    if config.method.mask_file is not None:
+        problems.append(
+            f"method.mask_file = {config.method.mask_file!r}: each site has the file itself, and "
+            "names it with method.mask_file in its site.toml. Leave it out."
+        )
+    if config.data.public is not None:
+        problems.append(
+            f"data.public = {config.data.public!r} is read by `fedforward align` and `mask`, "
+            "before the run. Leave it out."
         )
     if config.evaluation.source is not None:
         problems.append(
@@ -292,13 +338,25 @@ def join(given: dict[str, Any], site: SiteConfig) -> Config:
         for section, values in given.items()
         if isinstance(values, dict) and section != "simulation"
     }
-    for section in ("model", "data", "run"):
+    for section in ("model", "lora", "data", "method", "run"):
         own = getattr(site, section).model_dump(exclude_none=True)
         content.setdefault(section, {}).update(own)
     # A site is one client of one, whatever the number of the others.
     federation = content.setdefault("federation", {})
     federation |= {"clients": 1, "participation": 1.0, "quorum": 1}
-    return validate(content, "the server's terms with this site's configuration")
+    config = validate(content, "the server's terms with this site's configuration")
+    if config.lora.init == "aligned" and config.lora.init_file is None:
+        raise FedForwardError(
+            "lora.init = 'aligned': the site.toml of this site has no lora.init_file. Get the file "
+            "from whoever starts the run, who makes it with `fedforward align`, and name it there."
+        )
+    if config.method.mask == "file" and config.method.mask_file is None:
+        raise FedForwardError(
+            "method.mask = 'file': the site.toml of this site has no method.mask_file. Get the "
+            "file from whoever starts the run, who makes it with `fedforward mask`, and name it "
+            "there."
+        )
+    return config
 
 
 def example_site() -> str:

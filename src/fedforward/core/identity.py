@@ -16,6 +16,8 @@ class ModelIdentity:
         state_bytes: of the tuned tensors, which a snapshot carries.
         tokenizer: SHA-256 of what it makes of texts, hexadecimal; empty where one is shared.
         adapter: SHA-256 of the adapter that the tuned tensors begin with; empty if they are new.
+        initial_a: SHA-256 of the file with the A that adapters begin with; empty if it is random.
+        mask: SHA-256 of the file that says which tuned weights move; empty if there is none.
     """
 
     layout: Layout
@@ -24,3 +26,5 @@ class ModelIdentity:
     state_bytes: int
     tokenizer: str = ""
     adapter: str = ""
+    initial_a: str = ""
+    mask: str = ""

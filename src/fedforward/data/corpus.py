@@ -137,6 +137,7 @@ class CorpusReader:
         evaluation: EvaluationSection,
         federation: FederationSection,
         run_seed: int,
+        key: str = "data.source",
     ) -> None:
         """Read nothing yet.
 
@@ -145,7 +146,9 @@ class CorpusReader:
             evaluation: held-out rows of their own, if any, and how many.
             federation: how examples are divided, and among how many clients.
             run_seed: of the rows' orders and of the partition.
+            key: that names the rows' source in errors.
         """
+        self._key = key
         self._data, self._evaluation, self._federation = data, evaluation, federation
         self._run_seed = run_seed
         self._prompt = Template.parse(data.prompt, "data.prompt")
@@ -160,12 +163,12 @@ class CorpusReader:
         """
         data = self._data
         names = [data.source] if isinstance(data.source, str) else data.source
-        found = [find(n, split=data.split, subset=data.subset, key="data.source") for n in names]
+        found = [find(n, split=data.split, subset=data.subset, key=self._key) for n in names]
         files = [file.resolve() for source in found for file in source.files]
         if len(set(files)) < len(files):
             twice = next(file for file in files if files.count(file) > 1)
             raise FedForwardError(
-                f"data.source = {data.source!r} takes in {twice.name} twice. Name each file once."
+                f"{self._key} = {data.source!r} takes in {twice.name} twice. Name each file once."
             )
         for source in found:
             if len(source.files) > 1:
@@ -323,6 +326,50 @@ class CorpusReader:
             if values is not None
             else (),
         )
+
+    def sample(
+        self, tokenizer: Any, classes: Sequence[str], rows: int, purpose: str
+    ) -> list[Example]:
+        """Examples of some rows drawn at random.
+
+        Args:
+            classes: of a sequence classifier; else empty. A row of another class has -1.
+            rows: how many, at most.
+            purpose: names the draw's stream of random numbers.
+
+        Raises:
+            FedForwardError: for whatever is wrong with the source or its fields, or no row is left.
+        """
+        wanted = self._wanted(partition=False, names=self._names())
+        table = Table.read(
+            self.sources,
+            wanted,
+            seed=self._run_seed,
+            purpose=purpose,
+            limit=rows,
+            prefix=f" (with {self._key} = {self._data.source!r})",
+        )
+        limit = self._data.sequence_length
+        if classes:
+            words = self._data.label_words
+            rows_read = [table[number] for number in range(len(table))]
+            texts = TextEncoder(tokenizer).texts([self._prompt.fill(r.values) for r in rows_read])
+            places = {name: place for place, name in enumerate(classes)}
+            names = [labels.class_name(row, self._answer, words) for row in rows_read]
+            return [
+                Example(tokens[:limit], len(tokens[:limit]), name, right=places.get(name, -1))
+                for tokens, name in zip(texts, names, strict=True)
+            ]
+        maker, _ = self._maker(tokenizer, ())
+        tokenised = tokenise(table, narrow(np.arange(len(table))), maker, f"rows of {self._key}")
+        check_left(tokenised, len(table), self._key, limit)
+        return list(tokenised.examples)
+
+    def _names(self) -> dict[str, str]:
+        """`data.fields`, for sources that may call their fields as the templates do."""
+        there = {name for source in self.sources for name in source.columns()}
+        fields = (self._data.fields or {}).items()
+        return {own: found for own, found in fields if own not in there and found in there}
 
     def _maker(self, tokenizer: Any, classes: Sequence[str]) -> tuple[Maker, ChatRenderer | None]:
         """What makes examples of rows, and what renders conversations if they are ones."""

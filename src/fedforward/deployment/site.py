@@ -182,7 +182,14 @@ class Site:
         own = self.settings
         sources = own.data.source
         places = [own.model.path, *([sources] if isinstance(sources, str) else sources)]
-        more = (own.model.adapter, own.data.chat_template, own.data.chat, own.site.out)
+        more = (
+            own.model.adapter,
+            own.lora.init_file,
+            own.method.mask_file,
+            own.data.chat_template,
+            own.data.chat,
+            own.site.out,
+        )
         places += [place for place in more if place]
         text = _ROW.sub(rf"\1 of {_OWN_PATH}", text)
         for place in places:

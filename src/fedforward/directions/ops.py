@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from fedforward.core.steps import Steps, Update
 from fedforward.directions import numba_kernels as cpu
 from fedforward.directions import reference
+from fedforward.directions import sparse_kernels as sparse
+from fedforward.directions.sparse_kernels import FreeCoordinates
 from fedforward.directions.spec import Distribution, Stream
 
 _CODES = {
@@ -193,6 +195,65 @@ def displace(
         weights, shared, own, first_tile=first_tile, distribution=distribution, out=out,
         starts=starts,
     )  # fmt: skip
+
+
+#: Share of the coordinates up to which a list of free ones is faster than whole tiles, measured.
+SPARSE = {Distribution.GAUSSIAN: 0.2, Distribution.RADEMACHER: 0.02}
+
+
+def commit_at(
+    weights: torch.Tensor,
+    free: FreeCoordinates,
+    updates: Sequence[Update],
+    *,
+    distribution: Distribution,
+) -> int:
+    """`commit` at some coordinates of weights in main memory; the others stay.
+
+    Returns:
+        How many of them the last update changed; 0 in float32.
+    """
+    if not updates or not len(free):
+        return 0
+    return sparse.commit_at(
+        _array(weights),
+        free,
+        np.concatenate([update.steps.seeds for update in updates]),
+        np.concatenate([update.steps.coefficients for update in updates]),
+        distribution=distribution,
+        code=_CODES[weights.dtype],
+        ends=np.cumsum([len(update.steps) for update in updates]).tolist(),
+        decays=[update.decay for update in updates],
+        dither_seeds=[update.dither_seed for update in updates],
+        threads=torch.get_num_threads(),
+    )
+
+
+def displace_at(
+    weights: torch.Tensor,
+    free: FreeCoordinates,
+    shared: Steps,
+    own: Sequence[Steps],
+    *,
+    distribution: Distribution,
+) -> torch.Tensor:
+    """`displace` at some coordinates of weights in main memory.
+
+    Returns:
+        [G, n] in the weights' dtype.
+    """
+    out = torch.empty((len(own), len(free)), dtype=weights.dtype)
+    sparse.displace_at(
+        _array(weights),
+        free,
+        shared,
+        own,
+        distribution=distribution,
+        out=_array(out).reshape(out.shape),
+        codes=(_CODES[weights.dtype],) * 2,
+        threads=torch.get_num_threads(),
+    )
+    return out
 
 
 @cache

@@ -181,6 +181,8 @@ class Enrollment:
                     "base": self.model.base,
                     "tokenizer": self.model.tokenizer,
                     "adapter": self.model.adapter,
+                    "initial_a": self.model.initial_a,
+                    "mask": self.model.mask,
                     "classes": self.model.classes,
                     "state_bytes": self.model.state_bytes,
                 },
@@ -214,6 +216,8 @@ class Enrollment:
                 state_bytes=_count(model["state_bytes"]),
                 tokenizer=_text(model["tokenizer"]),
                 adapter=_text(model["adapter"]),
+                initial_a=_text(model["initial_a"]),
+                mask=_text(model["mask"]),
             )
             active = content["active_blocks"]
             return cls(
@@ -268,6 +272,8 @@ _DIFFERENCES = {
     "base": "its base model has other weights than the other sites' (model.path)",
     "tokenizer": "its tokenizer splits text in another way than the other sites' (model.path)",
     "adapter": "it begins with another adapter than the other sites (model.adapter)",
+    "initial_a": "its adapters begin with another A than the other sites' (lora.init_file)",
+    "mask": "it lets other weights move than the other sites (method.mask_file)",
     "layout": "its tuned tensors have other names, shapes or blocks than the other sites'",
     "classes": "its data have other classes than the other sites'",
     "state_bytes": "its tuned tensors are of another size than the other sites'",

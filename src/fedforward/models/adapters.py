@@ -17,6 +17,7 @@ import torch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.paths import home
 from fedforward.models.fingerprints import fingerprint
+from fedforward.models.pinned_files import PinnedFile
 
 LOGGER = logging.getLogger("fedforward.models")
 SETTINGS = "adapter_config.json"
@@ -133,6 +134,55 @@ class StoredAdapter:
             "passes cannot go on from. Merge it into its base with PEFT, and give that as "
             "model.path."
         )
+
+
+def check_initial(
+    initial: PinnedFile, base: str, adapted: Mapping[str, Any], own: Mapping[str, torch.Tensor]
+) -> None:
+    """Refuse an initial A that was made for another model or other adapters.
+
+    Args:
+        base: fingerprint of the model's base.
+        adapted: `lora.rank`, `lora.targets` and `model.blocks` of the model.
+        own: every A of the model, by its name in a file.
+
+    Raises:
+        FedForwardError: with the key and what differs.
+    """
+    given, made_for = initial.origin, initial.made_for
+    again = "or make it again with `fedforward align CONFIG --out FILE`."
+    if made_for.get("rank") != adapted["rank"]:
+        raise FedForwardError(
+            f"lora.rank = {adapted['rank']} does not fit {given}, which was made for lora.rank = "
+            f"{made_for.get('rank')!r}. Set that, {again}"
+        )
+    extra, missing = (
+        sorted(initial.tensors.keys() - own.keys()),
+        sorted(own.keys() - initial.tensors),
+    )
+    if (extra or missing) and made_for.get("base") == base:
+        which = f"lacks {_module(missing[0])}" if missing else f"has {_module(extra[0])}"
+        keys = {"targets": "lora.targets", "blocks": "model.blocks"}
+        wanted = {key: made_for.get(name) for name, key in keys.items()}
+        differing = [k for n, k in keys.items() if wanted[k] != adapted[n]] or [*wanted]
+        here = " and ".join(f"{k} = {_toml(adapted[n])}" for n, k in keys.items() if k in differing)
+        there = " and ".join(f"{key} = {_toml(wanted[key])}" for key in differing)
+        raise FedForwardError(
+            f"{here} does not fit {given}, which {which}"
+            f"{'' if missing else ' beside what is adapted'}. Set {there}, {again}"
+        )
+    shapes = any(own[n].shape != t.shape for n, t in initial.tensors.items() if n in own)
+    if made_for.get("base") != base or extra or missing or shapes:
+        raise FedForwardError(
+            f"{given} was made for a base with other weights than this model.path, as model.dtype "
+            f"and model.quantization hold it ({str(made_for.get('base'))[:12]}… there, "
+            f"{base[:12]}… here). Give that base, {again}"
+        )
+
+
+def _toml(value: Any) -> str:
+    """A value of `lora.targets` or `model.blocks` as TOML has it."""
+    return json.dumps("all" if value is None else value)
 
 
 def read_adapter(path: str) -> StoredAdapter:

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import Steps
 from fedforward.directions import Distribution
-from fedforward.directions.ops import displace
+from fedforward.directions.ops import displace, displace_at
+from fedforward.directions.sparse_kernels import FreeCoordinates
 from fedforward.models.lm_head import tile_rows
 
 _DESCRIBING = {"size", "dim", "numel", "stride", "ndimension", "is_contiguous", "element_size"}
@@ -51,6 +52,7 @@ class Displacement:
         sources: dict[str, torch.Tensor],
         reached: set[str],
         masks: dict[str, torch.Tensor],
+        free: dict[str, FreeCoordinates],
     ) -> None:
         """A forward pass at θ + shared + own[g] for group g.
 
@@ -58,6 +60,7 @@ class Displacement:
             shape: rows of all groups, and tokens in a row.
             sources: what is displaced in place of a tensor of that name (a float32 copy of it).
             masks: which coordinates of a tensor move; none is all.
+            free: the same as lists, where they are few; `sources` has none of these tensors.
         """
         self.shared, self.own = shared, tuple(own)
         self.distribution = distribution
@@ -65,13 +68,16 @@ class Displacement:
         self.rows = {shape[0], shape[0] * shape[1]}
         self.sources = sources
         self.reached = reached
-        self.masks = masks
+        self.masks, self.free = masks, free
+        self._free_values: dict[str, torch.Tensor] = {}
         self._by_block: dict[int, tuple[Steps, tuple[Steps, ...]]] = {}
         self._moving: dict[int, bool] = {}
         self._scratch: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
     def moves(self, weight: "DisplacedTensor") -> bool:
         """Whether any group meets another value of a tensor than its own."""
+        if weight.path in self.free and not len(self.free[weight.path]):
+            return False
         if weight.block not in self._moving:
             steps = (self.shared, *self.own)
             self._moving[weight.block] = any(part.moves(weight.block) for part in steps)
@@ -115,6 +121,9 @@ class Displacement:
         if weight.block not in self._by_block:
             own = tuple(steps.block(weight.block) for steps in self.own)
             self._by_block[weight.block] = self.shared.block(weight.block), own
+        if weight.path in self.free:
+            self._make_few(weight, out, starts)
+            return
         displace(
             self.sources.get(weight.path, weight.plain),
             *self._by_block[weight.block],
@@ -131,6 +140,25 @@ class Displacement:
                 moved = out[:, piece * width : (piece + 1) * width]
                 mask = self.masks[weight.path].view(-1)[there].to(moved.device)
                 moved.copy_(torch.where(mask, moved, weight.plain.view(-1)[there]))
+
+    def _make_few(self, weight: "DisplacedTensor", out: torch.Tensor, starts: Any) -> None:
+        """As `_make`: the weights as they are, but for the few coordinates that are free."""
+        free, flat = self.free[weight.path], weight.plain.view(-1)
+        if weight.path not in self._free_values:
+            shared, own = self._by_block[weight.block]
+            self._free_values[weight.path] = displace_at(
+                flat, free, shared, own, distribution=self.distribution
+            )
+        values = self._free_values[weight.path]
+        pieces = [0] if starts is None else starts.tolist()
+        width = out.shape[1] // max(1, len(pieces))
+        for piece, start in enumerate(pieces):
+            part = out[:, piece * width : (piece + 1) * width]
+            part.copy_(flat[start : start + width])
+            first, last = free.between(start, start + width)
+            if first < last:
+                places = torch.from_numpy(free.places[first:last] - start)
+                part.index_copy_(1, places, values[:, first:last])
 
     def parts(self, value: Any) -> tuple[list[Any], bool]:
         """An argument as each group has it, and whether it holds the groups' rows in turn."""

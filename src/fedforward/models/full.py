@@ -187,16 +187,16 @@ class FullModel(CausalModel):
 
     @contextmanager
     def _displaced(self, probes: Sequence[Probe], shape: tuple[int, int]) -> Iterator[None]:
-        trajectory = probes[0].trajectory
+        trajectory, free = probes[0].trajectory, self.free_coordinates()
         shared, own = trajectory, [probe.perturbation for probe in probes]
         sources: dict[str, torch.Tensor] = {}
         if any(probe.trajectory is not trajectory for probe in probes):
             shared, own = NO_STEPS, [probe.trajectory + probe.perturbation for probe in probes]
-        elif len(trajectory) and self.plan.trajectory == "cache":
+        elif len(trajectory) and self.plan.trajectory == "cache" and not free:
             self._update_cache(trajectory)
             shared, sources = NO_STEPS, self._cache
         displacement = Displacement(
-            shared, own, self.distribution, shape, sources, self._reached, self.masks
+            shared, own, self.distribution, shape, sources, self._reached, self.masks, free
         )
         moving = [place for place in self._places if displacement.moves(place[-1])]
         self._moved |= {weight.path for *_, weight in moving}

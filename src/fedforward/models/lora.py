@@ -23,8 +23,9 @@ from fedforward.core.errors import FedForwardError
 from fedforward.core.paths import absolute_text
 from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 from fedforward.directions import TILE, Distribution, Layout
-from fedforward.directions.ops import accumulate, displace
-from fedforward.models.adapters import StoredAdapter, read_adapter
+from fedforward.directions.ops import accumulate, commit_at, displace, displace_at
+from fedforward.directions.sparse_kernels import FreeCoordinates
+from fedforward.models.adapters import StoredAdapter, check_initial, read_adapter
 from fedforward.models.base import CausalModel
 from fedforward.models.batching import Arrays, Measure, cut
 from fedforward.models.blocks import class_heads, transformer_blocks
@@ -39,6 +40,7 @@ from fedforward.models.lora_layers import (
     replace_head,
     views_of,
 )
+from fedforward.models.pinned_files import PinnedFile, read_pinned
 from fedforward.models.pretrained import allow, loaded
 from fedforward.models.quantization import dequantize, is_quantized
 from fedforward.models.targets import find_targets
@@ -54,6 +56,7 @@ class LoraModel(CausalModel):
         peft: the `PeftModel` around the network.
         flat: float32 [tiles * 2048], the storage that all tuned tensors are views of.
         trajectory_cache: sums of local steps, each with its trajectory: float32, as `flat`.
+        adapted: rank, targets and blocks, as a configuration says them.
     """
 
     def __init__(
@@ -171,7 +174,14 @@ class LoraModel(CausalModel):
         self._buffer = self.flat.new_empty(0)
         self._adapters = adapters
         self._run_seed = run_seed
-        self._flat_mask: torch.Tensor | None = None
+        self._initial: PinnedFile | None = None
+        self.adapted: dict[str, Any] = {
+            "rank": rank,
+            "targets": targets if isinstance(targets, str) else list(targets),
+            "blocks": None if blocks is None else sorted(blocks),
+        }
+        self._flat_mask: tuple[Any, torch.Tensor | None] = (None, None)
+        self._free_parts: tuple[Any, dict[tuple[int, int], FreeCoordinates]] = (None, {})
         self.trajectory_cache: list[tuple[Steps, torch.Tensor]] = []
         self._live: set[int] = set()
         self._filled: list[Steps] = []
@@ -199,6 +209,7 @@ class LoraModel(CausalModel):
         distribution: str = "gaussian",
         seed: int = 0,
         adapter: str | Path | None = None,
+        init_file: str | Path | None = None,
     ) -> "LoraModel":
         """A model with new adapters, from a folder in Hugging Face format or a hub name.
 
@@ -215,6 +226,7 @@ class LoraModel(CausalModel):
             distribution: of the directions, "gaussian" or "rademacher".
             seed: of the initial A, and of the run that is made with the model.
             adapter: a folder in PEFT format to go on from; rank, alpha and targets must be its own.
+            init_file: of `fedforward align`, with the A to begin with in place of the random one.
 
         Raises:
             FedForwardError: there is no such model, or it does not fit.
@@ -228,6 +240,11 @@ class LoraModel(CausalModel):
         if type(rank) is not int or rank < 1:
             raise FedForwardError(
                 f"rank = {rank!r} is not allowed: it must be a whole number, at least 1."
+            )
+        if init_file is not None and adapter is not None:
+            raise FedForwardError(
+                f"init_file = {str(init_file)!r} and adapter = {str(adapter)!r} both give the A "
+                "that the adapters begin with. Leave one of them out."
             )
         allow("distribution", distribution, tuple(Distribution))
         allow("factors", factors, ("both", "B"))
@@ -246,6 +263,10 @@ class LoraModel(CausalModel):
             plan=plan,
             adapter=None if adapter is None else read_adapter(str(adapter)),
         )
+        if init_file is not None:
+            model.begin_with(
+                read_pinned(str(init_file), "initial A", "lora.init_file", "fedforward align")
+            )
         model.tokenizer = tokenizer
         model.plan = settled(model)
         model.settings = {
@@ -260,6 +281,11 @@ class LoraModel(CausalModel):
                 "alpha": float(alpha),
                 "targets": targets if isinstance(targets, str) else list(targets),
                 "factors": factors,
+                **(
+                    {}
+                    if init_file is None
+                    else {"init": "aligned", "init_file": absolute_text(str(init_file))}
+                ),
             },
             "method": {"distribution": distribution},
             "run": {"seed": seed, "device": device},
@@ -323,8 +349,26 @@ class LoraModel(CausalModel):
             self._begin.put_into({**self._adapters, **self._heads})
             return
         initialise(self._adapters, self._run_seed)
+        if self._initial is not None:
+            self._put_initial(self._initial)
         for name, parameter in self._heads.items():
             parameter.data.copy_(self._base_heads[name])
+
+    def begin_with(self, initial: PinnedFile) -> None:
+        """Begin with the A of a file in place of the random one (see `aligned`).
+
+        Raises:
+            FedForwardError: it was made for another model or other adapters.
+        """
+        own = {name: a.data for name, a in self._adapters.items() if ".lora_A." in name}
+        check_initial(initial, self.base_fingerprint, self.adapted, own)
+        self._initial, self.initial_a_digest = initial, initial.digest
+        self._put_initial(initial)
+        self.clear_cache()
+
+    def _put_initial(self, initial: PinnedFile) -> None:
+        for name, values in initial.tensors.items():
+            self._adapters[name].data.copy_(values)
 
     @contextmanager
     def _displaced(self, probes: Sequence[Probe], shape: tuple[int, int]) -> Iterator[None]:
@@ -357,7 +401,11 @@ class LoraModel(CausalModel):
                 own = free[: groups * TILE * (end - begin)]
                 free = free[len(own) :]
                 banks[block, begin, end] = own.view(groups, -1)
-        for same in _runs(probes):
+        few = bool(self.free_coordinates())
+        for same in _runs(probes) if few else ():
+            for (block, begin, end), bank in banks.items():
+                self._fill_few(probes[same], block, begin, end, bank[same])
+        for same in () if few else _runs(probes):
             total = self._trajectory_sum(probes[same.start].trajectory)
             for (block, begin, end), bank in banks.items():
                 displace(
@@ -368,13 +416,42 @@ class LoraModel(CausalModel):
                     distribution=self.distribution,
                     out=bank[same],
                 )
-        for (_, begin, end), bank in banks.items() if self.masks else ():
+        for (_, begin, end), bank in banks.items() if self.masks and not few else ():
             still = self.flat[TILE * begin : TILE * end]
             torch.where(self._mask_flat()[TILE * begin : TILE * end], bank, still, out=bank)
         views = views_of(self.layout, [(begin, bank) for (_, begin, _), bank in banks.items()])
         self._bank.factors = {id(self.tensors[name]): view for name, view in views.items()}
         # The parts of a batch come one after another with the same probes.
         self._filled, self._last_factors = requested, self._bank.factors
+
+    def _fill_few(
+        self, probes: Sequence[Probe], block: int, begin: int, end: int, bank: torch.Tensor
+    ) -> None:
+        """The adapters of probes with one trajectory, of which few coordinates move.
+
+        Args:
+            begin: first tile, and `end` the one after the last.
+            bank: float32 [probes, coordinates], which is filled.
+        """
+        still = self.flat[TILE * begin : TILE * end]
+        bank.copy_(still)
+        free = self._free_between(begin, end)
+        if len(free):
+            own = [probe.perturbation.block(block) for probe in probes]
+            shared = probes[0].trajectory.block(block)
+            values = displace_at(still, free, shared, own, distribution=self.distribution)
+            bank.index_copy_(1, torch.from_numpy(free.places), values)
+
+    def _free_between(self, begin: int, end: int) -> FreeCoordinates:
+        """The free coordinates of some tiles of the flat storage, numbered from the first."""
+        known = self._free_parts
+        if known[0] is not self.masks:
+            known = self._free_parts = (self.masks, {})
+        if (begin, end) not in known[1]:
+            inside = self._mask_flat()[TILE * begin : TILE * end]
+            places = inside.nonzero()[:, 0].numpy()
+            known[1][begin, end] = FreeCoordinates(places, begin)
+        return known[1][begin, end]
 
     def _moved_by(self, updates: Sequence[Update]) -> list[tuple[torch.Tensor, int, list[Update]]]:
         """The stretches of the flat storage that are updated alike, in place of its many tensors.
@@ -387,13 +464,25 @@ class LoraModel(CausalModel):
             for block, begin, end in self._segments([update.steps for update in updates])
         ]
 
+    def _commit_few(self, updates: Sequence[Update]) -> int:
+        """See `CausalModel`: of the flat storage's stretches, not of its many tensors."""
+        parts = zip(
+            self._segments([u.steps for u in updates]), self._moved_by(updates), strict=True
+        )
+        return sum(
+            commit_at(part, self._free_between(b, e), own, distribution=self.distribution)
+            for (_, b, e), (part, _, own) in parts
+        )
+
     def _mask_flat(self) -> torch.Tensor:
         """The masks in the flat storage's order, bool [tiles * 2048]; False in padding."""
-        if self._flat_mask is None:
-            self._flat_mask = torch.zeros(len(self.flat), dtype=torch.bool, device=self.device)
-            for name, view in views_of(self.layout, [(0, self._flat_mask)]).items():
+        known, flat = self._flat_mask
+        if flat is None or known is not self.masks:
+            flat = torch.zeros(len(self.flat), dtype=torch.bool, device=self.device)
+            for name, view in views_of(self.layout, [(0, flat)]).items():
                 view.copy_(self.masks[name])
-        return self._flat_mask
+            self._flat_mask = self.masks, flat
+        return flat
 
     def _segments(self, steps: Sequence[Steps]) -> Sequence[tuple[int, int, int]]:
         """The stretches of the flat storage in which all of these steps have equal coefficients."""
@@ -472,6 +561,13 @@ class LoraModel(CausalModel):
             if hasattr(layer, "lora_A") and hasattr(layer, "base_layer")
         }
         return dequantize(self.peft.unload(), deltas)
+
+
+def random_factors(model: LoraModel) -> dict[str, torch.Tensor]:
+    """Every A as the run seed gives it, float32 [r, inputs], by its name in a file."""
+    factors = {name: torch.empty_like(p.data) for name, p in model._adapters.items()}
+    initialise(factors, model._run_seed)
+    return {name: factor for name, factor in factors.items() if ".lora_A." in name}
 
 
 def _runs(probes: Sequence[Probe]) -> Iterator[slice]:

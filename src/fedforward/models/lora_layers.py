@@ -4,7 +4,7 @@
 a model fills for the probes of a pass. With what values adapters start is decided here too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -212,7 +212,7 @@ def views_of(layout: Layout, parts: Sequence[tuple[int, torch.Tensor]]) -> dict[
     }
 
 
-def initialise(adapters: dict[str, torch.nn.Parameter], run_seed: int) -> None:
+def initialise(adapters: Mapping[str, torch.Tensor], run_seed: int) -> None:
     """B = 0; A from the initialisation stream, the same on every device and library version."""
     layout = Layout.of({name: tuple(tensor.shape) for name, tensor in adapters.items()})
     seed = derive(run_seed, "lora-a")

@@ -42,8 +42,12 @@ def build_method(config: Config) -> Method:
 
 def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
     """What the ledger of a run is bound to: enough to replay it, and to refuse another's."""
-    density = config.method.density
-    lora = config.lora.model_dump() if config.model.tune == "lora" else None
+    # The file with the initial A is known by its digest.
+    lora = (
+        config.lora.model_dump(exclude={"init", "init_file"})
+        if config.model.tune == "lora"
+        else None
+    )
     return {
         # 4: entries, tasks and reports carry a payload of the method's own.
         "format": 4,
@@ -53,13 +57,22 @@ def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
         "run_seed": config.run.seed,
         "method": config.method.name,
         "parameters": config.method.parameters,
-        "mask": None if config.method.mask == "none" else [config.method.mask, density],
+        "mask": _mask_of(config, model),
         "classes": list(model.classes) or None,
         "layout": model.layout.fingerprint,
         "base": model.base,
         "adapter": model.adapter or None,
+        "initial_a": model.initial_a or None,
         "lora": lora,
     }
+
+
+def _mask_of(config: Config, model: ModelIdentity) -> list[Any] | None:
+    """What says which weights move: a kind with its share, or a file's digest; None is all."""
+    method = config.method
+    if method.mask == "none":
+        return None
+    return [method.mask, model.mask if method.mask == "file" else method.density]
 
 
 def check_header(ledger: Ledger, header: dict[str, Any]) -> None:
@@ -69,6 +82,8 @@ def check_header(ledger: Ledger, header: dict[str, Any]) -> None:
             what = {
                 "base": "the base model has other weights than that of the run",
                 "adapter": "the adapter that it began with (model.adapter) is another",
+                "initial_a": "the A that its adapters began with (lora.init_file) is another",
+                "mask": "the mask (method.mask, method.density or method.mask_file) is another",
                 "data": "the data are not those of the run, or have changed",
                 "classes": "the data have other classes than when the run started",
                 "lora": "the adapters are set up in another way",

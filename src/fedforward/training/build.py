@@ -14,15 +14,26 @@ from numpy.typing import NDArray
 
 from fedforward.config.schema import Config
 from fedforward.core.batches import Batch
+from fedforward.core.errors import FedForwardError
 from fedforward.core.identity import ModelIdentity
 from fedforward.core.steps import Probe, ProbePlan
 from fedforward.data.chat import read_template
 from fedforward.data.corpus import Corpus, CorpusReader
 from fedforward.data.encoding import TextEncoder
-from fedforward.data.sampler import Batches, Collate, collate, collate_prompts, longest
+from fedforward.data.examples import Example
+from fedforward.data.public import public_examples, training_examples
+from fedforward.data.sampler import (
+    Batches,
+    Collate,
+    collate,
+    collate_classes,
+    collate_prompts,
+    longest,
+)
 from fedforward.directions import Distribution
 from fedforward.evaluation.objectives import Context, build_objective, needs_answers, texts
 from fedforward.methods.base import Method
+from fedforward.models import aligned, masks
 from fedforward.models.adapters import read_adapter
 from fedforward.models.base import CausalModel
 from fedforward.models.choices import with_choices
@@ -31,11 +42,13 @@ from fedforward.models.full import FullModel
 from fedforward.models.grouping import settled
 from fedforward.models.loading import load, longest_sequence
 from fedforward.models.lora import LoraModel
-from fedforward.models.masks import random_mask, small_weights_mask
+from fedforward.models.masks import mask_of, random_mask, sensitivity_mask, small_weights_mask
+from fedforward.models.pinned_files import PinnedFile, read_pinned
 from fedforward.models.trial import check_causal
 from fedforward.planning import probe_grouping as probes
 from fedforward.training import activation_cache
 from fedforward.training.faults import Faults
+from fedforward.training.run_directory import RunDirectory
 
 LOGGER = logging.getLogger("fedforward.training.build")
 
@@ -140,11 +153,99 @@ def build_model(config: Config, plan: ProbePlan, classes: Sequence[str]) -> tupl
 def set_masks(config: Config, model: CausalModel) -> None:
     """Set which weights of a model at its base may move at all (`method.mask`)."""
     density = config.method.density
-    model.masks = {}
+    model.masks, model.mask_digest = {}, ""
     if config.method.mask == "random":
         model.masks = random_mask(model.tensors, model.layout, density, config.run.seed)
     elif config.method.mask == "small":
         model.masks = small_weights_mask(model.tensors, density)
+    elif config.method.mask == "file":
+        if config.method.mask_file is None:
+            raise FedForwardError(
+                "method.mask = 'file' needs method.mask_file, a file that `fedforward mask CONFIG "
+                "--out FILE` has written."
+            )
+        made = read_pinned(config.method.mask_file, masks.KIND, masks.KEY, masks.COMMAND)
+        model.masks, model.mask_digest = mask_of(made, model), made.digest
+
+
+def read_initial_a(path: str, key: str = aligned.KEY) -> PinnedFile:
+    """The A that aligned adapters begin with, from a file.
+
+    Args:
+        key: that names it in errors.
+
+    Raises:
+        FedForwardError: see `read_pinned`.
+    """
+    return read_pinned(path, aligned.KIND, key, aligned.COMMAND)
+
+
+def initial_a_of(directory: RunDirectory) -> PinnedFile:
+    """The A that a run of this machine was given at its start.
+
+    Raises:
+        FedForwardError: it is gone or damaged.
+    """
+    file = directory.initial_a
+    if not file.is_file():
+        raise FedForwardError(
+            f"{file} is missing, with which the adapters of this run began. Restore it from a "
+            "copy; `fedforward verify` and `export` take one with --init-file FILE."
+        )
+    return read_initial_a(str(file), "lora.init = 'aligned', the file")
+
+
+def align(
+    config: Config, model: CausalModel, tokenizer: Any, corpus: Corpus | None = None
+) -> PinnedFile:
+    """The aligned A of a model, from `data.public`, or else from the training rows.
+
+    Raises:
+        FedForwardError: for whatever is wrong with `data.public`.
+    """
+    assert isinstance(model, LoraModel)
+    examples = public_or_training(config, model, tokenizer, corpus, "aligning adapters")
+    return aligned.align(model, [example.tokens for example in examples])
+
+
+def sensitivity(
+    config: Config, model: CausalModel, tokenizer: Any, corpus: Corpus | None = None
+) -> PinnedFile:
+    """The mask of `method.density` of the tuned weights, from `data.public` or the training rows.
+
+    Raises:
+        FedForwardError: for whatever is wrong with `data.public`; no row is of the run's classes.
+    """
+    examples = public_or_training(config, model, tokenizer, corpus, "measuring gradients")
+    if model.classes:
+        examples = [example for example in examples if example.right >= 0]
+        if not examples:
+            raise FedForwardError(
+                f"data.public = {config.data.public!r} has no row of the run's classes, "
+                f"{', '.join(model.classes[:8])}. Give other rows."
+            )
+    rows = collate_classes if model.classes else collate
+    return sensitivity_mask(model, [rows([example]) for example in examples], config.method.density)
+
+
+def public_or_training(
+    config: Config, model: CausalModel, tokenizer: Any, corpus: Corpus | None, what: str
+) -> list[Example]:
+    """Rows of `data.public`, or else of what all clients train on; which, is logged.
+
+    Args:
+        corpus: None only with `data.public`.
+        what: is done with them, for the log.
+    """
+    if config.data.public is not None:
+        examples = public_examples(config, tokenizer, model.classes)
+        where = f"data.public = {config.data.public!r}"
+    else:
+        assert corpus is not None
+        examples = training_examples(corpus, config.data.public_rows)
+        where = "the training rows of all clients, which lie on this machine (no data.public)"
+    LOGGER.info("%s with %d rows of %s", what, len(examples), where)
+    return examples
 
 
 def use_threads(plan: ProbePlan) -> None:
@@ -192,6 +293,8 @@ def _tuned_model(
         plan=plan,
         adapter=None if begin is None else read_adapter(begin),
     )
+    if config.lora.init == "aligned" and config.lora.init_file is not None:
+        model.begin_with(read_initial_a(config.lora.init_file))
     return model, tokenizer
 
 
@@ -204,6 +307,8 @@ def identity(model: CausalModel, tokenizer: Any = None) -> ModelIdentity:
         state_bytes=model.state_bytes,
         tokenizer="" if tokenizer is None else tokenizer_fingerprint(tokenizer),
         adapter=model.adapter_digest,
+        initial_a=model.initial_a_digest,
+        mask=model.mask_digest,
     )
 
 

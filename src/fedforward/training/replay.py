@@ -86,6 +86,8 @@ def rebuild(
     base: str | None = None,
     on_round: RoundCallback = _ignore,
     adapter: str | None = None,
+    init_file: str | None = None,
+    mask_file: str | None = None,
 ) -> Rebuilt:
     """Base model plus ledger; checks on the way the digests that clients proved.
 
@@ -95,9 +97,11 @@ def rebuild(
         on_round: called after each round.
         adapter: folder of the adapter that the run went on from, where it has moved. The run
             directory of a server needs it as well.
+        init_file: with the A that aligned adapters began with, where it has moved; likewise.
+        mask_file: that says which weights move, where it has moved; likewise.
 
     Raises:
-        FedForwardError: no base model or adapter, or another one than the ledger's.
+        FedForwardError: no base model, adapter or file, or another one than the ledger's.
     """
     config = _with_base(directory, directory.config(), base)
     # A server has no plan.
@@ -113,9 +117,28 @@ def rebuild(
             f"{directory.path} is of a server, whose sites went on from an adapter. Give --adapter "
             "FOLDER, the one that they have as model.adapter."
         )
+    if init_file is not None:
+        section = config.lora.model_copy(update={"init": "aligned", "init_file": init_file})
+        config = config.model_copy(update={"lora": section})
+    elif ledger.header.get("initial_a") and not (directory.path / "plan.json").is_file():
+        raise FedForwardError(
+            f"{directory.path} is of a server, whose sites began with aligned adapters. Give "
+            "--init-file FILE, the one that they have as lora.init_file."
+        )
+    if mask_file is not None:
+        masked = config.method.model_copy(update={"mask": "file", "mask_file": mask_file})
+        config = config.model_copy(update={"method": masked})
+    elif config.method.mask == "file" and config.method.mask_file is None:
+        raise FedForwardError(
+            f"{directory.path} is of a server, whose sites have a mask in a file. Give --mask-file "
+            "FILE, the one that they have as method.mask_file."
+        )
     # The data need not be there any more.
     classes = ledger.header.get("classes") or ()
     model, tokenizer = experiment.build_model(config, plan, classes)
+    if config.lora.init == "aligned" and config.lora.init_file is None:
+        assert isinstance(model, LoraModel)
+        model.begin_with(experiment.initial_a_of(directory))
     check_header(ledger, ledger_header(config, experiment.identity(model)))
     proofs, differences = 0, []
     method = build_method(config)
@@ -171,6 +194,8 @@ def verify(
     base: str | None = None,
     on_round: RoundCallback = _ignore,
     adapter: str | None = None,
+    init_file: str | None = None,
+    mask_file: str | None = None,
 ) -> Verification:
     """Rebuild the tuned state and compare it, bit for bit, with all that the run left.
 
@@ -182,13 +207,15 @@ def verify(
         base: see `rebuild`.
         on_round: see `rebuild`.
         adapter: see `rebuild`.
+        init_file: see `rebuild`.
+        mask_file: see `rebuild`.
 
     Raises:
         FedForwardError: this is not a run, or its ledger or base model cannot be used.
     """
     directory = RunDirectory(Path(path))
     config = directory.config()
-    rebuilt = rebuild(directory, base, on_round, adapter)
+    rebuilt = rebuild(directory, base, on_round, adapter, init_file, mask_file)
     differences = list(rebuilt.differences)
     digest = rebuilt.model.digest().hex()
     current = False
@@ -239,6 +266,8 @@ def export(
     base: str | None = None,
     on_round: RoundCallback = _ignore,
     adapter: str | None = None,
+    init_file: str | None = None,
+    mask_file: str | None = None,
 ) -> Path:
     """Write the adapter, or with `merge` (or full tuning) a whole model, rebuilt from the ledger.
 
@@ -249,6 +278,8 @@ def export(
         base: see `rebuild`.
         on_round: see `rebuild`.
         adapter: see `rebuild`.
+        init_file: see `rebuild`.
+        mask_file: see `rebuild`.
 
     Raises:
         FedForwardError: `out` is in use, or the run cannot be rebuilt.
@@ -257,7 +288,7 @@ def export(
     check_new_folder(out, "--out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FedForwardError(f"--out {out} exists and is not an empty folder. Choose another.")
-    rebuilt = rebuild(RunDirectory(path), base, on_round, adapter)
+    rebuilt = rebuild(RunDirectory(path), base, on_round, adapter, init_file, mask_file)
     rebuilt.ledger.close()
     if rebuilt.differences:
         raise FedForwardError(

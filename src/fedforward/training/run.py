@@ -28,13 +28,15 @@ from fedforward.messages.snapshot import Snapshot
 from fedforward.methods.report_filters import build_filters
 from fedforward.models.base import CausalModel
 from fedforward.models.loading import longest_sequence, placement
+from fedforward.models.lora import LoraModel
+from fedforward.models.pinned_files import PinnedFile
 from fedforward.planning.allocator import Allocator
 from fedforward.planning.memory.tracker import peak_bytes
 from fedforward.training import activation_cache, assembly, build, summary
 from fedforward.training.loop import Loop
 from fedforward.training.metrics import ProgressCallback, RoundOutcome
 from fedforward.training.plots import draw
-from fedforward.training.run_directory import RunDirectory, errors_of_the_disk
+from fedforward.training.run_directory import RunDirectory, errors_of_the_disk, write_bytes
 from fedforward.training.simulation import LocalRuntime
 from fedforward.training.summary import Lines, RunSummary, SimulationSummary
 
@@ -73,6 +75,7 @@ class Run:
         self.config = config
         self.directory = RunDirectory(out)
         self.progress = progress
+        self._initial_a: PinnedFile | None = None
         self.directory.lock()
         try:
             self._build(resume, built)
@@ -102,6 +105,7 @@ class Run:
         self.corpus = build.read_corpus(
             config, reader, self.tokenizer, positions, self.model.classes
         )
+        self._begin_aligned()
         if not self.directory.started:
             budget = " and the memory budget" if config.run.memory_budget else ""
             PHASES.info("fitting probes to the model%s", budget)
@@ -125,6 +129,7 @@ class Run:
                 self.ledger = self._open_ledger()
                 self.directory.start(config, self.plan)
             else:
+                self._keep_initial_a()
                 self.directory.start(config, self.plan)
                 self.ledger = self._open_ledger()
         self.replica = Replica(self.model, self.method)
@@ -197,6 +202,29 @@ class Run:
                 )
             return plan
         return build.resolve_plan(self.config)
+
+    def _begin_aligned(self) -> None:
+        """Give aligned adapters their A, unless a file was given: made now, or of this run.
+
+        Raises:
+            FedForwardError: the run has begun with one that is gone or damaged.
+        """
+        lora = self.config.lora
+        if lora.init != "aligned" or lora.init_file is not None:
+            return
+        assert isinstance(self.model, LoraModel)
+        if self.directory.started:
+            initial = build.initial_a_of(self.directory)
+        else:
+            PHASES.info("aligning adapters")
+            initial = build.align(self.config, self.model, self.tokenizer, self.corpus)
+        self.model.begin_with(initial)
+        self._initial_a = initial
+
+    def _keep_initial_a(self) -> None:
+        """Keep an A that was made for this run, for all who replay it."""
+        if self._initial_a is not None:
+            write_bytes(self.directory.initial_a, self._initial_a.data)
 
     def _place(self) -> None:
         """Note where the parts of a network lie that is spread over devices, or compare it."""

@@ -1,6 +1,7 @@
 """The folder of a run: what is in it, written so that a kill or a full disk loses nothing.
 
 config.toml       the resolved configuration        metrics.jsonl   a line per round
+initial_a.safetensors   where adapters are aligned: what they began with, unless a file was given
 plan.json         the probe plan                    loss.png        the loss curve
 environment.json  versions and machine              summary.json    the result
 ledger.sqlite     the source of truth               adapter/ or model/   what was tuned
@@ -35,7 +36,13 @@ FREE_KEYS = {"run.patience", "run.evaluate_every", "run.activation_cache"}
 #: What a start that was cut short may leave behind; nothing has been computed yet.
 _FIRST_FILES = {LOCK, HOLDER} | {
     name + ending
-    for name in ("plan.json", "environment.json", "config.toml", "federation.json")
+    for name in (
+        "plan.json",
+        "environment.json",
+        "config.toml",
+        "federation.json",
+        "initial_a.safetensors",
+    )
     for ending in ("", ".partial")
 }
 _PACKAGES = ("torch", "transformers", "peft", "numba", "numpy", "datasets")
@@ -51,6 +58,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.plot = path / "loss.png"
+        self.initial_a = path / "initial_a.safetensors"
         self._lock = FolderLock(path, "--out")
 
     @property
@@ -278,10 +286,15 @@ def _flat(config: Config) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file as a whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file as a whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

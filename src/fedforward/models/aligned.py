@@ -1,0 +1,227 @@
+"""Aligned adapters: the A of a layer spans the directions in which its inputs vary most.
+
+C = Σ x xᵀ over the tokens of some texts, by forward passes of the base. The rows of A are the top r
+eigenvectors of C, each divided by the root of its own variance, so that an update of B moves along
+all of them alike. They are scaled so that tr(A C Aᵀ) is that of the random A of the run seed.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedforward.core.batches import IGNORED, TokenBatch
+from fedforward.core.errors import FedForwardError
+from fedforward.core.logs import PHASES
+from fedforward.core.steps import Probe
+from fedforward.models.lora import LoraModel, random_factors
+from fedforward.models.pinned_files import PinnedFile, pinned
+
+LOGGER = logging.getLogger("fedforward.models")
+KIND, KEY, COMMAND = "initial A", "lora.init_file", "fedforward align"
+#: Bytes of float64 covariances that are held at once; more layers take another pass over the texts.
+MOST_BYTES = 1 << 30
+#: A direction with less than this share of all variance is one that the texts do not show.
+LEAST_SHARE = 1e-10
+
+
+def align(model: LoraModel, texts: Sequence[NDArray[np.int64]]) -> PinnedFile:
+    """The aligned A of a model, from the inputs of its adapted layers over some texts.
+
+    The network must be at its base weights. It is run on one text at a time, so nothing is padded.
+    Where the texts show fewer than r directions of a layer's inputs, the last rows are those of the
+    random A without their parts along the directions found.
+
+    Args:
+        texts: int64 [length] each.
+
+    Returns:
+        float32 [r, inputs] by name of a layer's A, ready to be written.
+
+    Raises:
+        FedForwardError: no text has two tokens.
+    """
+    texts = [text for text in texts if len(text) > (0 if model.classes else 1)]
+    if not texts:
+        raise FedForwardError("No text with two tokens or more is there to align adapters with.")
+    random = random_factors(model)
+    layers = {
+        name: layer
+        for name, layer in model.peft.named_modules()
+        if hasattr(layer, "lora_A") and hasattr(layer, "base_layer")
+    }
+    found: dict[str, torch.Tensor] = {}
+    short = 0
+    for part in _parts(random, layers):
+        PHASES.info("aligning adapters: %d of %d layers", len(found), len(layers))
+        own = {n: layers[n] for n in part}
+        try:
+            covariances, leaders = _covariances(model, own, texts)
+        except _NotSharedError:
+            covariances, leaders = _covariances(model, own, texts, share=False)
+        top: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+        for name in part:
+            initial = random[_key(name)].double().cpu().numpy()
+            leader = leaders.get(name, name)
+            if leader not in covariances:
+                found[_key(name)], short = random[_key(name)].cpu(), short + 1
+                continue
+            covariance = covariances[leader]
+            if leader not in top:
+                top[leader] = _top(covariance, len(initial))
+            directions, variances = top[leader]
+            short += len(directions) < len(initial)
+            rows = aligned_rows(directions, variances, covariance, initial)
+            found[_key(name)] = torch.from_numpy(rows.astype(np.float32))
+    if short:
+        LOGGER.warning(
+            "In %d of %d adapted layers the texts show fewer directions than lora.rank = %d; the "
+            "other rows of their A are random.",
+            short,
+            len(layers),
+            len(next(iter(random.values()))),
+        )
+    made_for = {
+        "base": model.base_fingerprint,
+        **model.adapted,
+        "rows": len(texts),
+        "tokens": sum(map(len, texts)),
+    }
+    return pinned(KIND, found, made_for, f"the {KIND} of this run")
+
+
+def aligned_rows(
+    directions: NDArray[np.float64],
+    variances: NDArray[np.float64],
+    covariance: NDArray[np.float64],
+    initial: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """A of one layer.
+
+    Args:
+        directions: orthonormal [found, inputs], the one with the largest variance first.
+        variances: vᵀ C v of each.
+        covariance: C, [inputs, inputs].
+        initial: the random A, [r, inputs].
+
+    Returns:
+        [r, inputs]; equal variances over all rows that were found.
+    """
+    found = len(directions)
+    if not found:
+        return initial
+    total = np.einsum("ri,ij,rj->", initial, covariance, initial, optimize=True)
+    scale = np.sqrt(total / found / variances)
+    rest = initial[found:]
+    rest = rest - (rest @ directions.T) @ directions
+    return np.concatenate((directions * scale[:, None], rest))
+
+
+def _top(
+    covariance: NDArray[np.float64], rank: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """At most `rank` eigenvectors with the largest eigenvalues, as rows, and these.
+
+    The largest component of each is positive; the first of several that are as large decides.
+    """
+    from scipy.linalg import eigh
+
+    size = len(covariance)
+    first = max(0, size - rank)
+    values, vectors = eigh(covariance, subset_by_index=[first, size - 1])
+    values, vectors = values[::-1], vectors.T[::-1]
+    there = values > LEAST_SHARE * np.trace(covariance)
+    values, vectors = values[there], vectors[there]
+    largest = np.abs(vectors).argmax(axis=1)
+    signs = np.sign(np.take_along_axis(vectors, largest[:, None], axis=1))
+    return vectors * signs, values
+
+
+def _parts(random: Mapping[str, torch.Tensor], layers: Mapping[str, Any]) -> list[list[str]]:
+    """The layers in their order, cut where their covariances would take too much memory."""
+    number, held = 0, 0
+    place = {}
+    for name in layers:
+        size = 8 * random[_key(name)].shape[1] ** 2
+        if held and held + size > MOST_BYTES:
+            number, held = number + 1, 0
+        held += size
+        place[name] = number
+    return [list(part) for _, part in groupby(layers, key=place.__getitem__)]
+
+
+class _NotSharedError(Exception):
+    """A layer that was given another's inputs is given its own as well."""
+
+
+def _covariances(
+    model: LoraModel,
+    layers: Mapping[str, Any],
+    texts: Sequence[NDArray[np.int64]],
+    share: bool = True,
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, str]]:
+    """Σ x xᵀ of layers over texts, float64 [inputs, inputs].
+
+    Args:
+        share: whether layers that are given the very same tensor, as those of queries, keys and
+            values are, share one.
+
+    Returns:
+        By layer; and for each layer that shares another's, which one that is.
+
+    Raises:
+        _NotSharedError: they share some of their inputs and not all.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    leaders: dict[str, str] = {}
+    last: list[Any] = ["", None]
+
+    def note(name: str, x: torch.Tensor) -> None:
+        if share and x is last[1] and name not in sums:
+            if leaders.setdefault(name, last[0]) != last[0]:
+                raise _NotSharedError
+            return
+        if name in leaders:
+            raise _NotSharedError
+        last[:] = [name, x]
+        rows = x.detach().reshape(-1, x.shape[-1]).double()
+        if name in sums:
+            sums[name].addmm_(rows.T, rows)
+        else:
+            sums[name] = rows.T @ rows
+
+    with _told(layers, note):
+        for text in texts:
+            last[:] = ["", None]
+            labels = np.full((1, len(text)), IGNORED, np.int64)
+            labels[0, -1] = 0 if model.classes else text[-1]
+            probe = Probe(TokenBatch(text[None], labels))
+            if model.classes:
+                model.class_logits([probe])
+            else:
+                model.token_losses([probe])
+    return {name: total.cpu().numpy() for name, total in sums.items()}, leaders
+
+
+@contextmanager
+def _told(layers: Mapping[str, Any], note: Any) -> Iterator[None]:
+    """While it is open, `note(name, x)` is called with what a layer is given."""
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _key(name: str) -> str:
+    """The name of a layer's A in files."""
+    return f"{name}.lora_A.weight"
