@@ -119,7 +119,7 @@ def steps(arguments: Any, model: CausalModel, examples: Any, name: str, repeats:
     }
     actions = {key: lambda probes=probes: model.evaluate(probes) for key, probes in pairs.items()}
     common.interleave(actions, 1, arguments.device)
-    times = common.medians(common.interleave(actions, 3 * repeats, arguments.device))
+    times = common.medians(common.interleave(actions, repeats, arguments.device))
     return [
         {
             "name": f"step, {key} ({name})",

@@ -28,6 +28,7 @@ from fedforward.methods.estimators import TwoPoint
 from fedforward.models import devices
 from fedforward.models.base import CausalModel
 from fedforward.models.blocks import transformer_blocks
+from fedforward.models.choices import with_choices
 from fedforward.models.full import FullModel
 from fedforward.models.lm_head import Head
 from fedforward.models.loading import load
@@ -42,7 +43,7 @@ from fedforward.training import build as experiment
 from fedforward.training import replay as artefacts
 from fedforward.training.run import Run
 from tests.conftest import DEMO_MODEL
-from tests.models import test_classification
+from tests.models import test_choices, test_classification
 from tests.models.test_models import PERTURBATION, TRAJECTORY, lora, plan
 from tests.models.test_offload import KINDS, build, large, life, step
 from tests.models.test_probing import FAMILIES, OPPOSITE, make
@@ -286,6 +287,26 @@ def test_classifiers_have_the_bits_of_the_cpu(kind: str, tune: str, offloads: bo
         answers += [model.digest(), model.classify(np.array([5, 6, 7]))]
         found.append(answers)
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "full cache"])
+def test_choices_have_the_bits_of_the_cpu(kind: str, offloads: bool) -> None:
+    """Words of one token and longer ones, at the base and displaced; and what a trial finds."""
+    found = []
+    for place in ("cpu", DEVICE):
+        model = build(kind, "llama", place, offloads and place == DEVICE)
+        model.plan = with_choices(model, model.plan)
+        sums = [model.plan.joins_choices, model.plan.most_branching]
+        for lengths in (test_choices.SINGLE, test_choices.SEVERAL):
+            data = test_choices.batch(test_choices.examples(lengths))
+            probes = [Probe(data), Probe(data, TRAJECTORY, PERTURBATION)]
+            for choices in model.choices(probes, loss=True):
+                sums += [choices.sums.tobytes(), choices.losses.tobytes()]
+            if not offloads:
+                sums.append(float(model.loss(data).detach()))
+        found.append(sums)
+    assert found[0] == found[1] and found[0][0]
 
 
 @pytest.mark.parametrize("offloads", [False, True])

@@ -379,3 +379,20 @@ def test_backpropagation_goes_through_the_choice(
             sides.append(model.loss(data).item())
         tensor += step
     assert (sides[0] - sides[1]) / 2 == pytest.approx(slope, rel=2e-2)
+
+
+def test_masked_weights_stay_in_the_words_rows_of_the_head() -> None:
+    model = model_of(family("llama"), "full")
+    random = torch.Generator().manual_seed(0)
+    model.masks = {
+        name: torch.rand(tensor.shape, generator=random) < 0.2
+        for name, tensor in model.tensors.items()
+    }
+    own = examples()
+    steps = (TRAJECTORY, PERTURBATION)
+    (joined,) = model.choices([Probe(batch(own), *steps)])
+    (apart,) = model.choices([Probe(collate_choices(own), *steps)])
+    np.testing.assert_allclose(differences(joined.sums), differences(apart.sums), atol=3e-5)
+    model.masks = {}
+    (free,) = model.choices([Probe(batch(own), *steps)])
+    assert np.abs(differences(free.sums) - differences(joined.sums)).max() > 1e-3
