@@ -16,7 +16,7 @@ from fedforward.config.sections import (
     SimulationSection,
 )
 from fedforward.core.errors import FedForwardError
-from fedforward.core.registry import AGGREGATORS
+from fedforward.core.registry import AGGREGATORS, REPORT_FILTERS
 from fedforward.methods.aggregation import Aggregator
 from fedforward.methods.base import Capabilities, method_class, usable_methods
 from fedforward.methods.estimators import build_estimator
@@ -93,6 +93,7 @@ def rules(config: SectionsRead) -> Iterator[str]:
     The sentences have no full stop. Sections are valid by themselves when this is called.
     """
     method, can = config.method, capabilities(config.method.name)
+    yield from _automatic_rate(config, can)
     if not can.forward_only:
         yield from _sends_tensors(config)
     elif not can.contributions and not config.server.plain:
@@ -140,6 +141,34 @@ def rules(config: SectionsRead) -> Iterator[str]:
             f"method.report_filters = {list(method.report_filters)!r} withholds; use "
             "'fixed', 'random' or 'update-difference'"
         )
+
+
+def _automatic_rate(config: SectionsRead, can: Capabilities) -> Iterator[str]:
+    """Rules of method.learning_rate = "auto"."""
+    method, server, key = config.method, config.server, "method.learning_rate = 'auto'"
+    if method.learning_rate != "auto":
+        return
+    if not can.forward_only:
+        yield (
+            f"{key} measures the loss along sums of directions, and the clients of method.name = "
+            f"{method.name!r} send tensors; give a number, such as 1e-3"
+        )
+        return
+    for found, does in (
+        (f"server.momentum = {server.momentum:g}" if server.momentum else "", "repeats steps"),
+        ("server.normalise = true" if server.normalise else "", "scales them as well"),
+    ):
+        if found:
+            yield (
+                f"{key} sets the size of a round's steps by what they do, and {found} {does}; "
+                "leave it out, or give method.learning_rate a number"
+            )
+    for name in method.report_filters:
+        if getattr(REPORT_FILTERS.get(name.partition(":")[0]), "withholds_loss", False):
+            yield (
+                f"{key} reads losses, which method.report_filters = "
+                f"{list(method.report_filters)!r} withholds; give method.learning_rate a number"
+            )
 
 
 def _sends_tensors(config: SectionsRead) -> Iterator[str]:

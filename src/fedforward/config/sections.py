@@ -295,7 +295,11 @@ class MethodSection(Section):
     """[method]"""
 
     name: Method = Field("fedmezo", description="the algorithm")
-    learning_rate: Positive = Field(1e-3, description="eta_0")
+    learning_rate: Positive | Literal["auto"] = Field(
+        "auto",
+        description='eta_0; "auto" finds it, and changes it, by what clients measure along the '
+        "last update",
+    )
     client_rates: Literal["fixed", "random", "loss", "loss-window", "update-difference"] = Field(
         "fixed", description="how clients' own learning rates differ from eta_0"
     )
@@ -379,7 +383,9 @@ class MethodSection(Section):
 
     @property
     def alpha(self) -> float:
-        """The spread of the clients' rates that is in force."""
+        """The spread of the clients' rates that is in force; of "auto" as a share of the rate."""
+        if self.learning_rate == "auto":
+            return 0.5
         return self.learning_rate / 2 if self.rate_spread is None else self.rate_spread
 
     @property
@@ -400,7 +406,14 @@ class MethodSection(Section):
 
     @model_validator(mode="after")
     def _rates_stay_positive(self) -> "MethodSection":
-        if self.alpha > self.learning_rate:
+        if self.learning_rate == "auto":
+            if self.rate_spread is not None:
+                raise ValueError(
+                    f"rate_spread = {self.rate_spread} is a part of a learning_rate, which is "
+                    "'auto'; leave it out (rates then lie within half of the one that is found), "
+                    "or give learning_rate a number"
+                )
+        elif self.alpha > self.learning_rate:
             raise ValueError(
                 f"rate_spread = {self.rate_spread} is above learning_rate = {self.learning_rate}, "
                 "so that a client's rate could be negative; allowed is 0 to learning_rate"

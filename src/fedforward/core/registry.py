@@ -136,6 +136,7 @@ ESTIMATORS = Registry(
     "fedforward.estimators",
     {
         "two-point": "fedforward.methods.estimators:TwoPoint",
+        "one-sided": "fedforward.methods.estimators:OneSided",
         "fzoo": "fedforward.methods.estimators:FZOO",
     },
 )

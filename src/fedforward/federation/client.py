@@ -4,14 +4,18 @@ A `Replica` is one copy of the weights with its place in the ledger. In a deploy
 has its own; in a simulation all clients share one, and only the first to catch up does the work.
 """
 
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedforward.core.errors import MessageError
 from fedforward.core.steps import Evaluation, Probe
 from fedforward.messages.entry import Entry
-from fedforward.messages.report import DIGEST_BYTES
+from fedforward.messages.report import DIGEST_BYTES, NO_FLOATS
 from fedforward.messages.snapshot import Snapshot
 from fedforward.messages.task import Task
 from fedforward.methods.base import BatchStream, Method
@@ -27,6 +31,7 @@ class Replica:
         method: knows what a ledger entry does to them.
         rounds: ledger rounds that the weights contain.
         state: what the method remembers.
+        last_entry: the last round that was committed here; None before one, or after a snapshot.
     """
 
     def __init__(self, model: CausalModel, method: Method) -> None:
@@ -35,6 +40,7 @@ class Replica:
         self.method = method
         self.rounds = 0
         self.state: Any = method.new_state()
+        self.last_entry: Entry | None = None
         self._digest: tuple[int, bytes] = (-1, b"")
         if method.capabilities.from_base:
             # Before anything moves: every state is a sum on top of the base.
@@ -68,6 +74,8 @@ class Replica:
             self.reset()
             raise
         self.rounds += len(updates)
+        if due:
+            self.last_entry = due[-1]
 
     def digest(self) -> bytes:
         """The first bytes of the tuned state's SHA-256, as reports carry them."""
@@ -80,6 +88,7 @@ class Replica:
         self.model.reset()
         self.rounds = 0
         self.state = self.method.new_state()
+        self.last_entry = None
         self._digest = (-1, b"")
 
     def snapshot(self) -> Snapshot:
@@ -102,12 +111,38 @@ class Replica:
             self.reset()
             raise
         self.rounds = snapshot.rounds
+        self.last_entry = None
         if (snapshot.data or snapshot.digest) and self.model.digest() != snapshot.digest:
             self.reset()
             raise MessageError(
                 f"A snapshot after {snapshot.rounds} rounds was refused: its bytes are not what "
                 "its digest says. This client starts again from the base."
             )
+
+
+def along_update(evaluations: Sequence[Sequence[Evaluation]]) -> NDArray[np.float32]:
+    """The mean losses at three points, and the standard error of the second less the first.
+
+    Args:
+        evaluations: of the same batches at each point.
+
+    Returns:
+        float32 [4]; what is not finite, or beyond float32, is the largest number that it holds.
+    """
+    sums = [np.concatenate([part.sums for part in point]) for point in evaluations]
+    counts = np.concatenate([part.counts for part in evaluations[0]])
+    total = max(1, int(counts.sum()))
+    with np.errstate(invalid="ignore", over="ignore"):
+        losses = [float(part.sum()) / total for part in sums]
+        rises = (sums[1] - sums[0]) * (len(counts) / total)
+        # A single example says nothing of chance: no rise is more than that.
+        rise = abs(losses[1] - losses[0])
+        error = rises.std(ddof=1) / math.sqrt(len(rises)) if len(rises) > 1 else rise
+    numbers = np.array([*losses, error])
+    largest = float(np.finfo(np.float32).max) / 2
+    known = np.nan_to_num(numbers, nan=largest, posinf=largest, neginf=-largest)
+    reported: NDArray[np.float32] = known.clip(-largest, largest).astype(np.float32)
+    return reported
 
 
 class Client:
@@ -138,10 +173,38 @@ class Client:
             )
         self.sync(task)
         digest = self.replica.digest() if task.digest_wanted else b""
+        searched = NO_FLOATS
+        if task.line_search:
+            searched = yield from self._search(task)
         report = yield from self.replica.method.local_round(task, self.batches, self.replica.model)
         for apply in self.filters:
             report = apply(report)
-        return replace(report, digest=digest).encode()
+        return replace(report, digest=digest, line_search=searched).encode()
+
+    def _search(
+        self, task: Task
+    ) -> Generator[Sequence[Probe], Sequence[Evaluation], NDArray[np.float32]]:
+        """Measure the coming batches at 0, 1 and 2 times the last round's update.
+
+        Returns:
+            As `Report.line_search`; empty where the last round came in a snapshot.
+        """
+        last, method = self.replica.last_entry, self.replica.method
+        if last is None or last.round != task.round - 1:
+            return NO_FLOATS
+        update = method.round_steps(last)
+        first = task.round * method.local_steps
+        batches = [self.batches[first + place] for place in range(task.line_search)]
+        evaluations = yield [
+            probe
+            for batch in batches
+            for probe in (
+                Probe(batch, perturbation=update.scaled(-1.0)),
+                Probe(batch),
+                Probe(batch, perturbation=update),
+            )
+        ]
+        return along_update([evaluations[place::3] for place in range(3)])
 
     def sync(self, task: Task) -> None:
         """Bring the replica to the state that a task starts from.

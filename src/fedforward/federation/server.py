@@ -6,6 +6,7 @@ server that was killed goes on from the file. It imports no PyTorch.
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedforward.directions import Distribution
 from fedforward.federation.agreement import QuorumError, majority
 from fedforward.federation.learning_rates import WINDOW, RateSettings, rates, update_differences
 from fedforward.federation.ledger import Ledger, Round
+from fedforward.federation.rate_search import SCALES, RateSearch
 from fedforward.federation.server_optimizer import PLAIN, ServerOptimizer
 from fedforward.federation.snapshots import Snapshots
 from fedforward.federation.state_file import read_state, write_state
@@ -30,6 +32,9 @@ from fedforward.methods.base import Method
 
 #: Clients prove their tuned state in every round whose number this divides.
 DIGEST_EVERY = 10
+
+#: The probes along the last update, as a share of a round's.
+SEARCH_SHARE = 0.2
 
 #: From the participants of a round to the blocks that each perturbs, bool [participants, B].
 Allocate = Callable[[Sequence[int]], NDArray[np.bool_]]
@@ -51,6 +56,7 @@ class ServerSettings:
         deadline: seconds after which a round is closed with the reports that are there.
         optimizer: what is done to a round's steps before they are written.
         allocate: which blocks each participant perturbs; None is all.
+        search: finds learning rates where they are "auto"; `rates` then multiply what it finds.
         state_bytes: of the tuned tensors, which a snapshot carries.
     """
 
@@ -65,6 +71,7 @@ class ServerSettings:
     deadline: float = math.inf
     optimizer: ServerOptimizer = PLAIN
     allocate: Allocate | None = None
+    search: RateSearch | None = None
     state_bytes: int = 0
 
 
@@ -95,11 +102,13 @@ class Server:
         self.reset: set[int] = set()
         self.snapshots = Snapshots(settings.state_bytes)
         self.state: Any = method.new_state()
+        self.search = copy(settings.search)
         self._window = max(WINDOW, settings.optimizer.window)
         self._first: Round | None = None
         self._history: list[Round] = []
         self._payload_before = b""
         self._rates: dict[int, float] = {}
+        self._multipliers: dict[int, float] = {}
         self._blocks: dict[int, NDArray[np.bool_]] = {}
         self._reports: dict[int, Report] = {}
         self._digest_wanted = self._unproven = False
@@ -125,6 +134,8 @@ class Server:
         """Take in a round that is in the ledger."""
         for result in record.results:
             self.held[result.report.client] = record.entry.round
+        if self.search is not None:
+            self.search.observe(record, self.settings.rates.factor(record.entry.round))
         self._first = self._first or record
         self._history = [*self._history, record][-self._window :]
 
@@ -174,6 +185,7 @@ class Server:
             reset=client in self.reset,
             blocks=self._blocks.get(client),
             payload=self.method.task_payload(self.state),
+            line_search=self._search_batches,
             snapshot=snapshot,
         ).encode()
 
@@ -221,7 +233,7 @@ class Server:
 
     def _learning_rates(self, participants: Sequence[int]) -> dict[int, float]:
         factor = self.settings.optimizer.rate_factor(self._first, self._history)
-        chosen = rates(
+        self._multipliers = chosen = rates(
             self.settings.rates,
             self.round,
             participants,
@@ -229,7 +241,19 @@ class Server:
             self.settings.run_seed,
             self._differences,
         )
+        if self.search is not None:
+            # Known only when the first round's projected gradients are; that round stays where
+            # it begins.
+            factor *= self.search.factor(1.0)
         return {client: factor * rate for client, rate in chosen.items()}
+
+    @property
+    def _search_batches(self) -> int:
+        """Batches on which clients of the open round measure the update before; 0 is none."""
+        if self.search is None or not self.search.applied:
+            return 0
+        spent = self.method.local_steps * self.method.estimator.probes_per_step
+        return max(1, min(self.method.local_steps, round(SEARCH_SHARE * spent / len(SCALES))))
 
     def _lacking(self, client: int) -> tuple[bytes, tuple[Entry, ...]]:
         """What brings a client to the coming round: a snapshot or nothing, and ledger entries."""
@@ -347,6 +371,12 @@ class Server:
                 f"A report of client {report.client} was refused: it "
                 f"{'lacks the digest' if self._digest_wanted else 'has a digest'} of the state."
             )
+        found = report.line_search
+        if len(found) not in (0, 4) or (len(found) and (not self._search_batches or found[3] < 0)):
+            raise MessageError(
+                f"A report of client {report.client} was refused: it has {len(found)} numbers "
+                "along the last update that were not asked for, or are none."
+            )
         steps = self.method.local_steps
         # A site may withhold its loss; a loss without a finite step there is none.
         if report.skipped > steps or (report.skipped == steps and not math.isnan(report.loss)):
@@ -391,14 +421,8 @@ class Server:
                 f"Round {self.round} cannot be closed: {len(reports)} of {len(self._rates)} "
                 f"clients have reported, and federation.quorum is {self.settings.quorum}."
             )
-        results = [
-            ClientResult(
-                weight, self._rates[report.client], report, self._blocks.get(report.client)
-            )
-            for weight, report in zip(self._weights(reports), reports, strict=True)
-        ]
-        entry = self.method.aggregate(self.round, results, self.state)
-        entry = self.settings.optimizer.apply(entry, self._history)
+        results = self._results(reports)
+        entry = self._entry(results)
         kept = tuple(replace(part, report=self.method.kept(part.report)) for part in results)
         record = Round(entry, kept)
         self.ledger.check(record)
@@ -410,6 +434,25 @@ class Server:
         self.reset -= {report.client for report in reports}
         self._reports, self._rates = {}, {}
         return record
+
+    def _results(self, reports: Sequence[Report]) -> list[ClientResult]:
+        """The reports with their weights, rates and blocks."""
+        results = [
+            ClientResult(
+                weight, self._rates[report.client], report, self._blocks.get(report.client)
+            )
+            for weight, report in zip(self._weights(reports), reports, strict=True)
+        ]
+        return results if self.search is None else self.search.rated(results, self._multipliers)
+
+    def _entry(self, results: Sequence[ClientResult]) -> Entry:
+        """The round's update, or the one that takes back the last, if the loss has risen by it."""
+        decay = self.settings.optimizer.decay
+        if self.search is not None and self.search.takes_back(results):
+            before = self._history[-1].entry
+            return replace(self.method.taken_back(self.round, before), decay=decay)
+        entry = self.method.aggregate(self.round, results, self.state)
+        return self.settings.optimizer.apply(entry, self._history)
 
     def _agreeing(self, reports: Sequence[Report]) -> list[Report]:
         """The reports from the state that most clients hold; the others' clients are to reset."""

@@ -22,6 +22,8 @@ from fedforward.messages.codec import (
     wire,
 )
 
+NO_FLOATS = np.empty(0, np.float32)
+NO_FLOATS.flags.writeable = False
 #: Bytes of a state digest on the wire (its first half).
 DIGEST_BYTES = 16
 
@@ -40,6 +42,9 @@ class Report(Message):
         gradients: float32 [local steps * directions], the projected gradients.
         digest: the first 16 bytes of the tuned state's SHA-256, or empty if not asked for.
         payload: what the method adds: bytes that it alone reads.
+        line_search: float32 [4] where the task asked for it, else empty: the mean loss on the
+            client's next batches at 0, 1 and 2 times the last round's update, and the standard
+            error of the difference between the first two.
     """
 
     KIND: ClassVar[int] = 2
@@ -54,6 +59,11 @@ class Report(Message):
         data("B", 0, DIGEST_BYTES), "first half of the tuned state's SHA-256", default=b""
     )
     payload: bytes = wire(data("I"), "what the method adds; it alone reads it", default=b"")
+    line_search: NDArray[np.float32] = wire(
+        floats("B"),
+        "losses at 0, 1 and 2 times the last update, and the error of their difference",
+        default_factory=lambda: NO_FLOATS,
+    )
 
 
 @dataclass(frozen=True)
@@ -78,13 +88,13 @@ class ClientResult(Message):
 
     Attributes:
         weight: p_i, the client's share of the average; the weights of a round sum to one.
-        learning_rate: η_i that the client was given.
+        learning_rate: η_i, by which its projected gradients count.
         report: what it sent.
         blocks: the blocks that it was given, bool [B]; None is all.
     """
 
     weight: float = wire(F64, "share of the average")
-    learning_rate: float = wire(F64, "that the client was given")
+    learning_rate: float = wire(F64, "by which its projected gradients count")
     report: Report = wire(_OneReport("B", "Report"), "what the client sent")
     blocks: NDArray[np.bool_] | None = wire(
         blocks(), "blocks that it was given; none stands for all", default=None

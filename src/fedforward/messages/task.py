@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedforward.messages.codec import F64, FLAG, U32, Message, blocks, data, many, wire
+from fedforward.messages.codec import F64, FLAG, U16, U32, Message, blocks, data, many, wire
 from fedforward.messages.entry import Entry
 
 
@@ -23,6 +23,7 @@ class Task(Message):
         reset: whether the client must first go back to the base model.
         blocks: the blocks that the client perturbs, bool [B]; None is all.
         payload: what the method adds: bytes that it alone reads.
+        line_search: batches on which to measure the last round's update first; 0 is none.
         snapshot: an encoded `Snapshot` to start from before the entries; or empty.
     """
 
@@ -38,4 +39,7 @@ class Task(Message):
         blocks(), "blocks to perturb; none stands for all", default=None
     )
     payload: bytes = wire(data("I"), "what the method adds; it alone reads it", default=b"")
+    line_search: int = wire(
+        U16, "batches on which to measure the last round's update first", default=0
+    )
     snapshot: bytes = wire(data("Q"), "an encoded snapshot to start from", default=b"")

@@ -8,7 +8,7 @@ round. Everything else asks its `Capabilities`. No method imports PyTorch at its
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -238,6 +238,23 @@ class Method(ABC):
             active = np.repeat(np.array(rows).T, expected, axis=1)
             steps = Steps(seeds, np.where(active, coefficients, np.float32(0.0)))
         return Update(steps, dither_seed(self.run_seed, entry.round), entry.decay)
+
+    def round_steps(self, entry: Entry) -> Steps:
+        """What a round's own reports have added to the weights: its update without older steps."""
+        fresh = tuple(part for part in entry.contributions if not part.age)
+        return self.update(replace(entry, contributions=fresh), self.new_state()).steps
+
+    def taken_back(self, round_number: int, entry: Entry) -> Entry:
+        """The round that takes back what the reports of the round before have added.
+
+        Args:
+            entry: of the round before.
+        """
+        parts = [part for part in entry.contributions if not part.age]
+        return Entry(
+            round_number,
+            tuple(replace(part, coefficients=-part.coefficients, age=1) for part in parts),
+        )
 
     def restore(self, model: Any, snapshot: Snapshot, state: Any) -> None:
         """Bring a model, and what its replica remembers, to a snapshot's state.

@@ -105,12 +105,55 @@ class TwoPoint:
 
 
 @dataclass(frozen=True)
+class OneSided:
+    """Forward differences from one common point: g_d = (F(θ+μz_d; B) - F(θ; B)) / μ.
+
+    n directions cost n + 1 forward passes, where `TwoPoint` takes 2n. Each g_d has an error of
+    (μ/2) z_dᵀHz_d, which two signs would cancel. It is FZOO's difference (arXiv 2506.09034) without
+    the division by the losses' spread, so that rates mean what they mean for `TwoPoint`.
+
+    Attributes:
+        directions: n.
+        mu: μ, the perturbation scale.
+
+    Example:
+        >>> OneSided(directions=8, mu=1e-2).probes_per_step
+        9
+    """
+
+    directions: int = 8
+    mu: float = 1e-2
+
+    def __post_init__(self) -> None:
+        _check_settings(self.directions, self.mu)
+
+    @property
+    def probes_per_step(self) -> int:
+        """Every direction once, and the point itself."""
+        return self.directions + 1
+
+    def probes(self, batch: Any, trajectory: Steps, directions: Sequence[Steps]) -> list[Probe]:
+        """The point, then +μ along each direction in turn."""
+        away = [Probe(batch, trajectory, direction.scaled(self.mu)) for direction in directions]
+        return [Probe(batch, trajectory), *away]
+
+    def gradients(self, evaluations: Sequence[Evaluation]) -> tuple[NDArray[np.float32], float]:
+        """See `Estimator`. The loss of the point itself is checked for all."""
+        losses = np.array([evaluation.mean for evaluation in evaluations], dtype=np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):
+            gradients = ((losses[1:] - losses[0]) / self.mu).astype(np.float32)
+        gradients[~np.isfinite(gradients)] = np.nan
+        return gradients, float(losses.mean())
+
+
+@dataclass(frozen=True)
 class FZOO:
     """One-sided differences, normalised by their own spread (FZOO, arXiv 2506.09034).
 
     l_0 = F(θ; B), l_d = F(θ+μz_d; B), g_d = (l_d - l_0) / σ with σ the standard deviation of the
-    l_d. σ grows like μ‖∇F‖, so a step's length does not depend on the scale of the loss; with the
-    step's 1/n this is the paper's η/(nσ) Σ (l_d - l_0) z_d. Meant for Rademacher directions.
+    l_d, of the sample (n - 1). The authors' code takes the population's (n); rates differ by the
+    root of n / (n - 1). σ grows like μ‖∇F‖, so a step's length does not depend on the scale of the
+    loss; with the step's 1/n this is the paper's η/(nσ) Σ (l_d - l_0) z_d. Meant for Rademacher directions.
 
     Attributes:
         directions: n, at least 2.

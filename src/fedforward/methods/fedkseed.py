@@ -100,6 +100,17 @@ class FedKSeed(Method):
         state.add(Increments.decode(entry))
         return state.update(entry.round)
 
+    def round_steps(self, entry: Entry) -> Steps:
+        """See `Method`: the entry's increments."""
+        places, amounts = Increments.decode(entry)
+        seeds = candidate_seeds(self.run_seed, self.candidates)[places]
+        return Steps(seeds, (amounts * ACCUMULATOR_UNIT).astype(np.float32))
+
+    def taken_back(self, round_number: int, entry: Entry) -> Entry:
+        """See `Method`: the increments with the other sign, which is exact."""
+        places, amounts = Increments.decode(entry)
+        return Entry(round_number, (), payload=Increments(places, -amounts).encode())
+
     def restore(self, model: object, snapshot: Snapshot, state: "KSeedState") -> None:
         """Take over the accumulators and build the weights from the base."""
         state.restore(snapshot.state)

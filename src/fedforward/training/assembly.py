@@ -14,6 +14,7 @@ from fedforward.core.registry import AGGREGATORS
 from fedforward.directions import VERSION, Distribution
 from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.ledger import Ledger
+from fedforward.federation.rate_search import RateSearch
 from fedforward.federation.server import Allocate, ServerSettings
 from fedforward.federation.server_optimizer import ServerOptimizer
 from fedforward.methods.base import Method, method_class
@@ -49,8 +50,8 @@ def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
         else None
     )
     return {
-        # 4: entries, tasks and reports carry a payload of the method's own.
-        "format": 4,
+        # 5: reports may carry what was measured along the last update.
+        "format": 5,
         "direction_version": VERSION,
         "distribution": config.method.distribution,
         "directions": config.method.directions,
@@ -114,7 +115,7 @@ def server_settings(
         participation=config.federation.participation,
         weights=config.federation.weights,
         rates=RateSettings(
-            base=method.learning_rate,
+            base=1.0 if method.learning_rate == "auto" else method.learning_rate,
             spread=method.alpha,
             client_rates=method.client_rates,
             schedule=method.schedule,
@@ -134,5 +135,6 @@ def server_settings(
             normalise=config.server.normalise,
         ),
         allocate=allocate,
+        search=RateSearch(method.mu, method.directions) if method.learning_rate == "auto" else None,
         state_bytes=model.state_bytes,
     )

@@ -175,8 +175,13 @@ class Loop:
         if not reason.startswith("diverged"):
             return ""
         rate = self.config.method.learning_rate
+        advice = (
+            "Give method.learning_rate a number in place of 'auto', lower"
+            if rate == "auto"
+            else f"Lower method.learning_rate (it is {rate:g}; try {rate / 3:g}) or"
+        )
         return (
-            f"The run {reason} after round {self.lines[-1]['round']}. Lower method.learning_rate "
-            f"(it is {rate:g}; try {rate / 3:g}) or method.local_steps, or average more "
-            f"method.directions. Everything up to here is in {self.directory.path}."
+            f"The run {reason} after round {self.lines[-1]['round']}. {advice} "
+            "method.local_steps, or average more method.directions. Everything up to here is in "
+            f"{self.directory.path}."
         )

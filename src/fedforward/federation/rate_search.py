@@ -1,0 +1,170 @@
+"""`method.learning_rate = "auto"`: a rate from what the clients measure along the last update.
+
+Before a client begins a round, it measures its first batches at θ - Δ, θ and θ + Δ, where Δ is the
+last round's update: the losses at 0, 1 and 2 times that update, on data that it was not made from.
+A parabola through their means has its least value at the rate that was best for that round. Slopes
+and curvatures are averaged over rounds, because each is noisy. The reports of a round count at the
+rate that they themselves lead to; its local steps were taken at the rate of before. All of it
+follows from the ledger, so a server that resumes has the same rates.
+
+The first rate is small: a step moves each weight by no more than a probe does (`mu`). Rates are
+then multiplied by at most 4 a round, so that a good one is found within a few rounds.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedforward.federation.ledger import Round
+from fedforward.messages.report import ClientResult
+
+#: Multiples of the last update at which clients measure.
+SCALES = (0.0, 1.0, 2.0)
+#: How much of the averages a new round replaces.
+FRESH = 0.2
+#: Most that a rate is multiplied with, and least, in a round.
+GROWTH, SHRINKAGE = 4.0, 0.5
+#: Standard errors by which the loss must have risen for an update to be taken back.
+SIGNIFICANT = 2.0
+#: Losses beyond this stand for what is not finite.
+LARGEST_LOSS = 1e30
+#: How much of the projected gradients' mean square a new round replaces.
+FRESH_SQUARE = 0.1
+
+
+@dataclass(frozen=True)
+class LineSearch:
+    """What the clients of a round measured along the update before it.
+
+    Attributes:
+        losses: float64 [3], the weighted mean loss at 0, 1 and 2 times the update.
+        error: the standard error of the difference between the first two.
+    """
+
+    losses: NDArray[np.float64]
+    error: float
+
+    @property
+    def slope(self) -> float:
+        """How fast the loss falls at the beginning of the update, per length of the update."""
+        before, now, after = map(float, self.losses)
+        return (3.0 * before - 4.0 * now + after) / 2.0
+
+    @property
+    def curvature(self) -> float:
+        """The second derivative along the update, per squared length."""
+        before, now, after = map(float, self.losses)
+        return before - 2.0 * now + after
+
+    @property
+    def has_risen(self) -> bool:
+        """Whether the update has made the loss larger, by more than chance explains."""
+        rise = self.losses[1] - self.losses[0]
+        return not rise <= max(0.0, SIGNIFICANT * self.error)
+
+
+def line_search(results: Sequence[ClientResult]) -> LineSearch | None:
+    """The weighted mean of what clients measured; None if none did."""
+    known = [part for part in results if len(part.report.line_search)]
+    if not known:
+        return None
+    weights = np.array([part.weight for part in known])
+    weights = weights / weights.sum()
+    rows = np.array([part.report.line_search for part in known], np.float64)
+    return LineSearch(weights @ rows[:, :3], math.sqrt(float((weights**2) @ (rows[:, 3] ** 2))))
+
+
+class RateSearch:
+    """The rate of the coming round, from the rounds before.
+
+    A rate here is the root mean square of a step, per direction and coordinate: what multiplies the
+    projected gradients is the rate divided by the root of their mean square.
+
+    Attributes:
+        rate: of the coming round, before its schedule.
+        mean_square: of the projected gradients; 0 before the first round.
+        applied: the rate of the last round with its schedule; 0 where it took back another.
+    """
+
+    def __init__(self, mu: float, directions: int) -> None:
+        """`directions`: that a step averages."""
+        # Of n directions averaged, a step is as long as one direction's over the root of n.
+        self.rate = mu * math.sqrt(directions)
+        self.mean_square = 0.0
+        self.applied = 0.0
+        self._slope = self._curvature = 0.0
+
+    def factor(self, schedule: float) -> float:
+        """What multiplies projected gradients; 0 before their size is known.
+
+        Args:
+            schedule: of the round, which multiplies the rate.
+        """
+        return schedule * self.rate / math.sqrt(self.mean_square) if self.mean_square else 0.0
+
+    def takes_back(self, results: Sequence[ClientResult]) -> bool:
+        """Whether what a round's clients measured says that the last update has to go."""
+        found = line_search(results)
+        return found is not None and self.applied > 0.0 and found.has_risen
+
+    def _take_gradients(self, results: Sequence[ClientResult]) -> None:
+        """Take the size of a round's projected gradients into their mean square."""
+        gradients = [part.report.gradients.astype(np.float64) for part in results]
+        values = np.concatenate(gradients) if gradients else np.zeros(0)
+        told = values[values != 0.0]
+        if not len(told):
+            return
+        square = float(np.mean(told**2))
+        known = self.mean_square
+        self.mean_square = known + FRESH_SQUARE * (square - known) if known else square
+
+    def rated(
+        self, results: Sequence[ClientResult], multipliers: Mapping[int, float]
+    ) -> list[ClientResult]:
+        """A round's results at the rate that what they measured leads to.
+
+        Args:
+            multipliers: of each client's rate, the schedule among them.
+        """
+        now = copy(self)
+        now._learn(line_search(results))
+        if not now.mean_square:
+            now._take_gradients(results)
+        return [
+            replace(part, learning_rate=now.factor(multipliers[part.report.client]))
+            for part in results
+        ]
+
+    def observe(self, record: Round, schedule: float) -> None:
+        """Take in a round that is in the ledger: what was measured before it, and its own step.
+
+        Args:
+            schedule: of the round.
+        """
+        taken_back = self.takes_back(record.results)
+        self._learn(line_search(record.results))
+        if not taken_back:
+            self._take_gradients(record.results)
+        self.applied = 0.0 if taken_back else schedule * self.rate
+
+    def _learn(self, found: LineSearch | None) -> None:
+        """Take in what was measured along the last update, if that was a step.
+
+        The averages are weighted by the rates: what is measured along a longer step says more.
+        """
+        if found is None or not self.applied:
+            return
+        if found.losses.max() < LARGEST_LOSS:
+            self._slope += FRESH * (found.slope - self._slope)
+            self._curvature += FRESH * (found.curvature / self.applied - self._curvature)
+        least, most = SHRINKAGE * self.rate, GROWTH * self.rate
+        if found.has_risen:
+            self.rate = least
+        elif self._curvature > 0.0:
+            self.rate = min(max(self._slope / self._curvature, least), most)
+        else:
+            self.rate = most if self._slope > 0.0 else least
