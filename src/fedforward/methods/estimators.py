@@ -153,7 +153,8 @@ class FZOO:
     l_0 = F(θ; B), l_d = F(θ+μz_d; B), g_d = (l_d - l_0) / σ with σ the standard deviation of the
     l_d, of the sample (n - 1). The authors' code takes the population's (n); rates differ by the
     root of n / (n - 1). σ grows like μ‖∇F‖, so a step's length does not depend on the scale of the
-    loss; with the step's 1/n this is the paper's η/(nσ) Σ (l_d - l_0) z_d. Meant for Rademacher directions.
+    loss; with the step's 1/n this is the paper's η/(nσ) Σ (l_d - l_0) z_d. Meant for Rademacher
+    directions.
 
     Attributes:
         directions: n, at least 2.

@@ -3,6 +3,10 @@
 C = Σ x xᵀ over the tokens of some texts, by forward passes of the base. The rows of A are the top r
 eigenvectors of C, each divided by the root of its own variance, so that an update of B moves along
 all of them alike. They are scaled so that tr(A C Aᵀ) is that of the random A of the run seed.
+
+Where label words are told apart, only what stands at the last token of a prompt decides. The rows
+of A are then the directions in which the inputs at that place differ most from text to text. All
+tokens together vary most in directions that say nothing of a text, such as that of the first token.
 """
 
 import logging
@@ -30,7 +34,9 @@ MOST_BYTES = 1 << 30
 LEAST_SHARE = 1e-10
 
 
-def align(model: LoraModel, texts: Sequence[NDArray[np.int64]]) -> PinnedFile:
+def align(
+    model: LoraModel, texts: Sequence[NDArray[np.int64]], places: Sequence[int] | None = None
+) -> PinnedFile:
     """The aligned A of a model, from the inputs of its adapted layers over some texts.
 
     The network must be at its base weights. It is run on one text at a time, so nothing is padded.
@@ -39,6 +45,8 @@ def align(model: LoraModel, texts: Sequence[NDArray[np.int64]]) -> PinnedFile:
 
     Args:
         texts: int64 [length] each.
+        places: of the one token of each text at which inputs are compared, before its last; None
+            takes all tokens.
 
     Returns:
         float32 [r, inputs] by name of a layer's A, ready to be written.
@@ -46,7 +54,10 @@ def align(model: LoraModel, texts: Sequence[NDArray[np.int64]]) -> PinnedFile:
     Raises:
         FedForwardError: no text has two tokens.
     """
-    texts = [text for text in texts if len(text) > (0 if model.classes else 1)]
+    least = 0 if model.classes else 1
+    kept = [number for number, text in enumerate(texts) if len(text) > least]
+    texts = [texts[number] for number in kept]
+    places = None if places is None else [places[number] for number in kept]
     if not texts:
         raise FedForwardError("No text with two tokens or more is there to align adapters with.")
     random = random_factors(model)
@@ -61,9 +72,9 @@ def align(model: LoraModel, texts: Sequence[NDArray[np.int64]]) -> PinnedFile:
         PHASES.info("aligning adapters: %d of %d layers", len(found), len(layers))
         own = {n: layers[n] for n in part}
         try:
-            covariances, leaders = _covariances(model, own, texts)
+            covariances, leaders, inputs = _covariances(model, own, texts, places)
         except _NotSharedError:
-            covariances, leaders = _covariances(model, own, texts, share=False)
+            covariances, leaders, inputs = _covariances(model, own, texts, places, share=False)
         top: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
         for name in part:
             initial = random[_key(name)].double().cpu().numpy()
@@ -73,7 +84,10 @@ def align(model: LoraModel, texts: Sequence[NDArray[np.int64]]) -> PinnedFile:
                 continue
             covariance = covariances[leader]
             if leader not in top:
-                top[leader] = _top(covariance, len(initial))
+                # An expert may have been given none of these tokens.
+                single = inputs.get(leader)
+                compared = covariance if single is None else _around_mean(single)
+                top[leader] = _top(compared, len(initial))
             directions, variances = top[leader]
             short += len(directions) < len(initial)
             rows = aligned_rows(directions, variances, covariance, initial)
@@ -91,6 +105,7 @@ def align(model: LoraModel, texts: Sequence[NDArray[np.int64]]) -> PinnedFile:
         **model.adapted,
         "rows": len(texts),
         "tokens": sum(map(len, texts)),
+        "positions": "all" if places is None else "last of each prompt",
     }
     return pinned(KIND, found, made_for, f"the {KIND} of this run")
 
@@ -105,7 +120,7 @@ def aligned_rows(
 
     Args:
         directions: orthonormal [found, inputs], the one with the largest variance first.
-        variances: vᵀ C v of each.
+        variances: of the inputs along each.
         covariance: C, [inputs, inputs].
         initial: the random A, [r, inputs].
 
@@ -163,21 +178,27 @@ def _covariances(
     model: LoraModel,
     layers: Mapping[str, Any],
     texts: Sequence[NDArray[np.int64]],
+    places: Sequence[int] | None,
     share: bool = True,
-) -> tuple[dict[str, NDArray[np.float64]], dict[str, str]]:
-    """Σ x xᵀ of layers over texts, float64 [inputs, inputs].
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, str], dict[str, NDArray[np.float64]]]:
+    """The mean of x xᵀ of layers over the tokens of texts, float64 [inputs, inputs].
 
     Args:
+        places: see `align`.
         share: whether layers that are given the very same tensor, as those of queries, keys and
             values are, share one.
 
     Returns:
-        By layer; and for each layer that shares another's, which one that is.
+        By layer; for each layer that shares another's, which one that is; and by layer the inputs
+        at `places`, [texts, inputs].
 
     Raises:
         _NotSharedError: they share some of their inputs and not all.
     """
     sums: dict[str, torch.Tensor] = {}
+    tokens = dict.fromkeys(layers, 0)
+    single: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    place: list[int] = []
     leaders: dict[str, str] = {}
     last: list[Any] = ["", None]
 
@@ -190,14 +211,18 @@ def _covariances(
             raise _NotSharedError
         last[:] = [name, x]
         rows = x.detach().reshape(-1, x.shape[-1]).double()
+        tokens[name] += len(rows)
+        if place and place[0] < len(rows):
+            single[name].append(rows[place[0]])
         if name in sums:
             sums[name].addmm_(rows.T, rows)
         else:
             sums[name] = rows.T @ rows
 
     with _told(layers, note):
-        for text in texts:
+        for number, text in enumerate(texts):
             last[:] = ["", None]
+            place[:] = [] if places is None else [places[number]]
             labels = np.full((1, len(text)), IGNORED, np.int64)
             labels[0, -1] = 0 if model.classes else text[-1]
             probe = Probe(TokenBatch(text[None], labels))
@@ -205,7 +230,16 @@ def _covariances(
                 model.class_logits([probe])
             else:
                 model.token_losses([probe])
-    return {name: total.cpu().numpy() for name, total in sums.items()}, leaders
+    means = {name: (total / tokens[name]).cpu().numpy() for name, total in sums.items()}
+    inputs = {name: torch.stack(rows).cpu().numpy() for name, rows in single.items() if rows}
+    return means, leaders, inputs
+
+
+def _around_mean(inputs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The covariance of rows [texts, inputs] around their mean, [inputs, inputs]."""
+    away = inputs - inputs.mean(axis=0)
+    covariance: NDArray[np.float64] = away.T @ away / len(away)
+    return covariance
 
 
 @contextmanager

@@ -205,7 +205,11 @@ def align(
     """
     assert isinstance(model, LoraModel)
     examples = public_or_training(config, model, tokenizer, corpus, "aligning adapters")
-    return aligned.align(model, [example.tokens for example in examples])
+    places = [example.prompt_length - 1 for example in examples]
+    # Rows of plain text have no prompt.
+    decided = config.objective in ("choice", "accuracy") and not model.classes and min(places) >= 0
+    tokens = [example.tokens for example in examples]
+    return aligned.align(model, tokens, places if decided else None)
 
 
 def sensitivity(
