@@ -93,7 +93,6 @@ def rules(config: SectionsRead) -> Iterator[str]:
     The sentences have no full stop. Sections are valid by themselves when this is called.
     """
     method, can = config.method, capabilities(config.method.name)
-    yield from _automatic_rate(config, can)
     if not can.forward_only:
         yield from _sends_tensors(config)
     elif not can.contributions and not config.server.plain:
@@ -141,6 +140,7 @@ def rules(config: SectionsRead) -> Iterator[str]:
             f"method.report_filters = {list(method.report_filters)!r} withholds; use "
             "'fixed', 'random' or 'update-difference'"
         )
+    yield from _automatic_rate(config, can)
 
 
 def _automatic_rate(config: SectionsRead, can: Capabilities) -> Iterator[str]:

@@ -4,7 +4,7 @@ Rules of methods and estimators lie in `rules`, reading and writing in `loading`
 Imports neither PyTorch nor transformers.
 """
 
-from typing import cast
+from typing import Any, cast
 
 from pydantic import model_validator
 
@@ -22,6 +22,8 @@ from fedforward.config.sections import (
     ServerSection,
     SimulationSection,
 )
+from fedforward.core.registry import METHODS
+from fedforward.methods.base import method_class
 
 
 class Config(Section):
@@ -58,6 +60,31 @@ class Config(Section):
         objective = name if name and self.method.objective is None else self.objective
         method = self.method.model_copy(update={"objective": objective})
         return self.model_copy(update={"method": method})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_method(cls, content: Any) -> Any:
+        """What a method sets where the configuration says nothing."""
+        method = content.get("method") if isinstance(content, dict) else None
+        name = method.get("name") if isinstance(method, dict) else None
+        if not isinstance(name, str) or name not in METHODS:
+            return content
+        kind, model = method_class(name), content.get("model")
+        wanted = {section: dict(values) for section, values in kind.defaults.items()}
+        model = model if isinstance(model, dict) else {}
+        if model.get("tune", "lora") == "lora":
+            wanted.setdefault("method", {}).update(kind.lora_defaults)
+        else:
+            wanted.pop("lora", None)
+        if model.get("adapter") is not None and "lora" in wanted:
+            # An adapter has an A of its own.
+            wanted["lora"].pop("init", None)
+        filled = dict(content)
+        for section, values in wanted.items():
+            given = filled.get(section, {})
+            if isinstance(given, dict):
+                filled[section] = {**values, **given}
+        return filled
 
     @property
     def metrics(self) -> tuple[str, ...]:

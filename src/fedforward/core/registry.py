@@ -22,7 +22,7 @@ class Registry:
 
     Example:
         >>> METHODS.names()[:2]
-        ('fedmezo', 'decomfl')
+        ('fedmezo', 'fedmezo-auto')
         >>> METHODS.get("decomfl").__name__
         'DeComFL'
 
@@ -124,6 +124,7 @@ METHODS = Registry(
     "fedforward.methods",
     {
         "fedmezo": "fedforward.methods.fedmezo:FedMeZO",
+        "fedmezo-auto": "fedforward.methods.fedmezo:FedMeZOAuto",
         "decomfl": "fedforward.methods.decomfl:DeComFL",
         "zorba": "fedforward.methods.zorba:ZorBA",
         "fedkseed": "fedforward.methods.fedkseed:FedKSeed",

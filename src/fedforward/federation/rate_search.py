@@ -8,7 +8,8 @@ rate that they themselves lead to; its local steps were taken at the rate of bef
 follows from the ledger, so a server that resumes has the same rates.
 
 The first rate is small: a step moves each weight by no more than a probe does (`mu`). Rates are
-then multiplied by at most 4 a round, so that a good one is found within a few rounds.
+then multiplied by at most 4 a round, so that a good one is found within a few rounds. They fall
+below the first one only where an update has made the loss larger beyond doubt.
 """
 
 import math
@@ -25,9 +26,9 @@ from fedforward.messages.report import ClientResult
 #: Multiples of the last update at which clients measure.
 SCALES = (0.0, 1.0, 2.0)
 #: How much of the averages a new round replaces.
-FRESH = 0.2
+FRESH = 0.15
 #: Most that a rate is multiplied with, and least, in a round.
-GROWTH, SHRINKAGE = 4.0, 0.5
+GROWTH, SHRINKAGE = 4.0, 0.7
 #: Standard errors by which the loss must have risen for an update to be taken back.
 SIGNIFICANT = 2.0
 #: Losses beyond this stand for what is not finite.
@@ -93,7 +94,7 @@ class RateSearch:
     def __init__(self, mu: float, directions: int) -> None:
         """`directions`: that a step averages."""
         # Of n directions averaged, a step is as long as one direction's over the root of n.
-        self.rate = mu * math.sqrt(directions)
+        self.rate = self._least = mu * math.sqrt(directions)
         self.mean_square = 0.0
         self.applied = 0.0
         self._slope = self._curvature = 0.0
@@ -152,19 +153,18 @@ class RateSearch:
         self.applied = 0.0 if taken_back else schedule * self.rate
 
     def _learn(self, found: LineSearch | None) -> None:
-        """Take in what was measured along the last update, if that was a step.
-
-        The averages are weighted by the rates: what is measured along a longer step says more.
-        """
+        """Take in what was measured along the last update, if that was a step."""
         if found is None or not self.applied:
             return
         if found.losses.max() < LARGEST_LOSS:
-            self._slope += FRESH * (found.slope - self._slope)
-            self._curvature += FRESH * (found.curvature / self.applied - self._curvature)
+            self._slope += FRESH * (found.slope / self.applied - self._slope)
+            self._curvature += FRESH * (found.curvature / self.applied**2 - self._curvature)
         least, most = SHRINKAGE * self.rate, GROWTH * self.rate
         if found.has_risen:
-            self.rate = least
-        elif self._curvature > 0.0:
+            self.rate = self._least = least
+            return
+        least = max(least, min(self._least, self.rate))
+        if self._curvature > 0.0:
             self.rate = min(max(self._slope / self._curvature, least), most)
         else:
             self.rate = most if self._slope > 0.0 else least

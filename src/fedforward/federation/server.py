@@ -253,7 +253,7 @@ class Server:
         if self.search is None or not self.search.applied:
             return 0
         spent = self.method.local_steps * self.method.estimator.probes_per_step
-        return max(1, min(self.method.local_steps, round(SEARCH_SHARE * spent / len(SCALES))))
+        return max(1, round(SEARCH_SHARE * spent / len(SCALES)))
 
     def _lacking(self, client: int) -> tuple[bytes, tuple[Entry, ...]]:
         """What brings a client to the coming round: a snapshot or nothing, and ledger entries."""

@@ -7,7 +7,7 @@ round. Everything else asks its `Capabilities`. No method imports PyTorch at its
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -146,6 +146,8 @@ class Method(ABC):
 
     Attributes:
         capabilities: of the class.
+        defaults: of a configuration that names the method, by section, in place of the usual ones.
+        lora_defaults: more of `[method]`, where adapters are tuned.
         local_steps: H.
         estimator: how a step measures its projected gradients.
         aggregator: how the scalars of clients that share directions are joined.
@@ -153,6 +155,8 @@ class Method(ABC):
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities()
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    lora_defaults: ClassVar[Mapping[str, Any]] = {}
     local_steps: int = 30
     estimator: Estimator = TwoPoint()
     aggregator: Aggregator = mean

@@ -8,9 +8,9 @@ and averaging parameters is averaging steps:
     Σ_i p_i θ_i  =  θ - Σ_i Σ_h p_i η_i g_ih z(s_ih)        because Σ_i p_i = 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,3 +41,29 @@ class FedMeZO(Method):
             values = rate * part.report.gradients.astype(np.float64)
             parts.append(Contribution(part.report.client, coefficients(values)))
         return Entry(round_number, tuple(parts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedMeZOAuto(FedMeZO):
+    """FedMeZO with the settings that need the fewest forward passes, and a rate that is found.
+
+    The algorithm is FedMeZO's. What differs are the defaults of a configuration: one-sided
+    estimates along several Rademacher directions, few local steps a round, and adapters of which B
+    alone is tuned, with an aligned A. `docs/how-to/efficiency.md` has what each is worth.
+
+    Example:
+        >>> FedMeZOAuto.defaults["method"]["estimator"]
+        'one-sided'
+    """
+
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "method": {
+            "estimator": "one-sided",
+            "directions": 8,
+            "distribution": "rademacher",
+            "local_steps": 4,
+            "batch_size": 4,
+        },
+        "lora": {"factors": "B", "init": "aligned"},
+    }
+    lora_defaults: ClassVar[Mapping[str, Any]] = {"mu": 1e-2}
