@@ -64,7 +64,11 @@ class LineSearch:
     @property
     def has_risen(self) -> bool:
         """Whether the update has made the loss larger, by more than chance explains."""
-        rise = self.losses[1] - self.losses[0]
+        before, now = map(float, self.losses[:2])
+        if now >= LARGEST_LOSS:
+            # Not finite, so that no error of the difference is known.
+            return before < LARGEST_LOSS
+        rise = now - before
         return not rise <= max(0.0, SIGNIFICANT * self.error)
 
 
@@ -163,6 +167,9 @@ class RateSearch:
         if found.has_risen:
             self.rate = self._least = least
             return
+        if found.losses[2] >= LARGEST_LOSS:
+            # A longer update has no loss.
+            most = self.rate
         least = max(least, min(self._least, self.rate))
         if self._curvature > 0.0:
             self.rate = min(max(self._slope / self._curvature, least), most)
