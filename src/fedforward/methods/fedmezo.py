@@ -49,8 +49,8 @@ class FedMeZOAuto(FedMeZO):
 
     The algorithm is FedMeZO's. What differs are the defaults of a configuration: one-sided
     estimates along several Rademacher directions, few local steps a round, a rate that falls as a
-    cosine, and adapters that begin with an aligned A. `docs/how-to/efficiency.md` has what each is
-    worth.
+    cosine, and adapters of which B alone is tuned, with an aligned A. `docs/how-to/efficiency.md`
+    has what each is worth.
 
     Example:
         >>> FedMeZOAuto.defaults["method"]["estimator"]
@@ -66,6 +66,6 @@ class FedMeZOAuto(FedMeZO):
             "schedule": "cosine",
             "batch_size": 4,
         },
-        "lora": {"init": "aligned"},
+        "lora": {"factors": "B", "init": "aligned"},
     }
     lora_defaults: ClassVar[Mapping[str, Any]] = {"mu": 1e-2}
