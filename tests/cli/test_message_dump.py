@@ -1,6 +1,7 @@
 """The listing of a letter has every byte of it, and says what is in it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,11 @@ TASK = Task(
     True,
     ODD,
     b"sampling weights",
+    3,
     Snapshot(1, b"d" * 32, b"tensors").encode(),
 )
 REPORT = Report(2, 4, 30, 1.25, 1, np.array([3.0, 0.0], np.float32), b"p" * 16)
+SEARCHED = replace(REPORT, line_search=np.array([1.0, 0.5, 0.75, 0.125], np.float32))
 BODIES: dict[MessageKind, bytes] = {
     MessageKind.HELLO: b'{"terms":{}}',
     MessageKind.TASK: TASK.encode(),
@@ -70,9 +73,12 @@ def test_values_are_what_was_written() -> None:
     assert found["client"] == "4" and found["examples"] == "30"
     assert found["loss"] == "1.25"
     assert found["gradients, 2 × float32"] == "3, 0"
+    found = values(listing(Envelope(MessageKind.REPORT, RUN, SEARCHED.encode()).encode()))
+    assert found["line search, 4 × float32"] == "1, 0.5, 0.75, 0.125"
     found = values(listing(Envelope(MessageKind.TASK, RUN, TASK.encode()).encode()))
     assert found["learning rate"] == "0.001" and found["entries: decay"] == "0.5"
     assert found["entries: contributions: coefficients, 2 × float32"] == "0.5, -2"
+    assert found["line search"] == "3"
     assert found["entries: contributions: blocks, a bit each"] == "10100000"
     sealed = Envelope(MessageKind.REFUSAL, RUN, BODIES[MessageKind.REFUSAL]).encode()
     assert values(listing(sealed))["sentence"] == "zu groß"

@@ -44,7 +44,11 @@ from tests.support.configurations import content, refusal
         ({"method__mu": float("inf")}, ["method.mu = inf"]),
         (
             {"method__name": "fedmezzo"},
-            ["method.name = 'fedmezzo' is not", "Did you mean 'fedmezo'?", "'fedmezo', 'decomfl'"],
+            [
+                "method.name = 'fedmezzo' is not",
+                "Did you mean 'fedmezo'?",
+                "'fedmezo', 'fedmezo-auto'",
+            ],
         ),
         ({"method__name": 3}, ["method.name = 3", "text in quotes. Allowed are 'fedmezo'"]),
         ({"method__name": "a.b:c"}, ["method.name = 'a.b:c' is not known"]),
@@ -63,7 +67,7 @@ from tests.support.configurations import content, refusal
         ({"method__parameters": {"lambda": 1}}, ["'lambda' cannot name a parameter"]),
         ({"method__client_rates": "zzz"}, ["method.client_rates = 'zzz'", "'update-difference'"]),
         (
-            {"method__rate_spread": 1.0},
+            {"method__rate_spread": 1.0, "method__learning_rate": 1e-3},
             ["rate_spread = 1.0", "learning_rate = 0.001", "0 to learning_rate"],
         ),
         ({"method__local_steps": 40000, "method__directions": 2}, ["80000", "at most 65535"]),

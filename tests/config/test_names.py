@@ -38,7 +38,7 @@ def nothing_stays_registered() -> Iterator[None]:
 
 
 def test_every_kind_has_its_built_in_names() -> None:
-    assert names.known("estimator") == ("two-point", "fzoo")
+    assert names.known("estimator") == ("two-point", "one-sided", "fzoo")
     assert names.known("aggregator") == ("mean", "median")
     assert names.known("report-filter") == ("clip", "withhold-loss")
     assert names.known("metric") == (*names.known("objective"), "perplexity")

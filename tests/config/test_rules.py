@@ -25,7 +25,7 @@ FEDAVG = {"method__name": "fedavg"}
             FEDAVG | {"method__objective": "f1"},
             [
                 "method.objective = 'f1' has no gradient",
-                "use method.objective = 'loss' or 'choice', or one of 'fedmezo', 'decomfl'",
+                "use method.objective = 'loss' or 'choice', or one of 'fedmezo', 'fedmezo-auto'",
             ],
         ),
         (
@@ -86,7 +86,10 @@ def test_what_a_name_does_not_go_with(changes: dict[str, Any], words: list[str])
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method__name": "fedkseed", "server__normalise": True},
+        {"method__name": "fedkseed", "server__normalise": True, "method__learning_rate": 1e-3},
+        {"server__momentum": 0.5, "method__learning_rate": 1e-3},
+        {"method__name": "fedkseed"},
+        {"server__state_decay": 0.9, "server__learning_rate": 0.5},
         {"method__name": "zorba", "planning__active": [1, 1, 1]},
         {"method__estimator": "fzoo", "method__directions": 2},
         {"method__mask": "random", "method__client_rates": "loss"},
@@ -129,11 +132,83 @@ def test_a_plug_in_declares_its_settings() -> None:
         METHODS.forget("mine")
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (FEDAVG, ["method.learning_rate = 'auto'", "of method.name = 'fedavg' send tensors"]),
+        (
+            {"server__momentum": 0.5},
+            ["method.learning_rate = 'auto'", "server.momentum = 0.5 repeats steps", "a number"],
+        ),
+        (
+            {"server__normalise": True},
+            ["method.learning_rate = 'auto'", "server.normalise = true scales them as well"],
+        ),
+        (
+            {"method__rate_spread": 1e-4},
+            ["rate_spread = 0.0001 is a part of a learning_rate, which is 'auto'; leave it out"],
+        ),
+        ({"method__learning_rate": "best"}, ["method.learning_rate = 'best'", "'auto'"]),
+        ({"method__learning_rate": 0}, ["method.learning_rate = 0"]),
+    ],
+)
+def test_what_a_rate_that_is_found_does_not_go_with(
+    changes: dict[str, Any], words: list[str]
+) -> None:
+    found = refusal(content(**changes))
+    for part in words:
+        assert part in found, found
+
+
+AUTO = {"method__name": "fedmezo-auto"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        (
+            AUTO,
+            {
+                "estimator": "one-sided",
+                "directions": 8,
+                "distribution": "rademacher",
+                "mu": 1e-2,
+                "learning_rate": "auto",
+                "factors": "B",
+                "init": "aligned",
+            },
+        ),
+        (
+            AUTO | {"method__directions": 3, "method__mu": 1e-3, "lora__init": "random"},
+            {"directions": 3, "mu": 1e-3, "init": "random", "factors": "B", "local_steps": 4},
+        ),
+        (AUTO | {"method__estimator": "two-point"}, {"estimator": "two-point", "directions": 8}),
+        (
+            AUTO | {"model__tune": "full"},
+            {"estimator": "one-sided", "mu": 1e-3, "init": "random", "factors": "both"},
+        ),
+        (AUTO | {"model__adapter": "old"}, {"init": "random", "factors": "B", "mu": 1e-2}),
+        ({}, {"estimator": "two-point", "directions": 1, "init": "random", "mu": 1e-3}),
+    ],
+)
+def test_a_method_has_defaults_and_every_key_overrides_them(
+    changes: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    config = validate(content(**changes))
+    found = {**config.method.model_dump(), **config.lora.model_dump()}
+    assert {key: found[key] for key in wanted} == wanted
+    # What was written out is the same configuration.
+    assert validate(tomllib.loads(to_toml(config))) == config
+
+
 def test_rates_by_losses_need_the_losses() -> None:
     changes = {"method__report_filters": ["withhold-loss"], "method__client_rates": "loss"}
     words = "reads the losses that method.report_filters = ['withhold-loss'] withholds"
     assert words in refusal(content(**changes))
-    assert validate(content(**changes | {"method__client_rates": "random"}))
+    changes["method__client_rates"] = "random"
+    words = "'auto' reads losses, which method.report_filters = ['withhold-loss'] withholds; give"
+    assert words in refusal(content(**changes))
+    assert validate(content(**changes, method__learning_rate=1e-3))
     wrong = refusal(content(method__report_filters=["clip:0"]))
     assert "method.report_filters: 'clip:0' is not allowed: a limit is above 0" in wrong
 

@@ -35,7 +35,7 @@ def configured(**run: Any) -> Config:
             "model": {"path": AT_SITES},
             "data": {"source": AT_SITES, "prompt": "{a}", "answer": "{b}"},
             "federation": {"clients": 1, "rounds": ROUNDS},
-            "method": {"local_steps": 1},
+            "method": {"local_steps": 1, "learning_rate": 1e-3},
             "run": {"evaluate_every": 2, **run},
         }
     )

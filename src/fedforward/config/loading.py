@@ -8,7 +8,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -281,7 +281,14 @@ def _allowed(field: Any) -> str:
         for name, word in (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most")):
             if getattr(constraint, name, None) is not None:
                 limits.append(f"{word} {getattr(constraint, name)}")
-    return f"it must be {_noun(types)}" + (f", {' and '.join(limits)}" if limits else "")
+    words = [
+        f", or {word!r}"
+        for part in get_args(field.annotation)
+        if get_origin(part) is Literal
+        for word in get_args(part)
+    ]
+    limit = f", {' and '.join(limits)}" if limits else ""
+    return f"it must be {_noun(types)}{limit}{''.join(words)}"
 
 
 def _noun(types: str) -> str:

@@ -31,7 +31,8 @@ class Replica:
         method: knows what a ledger entry does to them.
         rounds: ledger rounds that the weights contain.
         state: what the method remembers.
-        last_entry: the last round that was committed here; None before one, or after a snapshot.
+        last_entry: the last round that the weights contain; None before one, or if it came in a
+            snapshot alone.
     """
 
     def __init__(self, model: CausalModel, method: Method) -> None:
@@ -74,8 +75,9 @@ class Replica:
             self.reset()
             raise
         self.rounds += len(updates)
-        if due:
-            self.last_entry = due[-1]
+        # A snapshot comes with the last entry that is in it.
+        if entries and entries[-1].round == self.rounds - 1:
+            self.last_entry = entries[-1]
 
     def digest(self) -> bytes:
         """The first bytes of the tuned state's SHA-256, as reports carry them."""
@@ -177,9 +179,10 @@ class Client:
         if task.line_search:
             searched = yield from self._search(task)
         report = yield from self.replica.method.local_round(task, self.batches, self.replica.model)
+        report = replace(report, line_search=searched)
         for apply in self.filters:
             report = apply(report)
-        return replace(report, digest=digest, line_search=searched).encode()
+        return replace(report, digest=digest).encode()
 
     def _search(
         self, task: Task
@@ -187,7 +190,7 @@ class Client:
         """Measure the coming batches at 0, 1 and 2 times the last round's update.
 
         Returns:
-            As `Report.line_search`; empty where the last round came in a snapshot.
+            As `Report.line_search`; empty where the last round came in a snapshot alone.
         """
         last, method = self.replica.last_entry, self.replica.method
         if last is None or last.round != task.round - 1:

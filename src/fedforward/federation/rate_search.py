@@ -67,8 +67,11 @@ class LineSearch:
     @property
     def has_risen(self) -> bool:
         """Whether the update has made the loss larger, by more than chance explains."""
-        rise = self.losses[1] - self.losses[0]
-        return not rise <= SIGNIFICANT * self.error
+        before, now = map(float, self.losses[:2])
+        if now >= LARGEST_LOSS:
+            # Not finite, so that no error of the difference is known.
+            return before < LARGEST_LOSS
+        return not now - before <= SIGNIFICANT * self.error
 
     @property
     def has_fallen(self) -> bool:

@@ -263,13 +263,17 @@ class Server:
         size = sum(len(entry.encode()) for entry in entries) if len(entries) > 1 else 0
         own = self._own_snapshot()
         if own and (size > len(own) or (entries and not replayable)):
-            return Snapshot(self.round, b"", b"", own).encode(), ()
+            return Snapshot(self.round, b"", b"", own).encode(), self._measured()
         if own or not replayable:
             return b"", entries if replayable else ()
         snapshot = self.snapshots.for_client(client, begin, size)
         if snapshot is not None:
-            return snapshot.encode(), self._entries(snapshot.rounds)
+            return snapshot.encode(), self._entries(snapshot.rounds) or self._measured()
         return b"", entries
+
+    def _measured(self) -> tuple[Entry, ...]:
+        """The last round, for clients that have it in a snapshot and measure along its update."""
+        return (self._history[-1].entry,) if self._search_batches else ()
 
     def _own_snapshot(self) -> bytes:
         """What the method remembers, where it is the tuned state; empty otherwise."""
@@ -371,12 +375,7 @@ class Server:
                 f"A report of client {report.client} was refused: it "
                 f"{'lacks the digest' if self._digest_wanted else 'has a digest'} of the state."
             )
-        found = report.line_search
-        if len(found) not in (0, 4) or (len(found) and (not self._search_batches or found[3] < 0)):
-            raise MessageError(
-                f"A report of client {report.client} was refused: it has {len(found)} numbers "
-                "along the last update that were not asked for, or are none."
-            )
+        self._check_line_search(report)
         steps = self.method.local_steps
         # A site may withhold its loss; a loss without a finite step there is none.
         if report.skipped > steps or (report.skipped == steps and not math.isnan(report.loss)):
@@ -385,6 +384,21 @@ class Server:
                 f"steps skipped and a loss of {report.loss} do not fit together."
             )
         self._reports[report.client] = report
+
+    def _check_line_search(self, report: Report) -> None:
+        found = report.line_search
+        if not len(found):
+            # The client does not have the last update.
+            return
+        if not self._search_batches:
+            wrong = f"{len(found)} numbers along the last update, which were not asked for"
+        elif len(found) != 4:
+            wrong = f"{len(found)} numbers along the last update, which are 4"
+        elif found[3] < 0:
+            wrong = f"a standard error of {found[3]:g} along the last update"
+        else:
+            return
+        raise MessageError(f"A report of client {report.client} was refused: it has {wrong}.")
 
     def missing(self) -> list[int]:
         """Clients with a task in the open round that have not reported, ascending."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from fedforward.core.errors import FedForwardError
 from fedforward.core.registry import REPORT_FILTERS
-from fedforward.messages.report import Report
+from fedforward.messages.report import NO_FLOATS, Report
 
 
 class ReportFilter(Protocol):
@@ -45,9 +45,10 @@ class Clip:
 
 @dataclass(frozen=True)
 class WithholdLoss:
-    """Sends NaN in place of the training loss.
+    """Sends NaN in place of the training loss, and no losses along the last update.
 
-    Rates that look at losses then have none of this client, and it gets the base rate.
+    Rates that look at losses then have none of this client, and it gets the base rate. A learning
+    rate that is found follows what the other clients measure.
 
     Attributes:
         withholds_loss: a run whose rates follow losses refuses such a filter in its own list.
@@ -57,7 +58,7 @@ class WithholdLoss:
 
     def __call__(self, report: Report) -> Report:
         """See `ReportFilter`."""
-        return replace(report, loss=float("nan"))
+        return replace(report, loss=float("nan"), line_search=NO_FLOATS)
 
 
 def build_filters(names: Sequence[str], key: str) -> tuple[ReportFilter, ...]:

@@ -21,6 +21,8 @@ LEAST_ZEROS, MOST_ZEROS = 3, 0.02
 LEAST_LOSS = 0.01
 #: A held-out loss above this multiple of the loss at the start counts as divergence.
 DIVERGED = 1.5
+#: Where updates that raise the loss are taken back, so many rounds or evaluations in a row do.
+PERSISTENT = 3
 
 #: Told of each round: rounds that are done, rounds of the run, and the round's metrics line.
 ProgressCallback = Callable[[int, int, dict[str, Any]], None]
@@ -175,32 +177,71 @@ def reason_to_stop(config: Config, lines: Sequence[dict[str, Any]]) -> str:
     """
     if len(lines) == 1:
         return ""
-    line, start = lines[-1], lines[0]["heldout_loss"]
-    steps = config.method.local_steps * len(line["learning_rates"])
-    if line["skipped_steps"] >= steps:
-        return "diverged: no step of the last round had a finite loss"
-    objective = config.objective
-    # Another objective may leave the loss behind as long as there is one.
-    limit = DIVERGED if objective == "loss" else math.inf
-    training = [entry["training_loss"] for entry in lines[1:]]
-    first = next((loss for loss in training if loss is not None), None)
-    # Sites may withhold their losses.
-    if training[-1] is not None and training[-1] > limit * max(start, first):
-        return f"diverged: the training loss is {training[-1]:.3f}, from {first:.3f}"
-    if "heldout_loss" not in line:
-        return ""
-    if not line["heldout_loss"] <= limit * start:
-        return f"diverged: the held-out loss is {line['heldout_loss']:.3f}, from {start:.3f}"
-    if words := _worse_than_guessing(config, lines):
+    if words := _persists(_training_diverged, config, lines):
         return words
+    if "heldout_loss" not in lines[-1]:
+        return ""
+    evaluated = [line for line in lines if "heldout_loss" in line]
+    if words := _persists(_heldout_diverged, config, evaluated):
+        return words
+    objective = config.objective
     patience = config.run.patience
-    values = [heldout_objective(objective, entry) for entry in lines if "heldout_loss" in entry]
+    values = [heldout_objective(objective, line) for line in evaluated]
     if patience and len(values) > patience and min(values[-patience:]) >= min(values[:-patience]):
         better = f"a better {objective}"
         if objective in LOSSES:
             better = f"a lower held-out {objective}"
         return f"patience: {patience} evaluations without {better}"
     return ""
+
+
+def _persists(
+    diverged: Callable[[Config, Sequence[dict[str, Any]]], str],
+    config: Config,
+    lines: Sequence[dict[str, Any]],
+) -> str:
+    """Why a run has diverged, unless the next round may still take back what made it so.
+
+    With `method.learning_rate = "auto"` an update that raises the loss is taken back a round
+    later. The last round's never is, and a base model whose loss is no number stays so.
+    """
+    words = diverged(config, lines)
+    if not words or config.method.learning_rate != "auto":
+        return words
+    final = lines[-1]["round"] >= config.federation.rounds
+    if final or not math.isfinite(lines[0]["heldout_loss"]):
+        return words
+    ends = range(len(lines), len(lines) - PERSISTENT, -1)
+    return words if all(end > 1 and diverged(config, lines[:end]) for end in ends) else ""
+
+
+def _training_diverged(config: Config, lines: Sequence[dict[str, Any]]) -> str:
+    """Why a run has diverged by its last line's training loss, or nothing."""
+    line, start = lines[-1], lines[0]["heldout_loss"]
+    if line["skipped_steps"] >= config.method.local_steps * len(line["learning_rates"]):
+        return "diverged: no step of the last round had a finite loss"
+    training = [entry["training_loss"] for entry in lines[1:]]
+    first = next((loss for loss in training if loss is not None), None)
+    # Sites may withhold their losses.
+    if training[-1] is not None and training[-1] > _limit(config) * max(start, first):
+        return f"diverged: the training loss is {training[-1]:.3f}, from {first:.3f}"
+    return ""
+
+
+def _heldout_diverged(config: Config, lines: Sequence[dict[str, Any]]) -> str:
+    """Why a run has diverged by its last line's held-out figures, or nothing."""
+    found, start = lines[-1]["heldout_loss"], lines[0]["heldout_loss"]
+    if not found <= _limit(config) * start:
+        return f"diverged: the held-out loss is {found:.3f}, from {start:.3f}"
+    return _worse_than_guessing(config, lines)
+
+
+def _limit(config: Config) -> float:
+    """The multiple of the loss at the start that counts as divergence.
+
+    Another objective may leave the loss behind as long as there is one.
+    """
+    return DIVERGED if config.objective == "loss" else math.inf
 
 
 def heldout_objective(objective: str, line: Mapping[str, Any]) -> float:
