@@ -285,10 +285,11 @@ def rounds_within(given: argparse.Namespace, config: Config, budget: float) -> i
     seen = (steps + searched) * rows * lower
     aligned = config.data.public_rows if config.lora.init == "aligned" else 0
     examples = budget * given.batch - aligned
-    # Lower blocks are run once for every row; once all are kept, only upper ones.
+    # Lower blocks are run once for every row that a step sees. Once all are kept, only upper ones
+    # are run. Rows with endings of several tokens are not kept.
     most_rows = rows_in(given.data / TASKS[given.task].training)
     within = examples / (upper + seen)
-    if seen and within * seen > most_rows * lower:
+    if seen and given.kept and within * seen > most_rows * lower:
         within = (examples - most_rows * lower) / upper
     return int(within)
 
@@ -986,6 +987,15 @@ def words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
 
 
+def all_kept(task: Task, model: Path) -> bool:
+    """Whether rows of a task can be kept: its label words, if any, are one token each."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    found = task.data.get("label_words", {}).values()
+    return all(len(tokenizer(w, add_special_tokens=False)["input_ids"]) == 1 for w in found)
+
+
 def depth_of(model: Path) -> int:
     """Transformer blocks of a model."""
     from transformers import AutoConfig
@@ -1038,6 +1048,7 @@ def measure(arguments: argparse.Namespace, results: Results) -> list[dict[str, A
     arguments.batch = arguments.batch or TASKS[arguments.task].batch
     arguments.tuning = arguments.tuning or arguments.budget / 6
     arguments.depth = depth_of(arguments.model)
+    arguments.kept = all_kept(TASKS[arguments.task], arguments.model)
     try:
         return sweep(arguments, results) if arguments.sweep else compare(arguments, results)
     except FedForwardError as error:

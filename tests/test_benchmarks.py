@@ -380,6 +380,10 @@ def test_efficiency(capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = results(capsys, "efficiency", *arguments)["rows"]
     assert (row["rounds"], row["passes"], row["tries"]) == (2, 2.0, 0)
     assert row["up"] > 0 and row["end"] < row["start"]
+    # Of three blocks the lowest is run once for both probes of a step.
+    arguments = (*arguments, "--blocks", "1-2")
+    (row,) = results(capsys, "efficiency", *arguments)["rows"]
+    assert row["rounds"] == 2 and row["examples"] == pytest.approx(2 * 16 * 5 / 6, abs=0.1)
 
 
 @pytest.mark.slow
