@@ -9,7 +9,7 @@ averages the directions of n clients bears a step that is n times as long as wha
 directions bear. All of it follows from the ledger, so a server that resumes has the same rates.
 
 The first rate is small: a step moves each weight by no more than a probe does (`mu`). Rates are
-then multiplied by at most 4 a round, so that a good one is found within a few rounds. They fall
+then multiplied by at most 3 a round, so that a good one is found within a few rounds. They fall
 below the first one only where an update, or twice that, has made the loss larger beyond doubt.
 """
 
@@ -28,8 +28,8 @@ from fedforward.messages.report import ClientResult
 SCALES = (0.0, 1.0, 2.0)
 #: How much of the averages a new round replaces.
 FRESH = 0.3
-#: Most that a rate is multiplied with in a round; and while it is less than an eighth of the best.
-GROWTH, FAR_GROWTH = 2.0, 4.0
+#: Most that a rate is multiplied with in a round.
+GROWTH = 3.0
 #: Least that it is multiplied with; and where twice the last update was worse than none.
 SHRINKAGE, LEAST_SHRINKAGE = 0.7, 0.25
 #: Standard errors by which the loss must have risen for an update to be taken back.
@@ -192,5 +192,4 @@ class RateSearch:
         if found.has_fallen:
             # The averages are late where the curvature grows fast.
             best = min(best, 2.0 * found.best * self.rate)
-        growth = FAR_GROWTH if best > 2.0 * FAR_GROWTH * self.rate else GROWTH
-        self.rate = min(max(best, least), growth * self.rate)
+        self.rate = min(max(best, least), GROWTH * self.rate)
