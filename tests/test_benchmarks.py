@@ -361,10 +361,10 @@ def test_efficiency_way_by_way(
     tuned, found, tensors = rows
     assert (tuned["tries"], tuned["fewer"]) == (2, 1.0) and tuned["once_bytes"] == 0
     assert found["rate"] == "auto" and found["once_bytes"] > 0
-    # Two clients, two steps of two rows: two probes each, nine, and a step of three passes.
+    # Two clients, two steps of two rows: two probes each, eight, and a step of three passes.
     assert tuned["examples"] == 16 * tuned["rounds"]
     aligned = 40
-    assert found["examples"] == 72 * found["rounds"] + aligned
+    assert found["examples"] == 64 * found["rounds"] + aligned
     assert tensors["examples"] == 24 * tensors["rounds"] and tensors["end"] < tensors["start"]
     assert all(row["perplexity_after"] != row["perplexity_before"] for row in rows)
     written = page.read_text(encoding="utf-8")
