@@ -51,7 +51,11 @@ def configure(arguments: Any, source: Path, words: Sequence[str]) -> Any:
             },
             "evaluation": {"metrics": ["accuracy"]},
             "federation": {"clients": 1},
-            "method": {"batch_size": arguments.batch_size, "distribution": "rademacher"},
+            "method": {
+                "batch_size": arguments.batch_size,
+                "distribution": "rademacher",
+                "learning_rate": 1e-3,
+            },
             "run": {"threads": arguments.threads, "device": arguments.device},
         }
     )

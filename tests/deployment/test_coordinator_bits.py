@@ -74,22 +74,49 @@ METHODS: dict[str, dict[str, Any]] = {
     "decomfl": {"method__directions": 2},
     "fedkseed": {"method__candidates": 16},
 }
+#: With a rate that is found.
+SEARCHED: dict[str, dict[str, Any]] = {
+    "fedmezo": {"method__client_rates": "loss", "method__mu": 1e-4},
+    "zorba": {"method__mu": 1e-3},
+    "fedkseed": {"method__candidates": 4, "federation__participation": 0.5},
+}
 
 
-@pytest.mark.parametrize("name", list(METHODS))
-def test_sites_and_simulation_have_the_same_bits(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [*((name, {}) for name in METHODS), *((name, SEARCHED[name]) for name in SEARCHED)],
+    ids=[*METHODS, *(f"{name} searched" for name in SEARCHED)],
+)
+def test_sites_and_simulation_have_the_same_bits(
+    tmp_path: Path, name: str, found: dict[str, Any]
+) -> None:
     """Entries, reports with their proofs, rates, weights and blocks; and the state at the end."""
     limits = {"a": {"active_blocks": 1}, "b": {"active_blocks": 2}} if name == "zorba" else {}
-    changes = {"method__local_steps": 2, "method__batch_size": 2, "federation__rounds": 4}
-    config = configured(method__name=name, **changes, **METHODS[name])
+    changes: dict[str, Any] = {
+        "method__local_steps": 2,
+        "method__batch_size": 2,
+        "federation__rounds": 4,
+    }
+    changes |= (found | {"method__learning_rate": "auto"}) if found else METHODS[name]
+    config = configured(method__name=name, **changes)
     federation = World(tmp_path / "sites", config, limits=limits)
     summary = federation.run()
     assert [site.loads for site in federation.inside.values()] == [1, 1, 1]
     settings = [site.settings for site in federation.inside.values()]
     # Clients in lockstep are the same as each for itself.
-    together = 3 if name == "zorba" else 1
+    together = 3 if name == "zorba" and not found else 1
     ledger, digest = simulated(config, settings, tmp_path / "ledger", together)
-    assert federation.ledger == ledger and len(ledger) == 4
+    if "federation__participation" in found:
+        # Sites that an evaluation has brought forward are not asked for a proof.
+        ledger = rounds(tmp_path / "ledger", proofs=False)
+        assert rounds(federation.out / "ledger.sqlite", proofs=False) == ledger
+    else:
+        assert federation.ledger == ledger
+    assert len(ledger) == 4
+    kept = Ledger(tmp_path / "ledger")
+    results = [part for record in kept.rounds() for part in record.results]
+    kept.close()
+    assert any(len(part.report.line_search) for part in results) == bool(found)
     assert summary["state_digest"] == digest
     assert set(federation.digests().values()) == {digest}
     for site in "abc":

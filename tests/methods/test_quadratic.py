@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from fedforward.core.errors import FedForwardError
 from fedforward.core.seeds import direction_seed
-from fedforward.core.steps import NO_STEPS, Probe, Steps, Update
+from fedforward.core.steps import NO_STEPS, Evaluation, Probe, Steps, Update
 from fedforward.directions import Distribution, reference
 from fedforward.messages.report import ClientResult, Report
 from fedforward.messages.task import Task
-from fedforward.methods.estimators import TwoPoint
+from fedforward.methods.estimators import OneSided, TwoPoint
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.models.quadratic import Quadratic
 
@@ -227,3 +228,52 @@ def test_more_clients_average_the_noise_away() -> None:
             move = model.theta.numpy() / -rate
             errors[clients].append(np.linalg.norm(move - gradient))
     assert np.mean(errors[16]) < 0.4 * np.mean(errors[1])
+
+
+@pytest.mark.parametrize("distribution", list(Distribution))
+def test_one_sided_differences_are_the_gradient_and_half_the_curvature(
+    distribution: Distribution,
+) -> None:
+    """g_d = z_d·∇f + (μ/2) z_dᵀHz_d, on a quadratic without any other error."""
+    d, mu = 200, 1e-2
+    model = Quadratic([3.0, 1.0, 0.5], d, distribution=distribution)
+    estimator = OneSided(5, mu)
+    seeds = [direction_seed(1, 0, 0, 0, place) for place in range(5)]
+    probes = estimator.probes(None, NO_STEPS, [Steps.of([seed], [1.0]) for seed in seeds])
+    assert len(probes) == estimator.probes_per_step == 6
+    losses = model.evaluate(probes)
+    found, loss = estimator.gradients(losses)
+    assert loss == pytest.approx(np.mean([evaluation.mean for evaluation in losses]))
+    hessian = model.basis * model.eigenvalues @ model.basis.T
+    gradient = -hessian @ model.optimum
+    units = [z(seed, d, distribution) for seed in seeds]
+    assert found == pytest.approx(
+        [u @ gradient + mu / 2 * u @ hessian @ u for u in units], rel=1e-3, abs=1e-4
+    )
+    assert found.dtype == np.float32
+    # Their mean over many directions is the gradient itself.
+    many = np.array([z(direction_seed(2, 0, 0, 0, n), d, distribution) for n in range(4000)])
+    coordinates = many @ model.basis
+    rises = 0.5 * mu**2 * (coordinates**2 @ model.eigenvalues) + mu * many @ gradient
+    base = Evaluation(np.array([1.0]), np.array([1]))
+    moved = [Evaluation(np.array([1.0 + rise]), np.array([1])) for rise in rises]
+    projected, _ = OneSided(4000, mu).gradients([base, *moved])
+    estimate = model.basis.T @ (projected.astype(np.float64) @ many / 4000)
+    truth = model.basis.T @ gradient
+    assert np.linalg.norm(estimate - truth) < 0.15 * np.linalg.norm(truth)
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_one_sided_step_without_a_finite_loss_is_not_finite(place: int) -> None:
+    losses = [1.0, 1.5, 2.0]
+    losses[place] = float("inf")
+    found, _ = OneSided(2, 1e-2).gradients(
+        [Evaluation(np.array([loss]), np.array([1])) for loss in losses]
+    )
+    assert np.isnan(found).tolist() == [place == 0, True]
+
+
+@pytest.mark.parametrize("settings", [(0, 1e-2), (1, 0.0), (1, float("inf"))])
+def test_one_sided_refuses_numbers_that_are_none(settings: tuple[int, float]) -> None:
+    with pytest.raises(FedForwardError, match="is not allowed"):
+        OneSided(*settings)

@@ -129,6 +129,31 @@ def test_inputs_that_are_shared_now_and_then_are_not_mixed_up(tiny_network: Make
     check_rows(made.tensors[key], np.concatenate(seen[-6:]), random_factors(model)[key])
 
 
+def test_rows_at_places_tell_texts_apart(tiny_network: Make) -> None:
+    """The top directions of the inputs at one token of each text around their mean, in numpy."""
+    given, places = texts(12), [5, 3, 6, 4, 2, 7, 1, 5, 4, 3, 6, 2]
+    every = inputs(tiny_network(), given)
+    alone = [inputs(tiny_network(), [text]) for text in given]
+    model = lora(tiny_network(), run_seed=3)
+    initial = random_factors(model)
+    made = align(model, given, places)
+    assert made.made_for["positions"] == "last of each prompt"
+    assert made.digest != align(model, given).digest
+    for name, found in made.tensors.items():
+        module = module_of(name)
+        chosen = np.array([part[module][place] for part, place in zip(alone, places, strict=True)])
+        away = chosen - chosen.mean(axis=0)
+        values, vectors = np.linalg.eigh(away.T @ away / len(away))
+        rank, a = len(found), found.double().numpy()
+        top, variances = vectors[:, ::-1][:, :rank].T, values[::-1][:rank]
+        # As large as the random A on the inputs at all tokens.
+        x, random = every[module], initial[name].double().numpy()
+        total = np.trace(random @ (x.T @ x / len(x)) @ random.T)
+        wanted = top * np.sqrt(total / rank / variances)[:, None]
+        signs = np.sign((wanted * a).sum(axis=1))
+        assert a == pytest.approx(wanted * signs[:, None], abs=2e-3 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("shortest", [3, 1])
 def test_a_text_with_few_directions(
     tiny_network: Make, caplog: pytest.LogCaptureFixture, shortest: int

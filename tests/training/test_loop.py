@@ -21,6 +21,7 @@ from fedforward.training.metrics import (
     DivergenceError,
     RoundOutcome,
     Traffic,
+    reason_to_stop,
     round_line,
 )
 from fedforward.training.run_directory import RunDirectory
@@ -29,13 +30,13 @@ from fedforward.training.summary import DeploymentSummary, Lines, MeanTraffic, m
 ROUNDS = 5
 
 
-def configured(**run: Any) -> Config:
+def configured(rate: float | str = 1e-3, **run: Any) -> Config:
     return validate(
         {
             "model": {"path": AT_SITES},
             "data": {"source": AT_SITES, "prompt": "{a}", "answer": "{b}"},
             "federation": {"clients": 1, "rounds": ROUNDS},
-            "method": {"local_steps": 1, "learning_rate": 1e-3},
+            "method": {"local_steps": 1, "learning_rate": rate},
             "run": {"evaluate_every": 2, **run},
         }
     )
@@ -193,3 +194,59 @@ def test_a_line_of_a_round_that_was_read_has_what_the_ledger_has() -> None:
         "seconds": 7.0,
     }
     assert mean_traffic([line]) == MeanTraffic(None, None)
+
+
+def lines_of(
+    heldout: list[float | None], training: list[float | None] | None = None, skipped: int = 0
+) -> list[dict[str, Any]]:
+    """The base model's line with a loss of 2, and the lines of rounds."""
+    lines: list[dict[str, Any]] = [{"round": 0, "heldout_loss": 2.0}]
+    for number, loss in enumerate(heldout, 1):
+        line: dict[str, Any] = {
+            "round": number,
+            "training_loss": training[number - 1] if training else 2.0,
+            "skipped_steps": skipped,
+            "learning_rates": {0: 1e-3},
+        }
+        lines.append(line if loss is None else line | {"heldout_loss": loss})
+    return lines
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        lines_of([9.0]),
+        lines_of([NAN]),
+        lines_of([2.0, 2.0], [2.0, 9.0]),
+        lines_of([None], [None], skipped=1),
+    ],
+    ids=["held-out", "not a number", "training", "no step"],
+)
+def test_a_bad_round_that_may_be_taken_back_is_no_divergence(lines: list[dict[str, Any]]) -> None:
+    """With a number it is; where a rate is found, only three in a row are."""
+    assert reason_to_stop(configured(), lines).startswith("diverged")
+    auto = configured("auto")
+    for _ in range(2):
+        assert not reason_to_stop(auto, lines)
+        lines = [*lines, lines[-1] | {"round": len(lines)}]
+    assert reason_to_stop(auto, lines).startswith("diverged")
+
+
+def test_evaluations_in_a_row_count_and_not_the_rounds_between() -> None:
+    auto = configured("auto")
+    assert not reason_to_stop(auto, lines_of([9.0, None, 9.0]))
+    assert not reason_to_stop(auto, lines_of([9.0, 2.0, 9.0, 9.0]))
+    assert reason_to_stop(auto, lines_of([9.0, 9.0, None, 9.0]))
+    assert not reason_to_stop(auto, lines_of([9.0, 9.0, None, 1.9]))
+
+
+def test_the_last_round_is_never_taken_back() -> None:
+    auto = configured("auto")
+    assert reason_to_stop(auto, lines_of([1.9] * (ROUNDS - 1) + [9.0])).startswith("diverged")
+    assert not reason_to_stop(auto, lines_of([9.0] + [1.9] * (ROUNDS - 1)))
+    # Nothing mends a base model.
+    broken = [{"round": 0, "heldout_loss": NAN}, *lines_of([NAN])[1:]]
+    assert reason_to_stop(auto, broken).startswith("diverged")
