@@ -341,3 +341,83 @@ def test_masks(capsys: pytest.CaptureFixture[str]) -> None:
     for row in rows:
         assert row["replay_seconds"] > 0 and row["probes_over_passes"] > 0
         assert (row["replay_over_all"] == 1.0) == (row["way"] == "all weights")
+
+
+EFFICIENCY = ("--budget", "12", "--tuning", "2", "--seeds", "1", "--forgetting")
+
+
+@pytest.mark.slow
+def test_efficiency_way_by_way(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    page = tmp_path / "efficiency.md"
+    arguments = (
+        *EFFICIENCY,
+        *("--ways", "fedmezo,fedmezo-auto,fedavg-adamw", "--page", str(page), "--write"),
+        *("--rates", "fedmezo=1e-3,1e-2", "--rates", "fedavg-adamw=1e-2"),
+    )
+    rows = results(capsys, "efficiency", *arguments)["rows"]
+    assert [row["way"] for row in rows] == ["fedmezo", "fedmezo-auto", "fedavg-adamw"]
+    tuned, found, tensors = rows
+    assert (tuned["tries"], tuned["fewer"]) == (2, 1.0) and tuned["once_bytes"] == 0
+    assert found["rate"] == "auto" and found["once_bytes"] > 0
+    # Two clients, two steps of two rows: two probes each, eight, and a step of three passes.
+    assert tuned["examples"] == 16 * tuned["rounds"]
+    aligned = 40
+    assert found["examples"] == 64 * found["rounds"] + aligned
+    assert tensors["examples"] == 24 * tensors["rounds"] and tensors["end"] < tensors["start"]
+    assert all(row["perplexity_after"] != row["perplexity_before"] for row in rows)
+    written = page.read_text(encoding="utf-8")
+    assert "| fedmezo-auto | auto |" in written and "efficiency.svg" in written
+    # Finished runs stay: none is run again.
+    module = load("efficiency")
+    monkeypatch.setattr(module, "carry_out", None)
+    assert results(capsys, "efficiency", *arguments)["rows"] == rows
+
+
+def test_efficiency(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--ways", "fedmezo", "--rates", "1e-2", "--budget", "2", "--seeds", "1")
+    (row,) = results(capsys, "efficiency", *arguments)["rows"]
+    assert (row["rounds"], row["passes"], row["tries"]) == (2, 2.0, 0)
+    assert row["up"] > 0 and row["end"] < row["start"]
+    # Of three blocks the lowest is run once for both probes of a step.
+    arguments = (*arguments, "--blocks", "1-2")
+    (row,) = results(capsys, "efficiency", *arguments)["rows"]
+    assert row["rounds"] == 2 and row["examples"] == pytest.approx(2 * 16 * 5 / 6, abs=0.1)
+
+
+@pytest.mark.slow
+def test_efficiency_sweeps_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--sweep", "--ways", "fedmezo", "--budget", "3", "--seeds", "1")
+    rows = results(capsys, "efficiency", *arguments)["rows"]
+    assert len(rows) == 11 and [row["rate"] for row in rows].count("auto") == 1
+    *runs, verdict = rows
+    falls = {row["rate"]: row["fall"] for row in runs}
+    fixed = [fall for rate, fall in falls.items() if rate != "auto" and fall is not None]
+    assert verdict["fall"] == max(fixed)
+    assert verdict["auto_over_best"] == falls["auto"] / max(fixed)
+
+
+def test_efficiency_counts_passes_to_a_value() -> None:
+    passes_to = load("efficiency").passes_to
+    points = [{"passes": at, "value": value} for at, value in ((0, 4.0), (10, 2.0), (20, None))]
+    assert passes_to(points, 3.0) == 5.0
+    assert passes_to(points, 1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--ways", "fedmezo,mezo"), "--ways: 'mezo' is no way. Allowed are fedmezo, decomfl"),
+        (("--rates", "fedmezo=1e-3,fast"), "'fast' is neither a number nor 'auto'"),
+        (("--ways", "fedmezo", "--budget", "0.5"), "A round of fedmezo takes more than"),
+        (("--set", "method.mu=0"), "method.mu"),
+    ],
+)
+def test_efficiency_refuses(
+    arguments: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        load("efficiency").main(["--quick", "--threads", "1", *arguments])
+    assert end.value.code == 2
+    assert sentence in capsys.readouterr().err

@@ -17,6 +17,7 @@ from fedforward.federation.client import Client, Replica, along_update
 from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.rate_search import (
     GROWTH,
+    LEAST_SHRINKAGE,
     SHRINKAGE,
     LineSearch,
     RateSearch,
@@ -148,12 +149,12 @@ def test_an_update_that_raises_the_loss_is_taken_back(tmp_path: Path, name: str)
     if isinstance(method, FedKSeed):
         assert (theta == base).all(), "sums of increments are exact"
     assert np.allclose(theta.numpy(), base.numpy(), atol=1e-5)
-    assert found.server.search.rate == pytest.approx(SHRINKAGE * rate)
+    assert LEAST_SHRINKAGE * rate <= found.server.search.rate <= SHRINKAGE * rate
     assert found.server.search.applied == 0.0
     # There is no update to measure along, and the next one is of the lower rate.
     tasks = found.round()
     assert all(task.line_search == 0 for task in tasks.values())
-    assert found.server.search.applied == found.server.search.rate
+    assert 0 < found.server.search.applied <= found.server.search.rate
     assert list(found.server.ledger.rounds())[2].results[0].report.line_search.size == 0
 
 
@@ -258,7 +259,7 @@ def test_passes_along_the_update_are_a_fifth_of_a_round_at_most() -> None:
     """A fifth of its probes, to the nearest batch; and one batch where a round is shorter."""
     found = RateSearch(MU, 1)
     found.applied = 1.0
-    for steps, directions in ((4, 8), (30, 1), (100, 1), (7, 4), (10, 1)):
+    for steps, directions in ((4, 8), (30, 2), (100, 2), (7, 4), (10, 3)):
         for estimator in (TwoPoint(directions, MU), OneSided(directions, MU)):
             method = FedMeZO(local_steps=steps, estimator=estimator)
             spent = steps * estimator.probes_per_step

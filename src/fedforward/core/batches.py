@@ -102,6 +102,14 @@ class JoinedRows(TokenBatch):
     right: NDArray[np.int64]
 
     @property
+    def input_lengths(self) -> NDArray[np.int64] | None:
+        """See `TokenBatch`: whole prompts. Rows with endings have masks and positions of their own.
+
+        Only tokens tell rows apart that run alone.
+        """
+        return None if self.branches else np.asarray((self.endings >= 0).sum(axis=1))
+
+    @property
     def branches(self) -> bool:
         """Whether any answer has an ending, so that tokens must not see all that is before them."""
         return bool((self.endings > 0).any())

@@ -4,12 +4,13 @@ Before a client begins a round, it measures its first batches at θ - Δ, θ and
 last round's update: the losses at 0, 1 and 2 times that update, on data that it was not made from.
 A parabola through their means has its least value at the rate that was best for that round. Slopes
 and curvatures are averaged over rounds, because each is noisy. The reports of a round count at the
-rate that they themselves lead to; its local steps were taken at the rate of before. All of it
-follows from the ledger, so a server that resumes has the same rates.
+rate that they themselves lead to. Local steps are shorter by the number of participants: what
+averages the directions of n clients bears a step that is n times as long as what a client's own
+directions bear. All of it follows from the ledger, so a server that resumes has the same rates.
 
 The first rate is small: a step moves each weight by no more than a probe does (`mu`). Rates are
-then multiplied by at most 4 a round, so that a good one is found within a few rounds. They fall
-below the first one only where an update has made the loss larger beyond doubt.
+then multiplied by at most 3 a round, so that a good one is found within a few rounds. They fall
+below the first one only where an update, or twice that, has made the loss larger beyond doubt.
 """
 
 import math
@@ -26,15 +27,17 @@ from fedforward.messages.report import ClientResult
 #: Multiples of the last update at which clients measure.
 SCALES = (0.0, 1.0, 2.0)
 #: How much of the averages a new round replaces.
-FRESH = 0.15
-#: Most that a rate is multiplied with, and least, in a round.
-GROWTH, SHRINKAGE = 4.0, 0.7
+FRESH = 0.3
+#: Most that a rate is multiplied with in a round.
+GROWTH = 3.0
+#: Least that it is multiplied with; and where twice the last update was worse than none.
+SHRINKAGE, LEAST_SHRINKAGE = 0.7, 0.25
 #: Standard errors by which the loss must have risen for an update to be taken back.
 SIGNIFICANT = 2.0
 #: Losses beyond this stand for what is not finite.
 LARGEST_LOSS = 1e30
-#: How much of the projected gradients' mean square a new round replaces.
-FRESH_SQUARE = 0.1
+#: How much of the logarithm of the projected gradients' mean square a new round replaces.
+FRESH_SQUARE = 0.4
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,22 @@ class LineSearch:
         if now >= LARGEST_LOSS:
             # Not finite, so that no error of the difference is known.
             return before < LARGEST_LOSS
-        rise = now - before
-        return not rise <= max(0.0, SIGNIFICANT * self.error)
+        return not now - before <= SIGNIFICANT * self.error
+
+    @property
+    def has_fallen(self) -> bool:
+        """Whether the update has made the loss smaller, by more than chance explains."""
+        return bool(self.losses[0] - self.losses[1] > SIGNIFICANT * self.error)
+
+    @property
+    def best(self) -> float:
+        """The multiple of the update at which the parabola is least; inf where it has no least."""
+        return self.slope / self.curvature if self.curvature > 0.0 else math.inf
+
+    @property
+    def bounds(self) -> bool:
+        """Whether twice the update is worse than none, by more than chance explains."""
+        return bool(self.losses[2] - self.losses[0] > SIGNIFICANT * 2.0 * self.error)
 
 
 def line_search(results: Sequence[ClientResult]) -> LineSearch | None:
@@ -81,6 +98,13 @@ def line_search(results: Sequence[ClientResult]) -> LineSearch | None:
     weights = weights / weights.sum()
     rows = np.array([part.report.line_search for part in known], np.float64)
     return LineSearch(weights @ rows[:, :3], math.sqrt(float((weights**2) @ (rows[:, 3] ** 2))))
+
+
+def mean_square(results: Sequence[ClientResult]) -> float:
+    """Of a round's projected gradients, those of skipped steps left out; 0 if none is left."""
+    told = np.concatenate([part.report.gradients.astype(np.float64) for part in results])
+    told = told[told != 0.0]
+    return float(np.mean(told**2)) if len(told) else 0.0
 
 
 class RateSearch:
@@ -116,17 +140,6 @@ class RateSearch:
         found = line_search(results)
         return found is not None and self.applied > 0.0 and found.has_risen
 
-    def _take_gradients(self, results: Sequence[ClientResult]) -> None:
-        """Take the size of a round's projected gradients into their mean square."""
-        gradients = [part.report.gradients.astype(np.float64) for part in results]
-        values = np.concatenate(gradients) if gradients else np.zeros(0)
-        told = values[values != 0.0]
-        if not len(told):
-            return
-        square = float(np.mean(told**2))
-        known = self.mean_square
-        self.mean_square = known + FRESH_SQUARE * (square - known) if known else square
-
     def rated(
         self, results: Sequence[ClientResult], multipliers: Mapping[int, float]
     ) -> list[ClientResult]:
@@ -137,8 +150,8 @@ class RateSearch:
         """
         now = copy(self)
         now._learn(line_search(results))
-        if not now.mean_square:
-            now._take_gradients(results)
+        # Projected gradients that are suddenly large make no longer step than others.
+        now.mean_square = max(now.mean_square, mean_square(results))
         return [
             replace(part, learning_rate=now.factor(multipliers[part.report.client]))
             for part in results
@@ -152,9 +165,13 @@ class RateSearch:
         """
         taken_back = self.takes_back(record.results)
         self._learn(line_search(record.results))
-        if not taken_back:
-            self._take_gradients(record.results)
-        self.applied = 0.0 if taken_back else schedule * self.rate
+        square = mean_square(record.results)
+        self.applied = 0.0
+        if square and not taken_back:
+            known = self.mean_square
+            self.applied = schedule * self.rate * math.sqrt(square / max(known, square))
+            # Of logarithms, so that one round whose clients went astray counts for little.
+            self.mean_square = known * (square / known) ** FRESH_SQUARE if known else square
 
     def _learn(self, found: LineSearch | None) -> None:
         """Take in what was measured along the last update, if that was a step."""
@@ -163,15 +180,16 @@ class RateSearch:
         if found.losses.max() < LARGEST_LOSS:
             self._slope += FRESH * (found.slope / self.applied - self._slope)
             self._curvature += FRESH * (found.curvature / self.applied**2 - self._curvature)
-        least, most = SHRINKAGE * self.rate, GROWTH * self.rate
-        if found.has_risen:
-            self.rate = self._least = least
+        if found.has_risen or found.bounds:
+            own = min(1.0, max(found.best, LEAST_SHRINKAGE))
+            self.rate *= min(own, SHRINKAGE) if found.has_risen else own
+            self._least = min(self._least, self.rate)
             return
-        if found.losses[2] >= LARGEST_LOSS:
-            # A longer update has no loss.
-            most = self.rate
-        least = max(least, min(self._least, self.rate))
+        least = max(SHRINKAGE * self.rate, min(self._least, self.rate))
+        best = math.inf if self._slope > 0.0 else least
         if self._curvature > 0.0:
-            self.rate = min(max(self._slope / self._curvature, least), most)
-        else:
-            self.rate = most if self._slope > 0.0 else least
+            best = self._slope / self._curvature
+        if found.has_fallen:
+            # The averages are late where the curvature grows fast.
+            best = min(best, 2.0 * found.best * self.rate)
+        self.rate = min(max(best, least), GROWTH * self.rate)

@@ -244,7 +244,7 @@ class Server:
         if self.search is not None:
             # Known only when the first round's projected gradients are; that round stays where
             # it begins.
-            factor *= self.search.factor(1.0)
+            factor *= self.search.factor(1.0) / max(1, len(participants))
         return {client: factor * rate for client, rate in chosen.items()}
 
     @property

@@ -106,19 +106,22 @@ class TwoPoint:
 
 @dataclass(frozen=True)
 class OneSided:
-    """Forward differences from one common point: g_d = (F(θ+μz_d; B) - F(θ; B)) / μ.
+    """One probe a direction, each compared with the mean of the others.
 
-    n directions cost n + 1 forward passes, where `TwoPoint` takes 2n. Each g_d has an error of
-    (μ/2) z_dᵀHz_d, which two signs would cancel. It is FZOO's difference (arXiv 2506.09034) without
-    the division by the losses' spread, so that rates mean what they mean for `TwoPoint`.
+    l_d = F(θ+μz_d; B), g_d = (l_d - mean of l_k, k ≠ d) / μ. The point θ itself is not measured, so
+    n directions cost n forward passes where `TwoPoint` takes 2n. The mean of the others stands for
+    F(θ) + (μ/2) tr(H): a forward difference from F(θ) alone would have (μ/2) zᵀHz in it, which is
+    larger than the gradient where curvature is. The comparison is the leave-one-out baseline of
+    Kool et al. (2019) and of mean-centred evolution strategies: it leaves the estimate of the
+    gradient unbiased, and adds a share of 1 / (n - 1) to its variance.
 
     Attributes:
-        directions: n.
+        directions: n, at least 2.
         mu: μ, the perturbation scale.
 
     Example:
         >>> OneSided(directions=8, mu=1e-2).probes_per_step
-        9
+        8
     """
 
     directions: int = 8
@@ -126,22 +129,31 @@ class OneSided:
 
     def __post_init__(self) -> None:
         _check_settings(self.directions, self.mu)
+        if self.directions < 2:
+            raise FedForwardError(
+                "method.estimator = 'one-sided' compares the losses of a step's directions, and "
+                f"method.directions = {self.directions} leaves nothing to compare with; use 2 or "
+                "more, such as 8."
+            )
 
     @property
     def probes_per_step(self) -> int:
-        """Every direction once, and the point itself."""
-        return self.directions + 1
+        """Every direction once."""
+        return self.directions
 
     def probes(self, batch: Any, trajectory: Steps, directions: Sequence[Steps]) -> list[Probe]:
-        """The point, then +μ along each direction in turn."""
-        away = [Probe(batch, trajectory, direction.scaled(self.mu)) for direction in directions]
-        return [Probe(batch, trajectory), *away]
+        """+μ along each direction in turn."""
+        return [Probe(batch, trajectory, direction.scaled(self.mu)) for direction in directions]
 
     def gradients(self, evaluations: Sequence[Evaluation]) -> tuple[NDArray[np.float32], float]:
-        """See `Estimator`. The loss of the point itself is checked for all."""
+        """See `Estimator`. One loss that is not finite makes all of them NaN."""
         losses = np.array([evaluation.mean for evaluation in evaluations], dtype=np.float64)
-        with np.errstate(invalid="ignore", over="ignore"):
-            gradients = ((losses[1:] - losses[0]) / self.mu).astype(np.float32)
+        if not np.isfinite(losses).all():
+            return np.full(self.directions, np.nan, np.float32), float("nan")
+        # l_d - mean of the others = (l_d - mean of all) * n / (n - 1).
+        away = (losses - losses.mean()) * (self.directions / (self.directions - 1))
+        with np.errstate(over="ignore"):
+            gradients = (away / self.mu).astype(np.float32)
         gradients[~np.isfinite(gradients)] = np.nan
         return gradients, float(losses.mean())
 

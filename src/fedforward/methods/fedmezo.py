@@ -48,8 +48,9 @@ class FedMeZOAuto(FedMeZO):
     """FedMeZO with the settings that need the fewest forward passes, and a rate that is found.
 
     The algorithm is FedMeZO's. What differs are the defaults of a configuration: one-sided
-    estimates along several Rademacher directions, few local steps a round, and adapters of which B
-    alone is tuned, with an aligned A. `docs/how-to/efficiency.md` has what each is worth.
+    estimates along several Rademacher directions, few local steps a round, a rate that falls as a
+    cosine, and adapters of which B alone is tuned, with an aligned A. `docs/how-to/efficiency.md`
+    has what each is worth.
 
     Example:
         >>> FedMeZOAuto.defaults["method"]["estimator"]
@@ -62,6 +63,7 @@ class FedMeZOAuto(FedMeZO):
             "directions": 8,
             "distribution": "rademacher",
             "local_steps": 4,
+            "schedule": "cosine",
             "batch_size": 4,
         },
         "lora": {"factors": "B", "init": "aligned"},

@@ -282,7 +282,7 @@ class LoraModel(CausalModel):
                 "targets": targets if isinstance(targets, str) else list(targets),
                 "factors": factors,
                 **(
-                    {}
+                    {"init": "random"}
                     if init_file is None
                     else {"init": "aligned", "init_file": absolute_text(str(init_file))}
                 ),

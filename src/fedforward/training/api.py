@@ -7,7 +7,7 @@ made in Python resumes, verifies and exports like one that began with a file.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedforward.config.loading import validate
 from fedforward.config.schema import Config
@@ -134,7 +134,7 @@ class Simulation:
         method: Method,
         /,
         *,
-        learning_rate: float,
+        learning_rate: float | Literal["auto"] = "auto",
         out: str | Path,
         batch_size: int = 1,
         **sections: Mapping[str, Any],
@@ -145,7 +145,7 @@ class Simulation:
             model: of `from_pretrained`, at its base weights.
             data: partitioned rows.
             method: its run seed is the model's, whatever the object says.
-            learning_rate: η_0.
+            learning_rate: η_0; "auto" finds it.
             out: the run directory.
             batch_size: examples of a step.
             sections: further keys of a configuration, by section, as in
