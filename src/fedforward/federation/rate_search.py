@@ -116,7 +116,7 @@ class RateSearch:
     Attributes:
         rate: of the coming round, before its schedule.
         mean_square: of the projected gradients; 0 before the first round.
-        applied: the rate of the last round with its schedule; 0 where it took back another.
+        applied: the mean rate of the last round's steps; 0 where it took back another.
     """
 
     def __init__(self, mu: float, directions: int) -> None:
@@ -141,15 +141,21 @@ class RateSearch:
         return found is not None and self.applied > 0.0 and found.has_risen
 
     def rated(
-        self, results: Sequence[ClientResult], multipliers: Mapping[int, float]
+        self,
+        results: Sequence[ClientResult],
+        multipliers: Mapping[int, float],
+        last: bool = False,
     ) -> list[ClientResult]:
         """A round's results at the rate that what they measured leads to.
 
         Args:
             multipliers: of each client's rate, the schedule among them.
+            last: whether no round follows that could take this one back: its rate does not grow.
         """
         now = copy(self)
         now._learn(line_search(results))
+        if last:
+            now.rate = min(now.rate, self.rate)
         # Projected gradients that are suddenly large make no longer step than others.
         now.mean_square = max(now.mean_square, mean_square(results))
         return [
@@ -157,19 +163,16 @@ class RateSearch:
             for part in results
         ]
 
-    def observe(self, record: Round, schedule: float) -> None:
-        """Take in a round that is in the ledger: what was measured before it, and its own step.
-
-        Args:
-            schedule: of the round.
-        """
+    def observe(self, record: Round) -> None:
+        """Take in a round that is in the ledger: what was measured before it, and its own step."""
         taken_back = self.takes_back(record.results)
         self._learn(line_search(record.results))
         square = mean_square(record.results)
         self.applied = 0.0
         if square and not taken_back:
             known = self.mean_square
-            self.applied = schedule * self.rate * math.sqrt(square / max(known, square))
+            rates = [part.weight * part.learning_rate for part in record.results]
+            self.applied = math.sqrt(square) * sum(rates)
             # Of logarithms, so that one round whose clients went astray counts for little.
             self.mean_square = known * (square / known) ** FRESH_SQUARE if known else square
 

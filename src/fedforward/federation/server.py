@@ -135,7 +135,7 @@ class Server:
         for result in record.results:
             self.held[result.report.client] = record.entry.round
         if self.search is not None:
-            self.search.observe(record, self.settings.rates.factor(record.entry.round))
+            self.search.observe(record)
         self._first = self._first or record
         self._history = [*self._history, record][-self._window :]
 
@@ -457,7 +457,10 @@ class Server:
             )
             for weight, report in zip(self._weights(reports), reports, strict=True)
         ]
-        return results if self.search is None else self.search.rated(results, self._multipliers)
+        if self.search is None:
+            return results
+        last = self.round + 1 >= self.settings.rates.rounds
+        return self.search.rated(results, self._multipliers, last)
 
     def _entry(self, results: Sequence[ClientResult]) -> Entry:
         """The round's update, or the one that takes back the last, if the loss has risen by it."""
