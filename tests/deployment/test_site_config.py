@@ -296,7 +296,7 @@ def test_full_tuning_is_refused_unless_it_is_allowed() -> None:
 
 
 def test_tensors_are_refused_whatever_the_limits() -> None:
-    given = wire(terms(validated({"method": {"name": "fedavg"}})))
+    given = wire(terms(validated({"method": {"name": "fedavg", "learning_rate": 1e-3}})))
     loose = LimitsSection(full_tuning=True, functions=True)
     (sentence,) = refusals(given, loose)
     assert "fedavg" in sentence and "tensors" in sentence

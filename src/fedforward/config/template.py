@@ -15,7 +15,7 @@ def to_toml(config: Config) -> str:
     for section, values in config.model_dump(exclude_none=True).items():
         lines.append(f"[{section}]")
         if section == "method":
-            values |= values.pop("parameters")
+            values |= values.pop("parameters", {})
         lines += [f"{key} = {toml_value(value)}" for key, value in values.items()]
         lines.append("")
     return "\n".join(lines)
