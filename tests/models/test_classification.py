@@ -503,7 +503,7 @@ def test_labels_are_part_of_the_data(classify: Configure) -> None:
             {"model__head": "regression"},
             ["model.head = 'regression'", "'causal', 'classification'"],
         ),
-        ({"method__objective": "rougeL"}, ["method.objective = 'rougeL'", "'loss' and 'accuracy'"]),
+        ({"method__objective": "rougeL"}, ["method.objective = 'rougeL'", "'loss', 'choice'"]),
         ({"evaluation__metrics": ["perplexity"]}, ["evaluation.metrics = 'perplexity'"]),
         ({"evaluation__metrics": ["a.b:c"]}, ["evaluation.metrics = 'a.b:c'"]),
         (
