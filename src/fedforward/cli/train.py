@@ -192,12 +192,8 @@ def _check_picture(path: Path) -> None:
         raise FedForwardError(f"--png {path}: give a file that ends in .png, .pdf or .svg.")
 
 
-def align(
-    config: ConfigArgument,
-    out: Annotated[Path, typer.Option("--out", help="file to write", show_default=False)],
-    overrides: OverridesArgument = None,
-) -> None:
-    """Make the file of aligned adapters (lora.init_file) from public text, before a run."""
+def _made(maker: str, config: Path, out: Path, overrides: list[str] | None) -> Any:
+    """The file that a function of `training.before` makes for a configuration, once written."""
     from fedforward.config.site import load_partial
 
     settings = load_partial(config, overrides or [])
@@ -205,9 +201,18 @@ def align(
         from fedforward.models.libraries import quiet_libraries
 
         quiet_libraries()
-        from fedforward.training.before import make_initial_a
+        from fedforward.training import before
 
-        made = make_initial_a(settings, out)
+        return getattr(before, maker)(settings, out)
+
+
+def align(
+    config: ConfigArgument,
+    out: Annotated[Path, typer.Option("--out", help="file to write", show_default=False)],
+    overrides: OverridesArgument = None,
+) -> None:
+    """Make the file of aligned adapters (lora.init_file) from public text, before a run."""
+    made = _made("make_initial_a", config, out, overrides)
     made_for = made.made_for
     say(
         out_console,
@@ -223,16 +228,7 @@ def mask(
     overrides: OverridesArgument = None,
 ) -> None:
     """Make the mask of a run (method.mask_file) from gradients on public text, before the run."""
-    from fedforward.config.site import load_partial
-
-    settings = load_partial(config, overrides or [])
-    with display("loading libraries"):
-        from fedforward.models.libraries import quiet_libraries
-
-        quiet_libraries()
-        from fedforward.training.before import make_mask
-
-        made = make_mask(settings, out)
+    made = _made("make_mask", config, out, overrides)
     made_for = made.made_for
     say(
         out_console,

@@ -245,21 +245,16 @@ def check_terms(config: Config, origin: str) -> None:
                 f"planning.{key} = {value!r}: a site says itself what it can perturb, with "
                 "limits.active_blocks in its site.toml. Leave it out."
             )
-    if config.model.adapter is not None:
-        problems.append(
-            f"model.adapter = {config.model.adapter!r}: each site has the adapter itself, and "
-            "names it with model.adapter in its site.toml. Leave it out."
-        )
-    if config.lora.init_file is not None:
-        problems.append(
-            f"lora.init_file = {config.lora.init_file!r}: each site has the file itself, and "
-            "names it with lora.init_file in its site.toml. Leave it out."
-        )
-    if config.method.mask_file is not None:
-        problems.append(
-            f"method.mask_file = {config.method.mask_file!r}: each site has the file itself, and "
-            "names it with method.mask_file in its site.toml. Leave it out."
-        )
+    for key, found, what in (
+        ("model.adapter", config.model.adapter, "adapter"),
+        ("lora.init_file", config.lora.init_file, "file"),
+        ("method.mask_file", config.method.mask_file, "file"),
+    ):
+        if found is not None:
+            problems.append(
+                f"{key} = {found!r}: each site has the {what} itself, and names it with {key} in "
+                "its site.toml. Leave it out."
+            )
     if config.data.public is not None:
         problems.append(
             f"data.public = {config.data.public!r} is read by `fedforward align` and `mask`, "
