@@ -123,10 +123,15 @@ class LoraSection(Section):
         "all-linear",
         description='"all-linear" (what can be probed), or names such as ["q_proj", "v_proj"]',
     )
-    factors: Literal["both", "B"] = Field("both", description='"B" keeps the initial A')
+    factors: Literal["both", "B", "R"] = Field(
+        "both",
+        description='"B" keeps the initial A; "R" tunes the r x r matrix R of B = U R alone, in '
+        "modules that write into the residual stream",
+    )
     init: Literal["random", "aligned"] = Field(
         "random",
-        description='of A: "aligned" spans the directions in which each layer\'s inputs vary most',
+        description='of A: "aligned" spans the directions in which each layer\'s inputs vary most; '
+        "of U: those in which the loss pulls",
     )
     init_file: PathText | None = Field(
         None,

@@ -21,6 +21,8 @@ from fedforward.models.pinned_files import PinnedFile
 
 LOGGER = logging.getLogger("fedforward.models")
 SETTINGS = "adapter_config.json"
+#: The U of B = U R in a file with the A to begin with.
+OUTPUTS = "lora_U.weight"
 #: Settings that decide what the tensors compute, or what PEFT does with them later.
 KEPT = ("lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
 #: Settings that may have any value: they say where an adapter came from, or which modules it has,
@@ -155,6 +157,12 @@ def check_initial(
         raise FedForwardError(
             f"lora.rank = {adapted['rank']} does not fit {given}, which was made for lora.rank = "
             f"{made_for.get('rank')!r}. Set that, {again}"
+        )
+    if (OUTPUTS in initial.tensors) != (OUTPUTS in own):
+        factors = "'R'" if OUTPUTS in initial.tensors else "'B' or 'both'"
+        raise FedForwardError(
+            f"lora.factors = {adapted['factors']!r} does not fit {given}, which was made for "
+            f"lora.factors = {factors}. Set that, {again}"
         )
     extra, missing = (
         sorted(initial.tensors.keys() - own.keys()),

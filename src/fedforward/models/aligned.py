@@ -7,10 +7,13 @@ all of them alike. They are scaled so that tr(A C Aᵀ) is that of the random A 
 Where label words are told apart, only what stands at the last token of a prompt decides. The rows
 of A are then the directions in which the inputs at that place differ most from text to text. All
 tokens together vary most in directions that say nothing of a text, such as that of the first token.
+
+Where the R of B = U R is tuned, U is aligned too: its columns are the directions in which the loss
+of these texts pulls the output of the last transformer block (see `residual_stream`).
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -23,11 +26,16 @@ from fedforward.core.batches import IGNORED, TokenBatch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.logs import PHASES
 from fedforward.core.steps import Probe
+from fedforward.models.adapters import OUTPUTS
 from fedforward.models.lora import LoraModel, random_factors
 from fedforward.models.pinned_files import PinnedFile, pinned
+from fedforward.models.residual_stream import StreamGradients
 
 LOGGER = logging.getLogger("fedforward.models")
 KIND, KEY, COMMAND = "initial A", "lora.init_file", "fedforward align"
+#: Powers of its variance that a row of A is as long as, where B and where R is tuned. With the
+#: first all rows vary alike; the second moves most along what varies most.
+WHITENED, STREAM = -0.5, 0.25
 #: Bytes of float64 covariances that are held at once; more layers take another pass over the texts.
 MOST_BYTES = 1 << 30
 #: A direction with less than this share of all variance is one that the texts do not show.
@@ -35,7 +43,10 @@ LEAST_SHARE = 1e-10
 
 
 def align(
-    model: LoraModel, texts: Sequence[NDArray[np.int64]], places: Sequence[int] | None = None
+    model: LoraModel,
+    texts: Sequence[NDArray[np.int64]],
+    places: Sequence[int] | None = None,
+    losses: Sequence[tuple[NDArray[np.bool_], Sequence[int]]] | None = None,
 ) -> PinnedFile:
     """The aligned A of a model, from the inputs of its adapted layers over some texts.
 
@@ -47,9 +58,12 @@ def align(
         texts: int64 [length] each.
         places: of the one token of each text at which inputs are compared, before its last; None
             takes all tokens.
+        losses: for U, where R is tuned: of each text which tokens' loss counts, bool [length], and
+            the first tokens of its label words (see `StreamGradients.add`); None counts all.
 
     Returns:
-        float32 [r, inputs] by name of a layer's A, ready to be written.
+        float32 [r, inputs] by name of a layer's A, and U [width, r] where R is tuned, ready to be
+        written.
 
     Raises:
         FedForwardError: no text has two tokens.
@@ -57,6 +71,11 @@ def align(
     least = 0 if model.classes else 1
     kept = [number for number, text in enumerate(texts) if len(text) > least]
     texts = [texts[number] for number in kept]
+    stream = None if model.outputs_shape is None else StreamGradients(model.network)
+    if stream is not None and losses is None:
+        losses = [(np.ones(len(text), np.bool_), ()) for text in texts]
+    elif losses is not None:
+        losses = [losses[number] for number in kept]
     places = None if places is None else [places[number] for number in kept]
     if not texts:
         raise FedForwardError("No text with two tokens or more is there to align adapters with.")
@@ -71,10 +90,12 @@ def align(
     for part in _parts(random, layers):
         PHASES.info("aligning adapters: %d of %d layers", len(found), len(layers))
         own = {n: layers[n] for n in part}
+        run = _runner(model, texts, stream if not found else None, losses)
         try:
-            covariances, leaders, inputs = _covariances(model, own, texts, places)
+            covariances, leaders, inputs = _covariances(own, texts, places, run)
         except _NotSharedError:
-            covariances, leaders, inputs = _covariances(model, own, texts, places, share=False)
+            run = _runner(model, texts, None, None)
+            covariances, leaders, inputs = _covariances(own, texts, places, run, share=False)
         top: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
         for name in part:
             initial = random[_key(name)].double().cpu().numpy()
@@ -90,7 +111,8 @@ def align(
                 top[leader] = _top(compared, len(initial))
             directions, variances = top[leader]
             short += len(directions) < len(initial)
-            rows = aligned_rows(directions, variances, covariance, initial)
+            power = WHITENED if stream is None else STREAM
+            rows = aligned_rows(directions, variances, covariance, initial, power)
             found[_key(name)] = torch.from_numpy(rows.astype(np.float32))
     if short:
         LOGGER.warning(
@@ -100,6 +122,9 @@ def align(
             len(layers),
             len(next(iter(random.values()))),
         )
+    if stream is not None and model.outputs_shape is not None:
+        outputs = stream.directions(model.outputs_shape[1])
+        found[OUTPUTS] = torch.from_numpy(outputs.astype(np.float32))
     made_for = {
         "base": model.base_fingerprint,
         **model.adapted,
@@ -115,6 +140,7 @@ def aligned_rows(
     variances: NDArray[np.float64],
     covariance: NDArray[np.float64],
     initial: NDArray[np.float64],
+    power: float = WHITENED,
 ) -> NDArray[np.float64]:
     """A of one layer.
 
@@ -123,15 +149,17 @@ def aligned_rows(
         variances: of the inputs along each.
         covariance: C, [inputs, inputs].
         initial: the random A, [r, inputs].
+        power: of its variance that each row is as long as.
 
     Returns:
-        [r, inputs]; equal variances over all rows that were found.
+        [r, inputs]; variances that sum to those of the random A.
     """
     found = len(directions)
     if not found:
         return initial
     total = np.einsum("ri,ij,rj->", initial, covariance, initial, optimize=True)
-    scale = np.sqrt(total / found / variances)
+    scale = variances**power
+    scale *= np.sqrt(total / np.sum(scale**2 * variances))
     rest = initial[found:]
     rest = rest - (rest @ directions.T) @ directions
     return np.concatenate((directions * scale[:, None], rest))
@@ -174,17 +202,43 @@ class _NotSharedError(Exception):
     """A layer that was given another's inputs is given its own as well."""
 
 
-def _covariances(
+def _runner(
     model: LoraModel,
+    texts: Sequence[NDArray[np.int64]],
+    stream: StreamGradients | None,
+    losses: Sequence[tuple[NDArray[np.bool_], Sequence[int]]] | None,
+) -> Callable[[int], None]:
+    """What runs the text of a number; with `stream` its gradients are added in the same pass."""
+
+    def run(number: int) -> None:
+        text = texts[number]
+        if stream is not None and losses is not None:
+            stream.add(text, *losses[number])
+            model.count_pass(len(text))
+            return
+        labels = np.full((1, len(text)), IGNORED, np.int64)
+        labels[0, -1] = 0 if model.classes else text[-1]
+        probe = Probe(TokenBatch(text[None], labels))
+        if model.classes:
+            model.class_logits([probe])
+        else:
+            model.token_losses([probe])
+
+    return run
+
+
+def _covariances(
     layers: Mapping[str, Any],
     texts: Sequence[NDArray[np.int64]],
     places: Sequence[int] | None,
+    run: Callable[[int], None],
     share: bool = True,
 ) -> tuple[dict[str, NDArray[np.float64]], dict[str, str], dict[str, NDArray[np.float64]]]:
     """The mean of x xᵀ of layers over the tokens of texts, float64 [inputs, inputs].
 
     Args:
         places: see `align`.
+        run: runs the text of a number.
         share: whether layers that are given the very same tensor, as those of queries, keys and
             values are, share one.
 
@@ -220,16 +274,10 @@ def _covariances(
             sums[name] = rows.T @ rows
 
     with _told(layers, note):
-        for number, text in enumerate(texts):
+        for number in range(len(texts)):
             last[:] = ["", None]
             place[:] = [] if places is None else [places[number]]
-            labels = np.full((1, len(text)), IGNORED, np.int64)
-            labels[0, -1] = 0 if model.classes else text[-1]
-            probe = Probe(TokenBatch(text[None], labels))
-            if model.classes:
-                model.class_logits([probe])
-            else:
-                model.token_losses([probe])
+            run(number)
     means = {name: (total / tokens[name]).cpu().numpy() for name, total in sums.items()}
     inputs = {name: torch.stack(rows).cpu().numpy() for name, rows in single.items() if rows}
     return means, leaders, inputs

@@ -378,6 +378,12 @@ class CausalModel(ABC):
         self.work.token_blocks += length * (shared * (first - begin) + rows * (every - first))
         self.work.plain_token_blocks += length * rows * every
 
+    def count_pass(self, tokens: int) -> None:
+        """Add a pass over so many tokens, through all blocks, to `work`."""
+        every = self.prefix.count or 1
+        self.work.token_blocks += tokens * every
+        self.work.plain_token_blocks += tokens * every
+
     def _losses(
         self, tokens: torch.Tensor, labels: torch.Tensor, probes: Sequence[Probe]
     ) -> tuple[torch.Tensor, torch.Tensor]:

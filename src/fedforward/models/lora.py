@@ -25,7 +25,7 @@ from fedforward.core.steps import NO_STEPS, Probe, ProbePlan, Steps, Update
 from fedforward.directions import TILE, Distribution, Layout
 from fedforward.directions.ops import accumulate, commit_at, displace, displace_at
 from fedforward.directions.sparse_kernels import FreeCoordinates
-from fedforward.models.adapters import StoredAdapter, check_initial, read_adapter
+from fedforward.models.adapters import OUTPUTS, StoredAdapter, check_initial, read_adapter
 from fedforward.models.base import CausalModel
 from fedforward.models.batching import Arrays, Measure, cut
 from fedforward.models.blocks import class_heads, transformer_blocks
@@ -34,8 +34,12 @@ from fedforward.models.grouping import settled
 from fedforward.models.loading import input_device, weights
 from fedforward.models.lora_layers import (
     ADAPTER,
+    FACTOR_R,
     AdapterBank,
+    initial_outputs,
     initialise,
+    is_with_r,
+    product,
     replace_forward,
     replace_head,
     views_of,
@@ -43,6 +47,7 @@ from fedforward.models.lora_layers import (
 from fedforward.models.pinned_files import PinnedFile, read_pinned
 from fedforward.models.pretrained import allow, loaded
 from fedforward.models.quantization import dequantize, is_quantized
+from fedforward.models.residual_stream import residual_writers
 from fedforward.models.targets import find_targets
 from fedforward.models.trial import examine, is_linear, shared_weights
 
@@ -84,7 +89,9 @@ class LoraModel(CausalModel):
             alpha: LoRA α; the product BA is scaled by α / r.
             targets: names of modules; "all-linear" is every linear module that can be probed, the
                 head aside (see `left_out`).
-            factors: "both" tunes A and B, "B" freezes A.
+            factors: "both" tunes A and B, "B" freezes A. "R" tunes the R [r, r] of B = U R, as
+                LoRA-XS does (arXiv 2405.17604), with one frozen U [width, r] for all modules that
+                write into the residual stream; others are not adapted.
             blocks: only modules in these transformer blocks, numbered from 0; None is all. The
                 head of a sequence classifier is tuned in any case.
             run_seed: of the initial A.
@@ -115,10 +122,26 @@ class LoraModel(CausalModel):
             modules_to_save=others or None,
             **({"lora_dropout": 0.0} | ({} if adapter is None else adapter.kept)),
         )
+        if factors == "R" and (heads or adapter is not None):
+            key = "model.head = 'classification'" if heads else "model.adapter"
+            raise FedForwardError(
+                f"lora.factors = 'R' is of new adapters of a causal language model, and {key} is "
+                "given. Use lora.factors = 'B', or 'both'."
+            )
+        writers = residual_writers(network) if factors == "R" else None
         try:
-            found, left_out = find_targets(network, targets, blocks, heads, examine(network))
+            found, left_out = find_targets(
+                network, targets, blocks, heads, examine(network), writers
+            )
         except re.error:
             found, left_out = [], ""
+        if not found and writers is not None:
+            last = ", ".join(sorted({name.rpartition(".")[2] for name in writers})) or "none"
+            raise FedForwardError(
+                f"lora.targets = {targets!r} with lora.factors = 'R' leaves nothing to adapt: it "
+                f"takes modules that write into the residual stream, here {last}. Use "
+                "'all-linear', or lora.factors = 'B'."
+            )
         if not found:
             linear = sorted(
                 {n.rsplit(".", 1)[-1] for n, m in network.named_modules() if is_linear(m)}
@@ -160,7 +183,13 @@ class LoraModel(CausalModel):
             adapter.check_tensors({**adapters, **self._heads}, targets)
             adapter.put_into({**adapters, **self._heads})
             self.adapter_digest = adapter.digest
-        tuned = {n: p for n, p in adapters.items() if factors == "both" or ".lora_B." in n}
+        self._factors_r = self._with_factors_r(rank, device) if factors == "R" else {}
+        tuned = {
+            n: p
+            for n, p in adapters.items()
+            if factors == "both" or (factors == "B" and ".lora_B." in n)
+        }
+        tuned |= {name: factor for name, (factor, _) in self._factors_r.items()}
         tuned |= self._heads
         layout = Layout.of({name: tuple(p.shape) for name, p in tuned.items()})
         self.flat = torch.zeros(layout.tiles * TILE, dtype=torch.float32, device=device)
@@ -171,6 +200,9 @@ class LoraModel(CausalModel):
         super().__init__(network, tuned, distribution, plan, base)
         self.left_out = f"lora.targets = 'all-linear' leaves out {left_out}" if left_out else ""
         self._bank = AdapterBank()
+        if self._factors_r:
+            width = next(iter(self._factors_r.values()))[1].shape[0]
+            self._bank.outputs = initial_outputs(width, rank, run_seed, device)
         self._buffer = self.flat.new_empty(0)
         self._adapters = adapters
         self._run_seed = run_seed
@@ -179,6 +211,7 @@ class LoraModel(CausalModel):
             "rank": rank,
             "targets": targets if isinstance(targets, str) else list(targets),
             "blocks": None if blocks is None else sorted(blocks),
+            "factors": factors,
         }
         self._flat_mask: tuple[Any, torch.Tensor | None] = (None, None)
         self._free_parts: tuple[Any, dict[tuple[int, int], FreeCoordinates]] = (None, {})
@@ -193,6 +226,28 @@ class LoraModel(CausalModel):
                 replace_forward(self._bank, name, layer, bool(heads) and id(layer) not in inside)
             elif f"{name}.".endswith(saved):
                 replace_head(self._bank, name.removesuffix(saved[:-1]), layer)
+
+    def _with_factors_r(
+        self, rank: int, device: torch.device
+    ) -> dict[str, tuple[torch.nn.Parameter, torch.nn.Parameter]]:
+        """Give every adapter an R = 0; by name, that and the B = U R that it makes."""
+        found = {}
+        for name, layer in self.peft.named_modules():
+            if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
+                factor = torch.nn.Parameter(torch.zeros((rank, rank), device=device))
+                layer.register_parameter(FACTOR_R, factor)
+                found[f"{name}.lora_R.weight"] = (factor, layer.lora_B[ADAPTER].weight)
+        return found
+
+    @contextmanager
+    def _without_factors_r(self) -> Iterator[None]:
+        """While it is open no R is a parameter of its layer: PEFT knows none."""
+        held = [(m, m._parameters.pop(FACTOR_R)) for m in self.peft.modules() if is_with_r(m)]
+        try:
+            yield
+        finally:
+            for layer, factor in held:
+                layer.register_parameter(FACTOR_R, factor)
 
     @classmethod
     def from_pretrained(
@@ -218,7 +273,7 @@ class LoraModel(CausalModel):
             rank: LoRA r.
             alpha: LoRA α; the product BA is scaled by α / r.
             targets: "all-linear" or names of modules.
-            factors: "both" tunes A and B, "B" freezes A.
+            factors: "both" tunes A and B, "B" freezes A, "R" tunes the R of B = U R alone.
             dtype: of the frozen base: "float32", "bfloat16" or "float16".
             device: "auto", "cpu", "cuda" or "cuda:N".
             quantization: "nf4" holds the base's linear layers in 4 bits; "stored" takes a folder
@@ -247,7 +302,7 @@ class LoraModel(CausalModel):
                 "that the adapters begin with. Leave one of them out."
             )
         allow("distribution", distribution, tuple(Distribution))
-        allow("factors", factors, ("both", "B"))
+        allow("factors", factors, ("both", "B", "R"))
         allow("quantization", quantization, ("none", "nf4", "stored"))
         network, tokenizer, plan, device = loaded(
             path, dtype, device, seed, quantization=quantization
@@ -349,6 +404,8 @@ class LoraModel(CausalModel):
             self._begin.put_into({**self._adapters, **self._heads})
             return
         initialise(self._adapters, self._run_seed)
+        for factor, _ in self._factors_r.values():
+            factor.data.zero_()
         if self._initial is not None:
             self._put_initial(self._initial)
         for name, parameter in self._heads.items():
@@ -361,6 +418,7 @@ class LoraModel(CausalModel):
             FedForwardError: it was made for another model or other adapters.
         """
         own = {name: a.data for name, a in self._adapters.items() if ".lora_A." in name}
+        own |= {OUTPUTS: self._bank.outputs} if self._factors_r else {}
         check_initial(initial, self.base_fingerprint, self.adapted, own)
         self._initial, self.initial_a_digest = initial, initial.digest
         self._put_initial(initial)
@@ -368,7 +426,18 @@ class LoraModel(CausalModel):
 
     def _put_initial(self, initial: PinnedFile) -> None:
         for name, values in initial.tensors.items():
-            self._adapters[name].data.copy_(values)
+            (self._bank.outputs if name == OUTPUTS else self._adapters[name].data).copy_(values)
+
+    @property
+    def outputs_shape(self) -> tuple[int, int] | None:
+        """Of U, where R is tuned."""
+        width, *rank = self._bank.outputs.shape
+        return (width, rank[0]) if self._factors_r else None
+
+    def _write_b(self) -> None:
+        """Give the adapters the B = U R that PEFT reads."""
+        for factor, b in self._factors_r.values():
+            b.data.copy_(product(self._bank.outputs, factor))
 
     @contextmanager
     def _displaced(self, probes: Sequence[Probe], shape: tuple[int, int]) -> Iterator[None]:
@@ -523,11 +592,14 @@ class LoraModel(CausalModel):
 
     def save(self, folder: Path) -> None:
         """Write the adapter in PEFT format."""
-        # No embeddings are tuned; PEFT would look for those of the base, on the hub as well.
-        self.peft.save_pretrained(str(folder), save_embedding_layers=False)
+        self._write_b()
+        with self._without_factors_r():
+            # No embeddings are tuned; PEFT would look for those of the base, on the hub as well.
+            self.peft.save_pretrained(str(folder), save_embedding_layers=False)
 
     def saved_tensors(self) -> dict[str, torch.Tensor]:
         """Both factors of every adapter, the frozen A included, and a classifier's head."""
+        self._write_b()
         return {**self._adapters, **self._heads}
 
     def merge(self) -> Any:
@@ -536,6 +608,7 @@ class LoraModel(CausalModel):
         Raises:
             FedForwardError: an adapted module shares its weight with another module.
         """
+        self._write_b()
         shared = [n for n in shared_weights(self.network) if n.endswith(".base_layer")]
         if shared:
             name = shared[0].removesuffix(".base_layer")

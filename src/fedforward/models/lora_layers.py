@@ -19,6 +19,8 @@ from fedforward.models.loading import draw_normal
 
 #: PEFT's name of the adapter that is tuned.
 ADAPTER = "default"
+#: The R of an adapter with B = U R. PEFT would save it if it had a name of PEFT's.
+FACTOR_R = "factor_r"
 #: Activations that an adapter works on at once, by device: what fits a cache, or fills a GPU.
 ACTIVATIONS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}
 #: How many half precisions hold a float32, and how much larger than their share the later ones are:
@@ -38,9 +40,11 @@ class AdapterBank:
         factors: by `id` of a tuned parameter, its values for each group of rows, float32
             [groups, *shape]. What is not in it is met as it is.
         rows: of all groups together, before and after a layer flattens rows and tokens.
+        outputs: the U of B = U R, float32 [width, r], where R is tuned (see `LoraModel`).
         probing: whether probes run.
     """
 
+    outputs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     factors: dict[int, torch.Tensor] = field(default_factory=dict)
     rows: tuple[int, int] = (0, 0)
     probing: bool = False
@@ -55,13 +59,18 @@ def replace_forward(bank: AdapterBank, name: str, layer: Any, pooled: bool) -> N
     plain = layer.forward
     factor_a = layer.lora_A[ADAPTER].weight
     factor_b = layer.lora_B[ADAPTER].weight
+    factor_r = getattr(layer, FACTOR_R, None)
     scaling = layer.scaling[ADAPTER]
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not bank.probing and x.device == factor_b.device:
+        if factor_r is None and not bank.probing and x.device == factor_b.device:
             result: torch.Tensor = plain(x, *args, **kwargs)
             return result
-        b = bank.factors.get(id(factor_b))
+        if factor_r is None:
+            b = bank.factors.get(id(factor_b))
+        else:
+            own = bank.factors.get(id(factor_r), factor_r[None])
+            b = torch.matmul(bank.outputs.to(own.device), own)
         if b is None:
             return adapted(layer.base_layer, x, factor_a[None], factor_b[None], scaling)
         groups = len(b)
@@ -210,6 +219,32 @@ def views_of(layout: Layout, parts: Sequence[tuple[int, torch.Tensor]]) -> dict[
         for first, storage in parts
         if first <= tile < first + storage.shape[-1] // TILE
     }
+
+
+def is_with_r(module: nn.Module) -> bool:
+    """Whether a module is an adapted layer with B = U R."""
+    return FACTOR_R in module._parameters
+
+
+def product(outputs: torch.Tensor, factor_r: torch.Tensor) -> torch.Tensor:
+    """U R in float32, the same bits on every machine: each sum in one order, in float64.
+
+    Args:
+        outputs: U, float32 [width, r].
+        factor_r: R, float32 [r, r].
+    """
+    u, r = outputs.detach().cpu().double(), factor_r.detach().cpu().double()
+    total = u[:, :1] * r[:1]
+    for place in range(1, len(r)):
+        total += u[:, place : place + 1] * r[place : place + 1]
+    return total.float()
+
+
+def initial_outputs(width: int, rank: int, run_seed: int, device: torch.device) -> torch.Tensor:
+    """A random U, float32 [width, r], normal with variance 1 / r; its own stream of the run seed."""
+    outputs = torch.empty((width, rank), dtype=torch.float32, device=device)
+    draw_normal(outputs, derive(run_seed, "lora-u"), 0, rank**-0.5)
+    return outputs
 
 
 def initialise(adapters: Mapping[str, torch.Tensor], run_seed: int) -> None:

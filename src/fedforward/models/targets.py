@@ -20,6 +20,7 @@ def find_targets(
     blocks: Collection[int] | None,
     heads: Sequence[str],
     trial: Trial,
+    only: Collection[str] | None = None,
 ) -> tuple[list[str], str]:
     """Names of the modules to adapt, as PEFT takes them, and what is left out, in words.
 
@@ -28,6 +29,7 @@ def find_targets(
 
     Args:
         heads: of a sequence classifier.
+        only: names of modules; others are as if they were not there. None is all.
 
     Raises:
         FedForwardError: a module that `targets` names cannot be adapted.
@@ -52,6 +54,7 @@ def find_targets(
         if name.startswith(inside)
         and not f"{name}.".startswith(outside)
         and is_target(name)
+        and (only is None or name in only)
         and not (every and module is last)
     }
     if not every:

@@ -209,7 +209,16 @@ def align(
     # Rows of plain text have no prompt.
     decided = config.objective in ("choice", "accuracy") and not model.classes and min(places) >= 0
     tokens = [example.tokens for example in examples]
-    return aligned.align(model, tokens, places if decided else None)
+    losses = [(e.counted, _first_tokens(e) if decided else ()) for e in examples]
+    return aligned.align(model, tokens, places if decided else None, losses)
+
+
+def _first_tokens(example: Example) -> Sequence[int]:
+    """The token that each label word begins with; none where two of them begin alike."""
+    prompts = example.choice_prompts or (example.prompt_length,) * len(example.choices)
+    firsts = [int(c[p]) for c, p in zip(example.choices, prompts, strict=True) if p < len(c)]
+    same = len(set(prompts)) == 1 and len(set(firsts)) == len(example.choices)
+    return firsts if same else ()
 
 
 def sensitivity(
