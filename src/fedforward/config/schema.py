@@ -76,9 +76,14 @@ class Config(Section):
             wanted.setdefault("method", {}).update(kind.lora_defaults)
         else:
             wanted.pop("lora", None)
-        if model.get("adapter") is not None and "lora" in wanted:
+        stored = model.get("adapter") is not None
+        if "lora" in wanted and stored:
             # An adapter has an A of its own.
             wanted["lora"].pop("init", None)
+        if wanted.get("lora", {}).get("factors") == "R" and (
+            stored or model.get("head") == "classification"
+        ):
+            wanted["lora"]["factors"] = "B"
         filled = dict(content)
         for section, values in wanted.items():
             given = filled.get(section, {})
@@ -171,6 +176,21 @@ class Config(Section):
                 f"lora.init = 'aligned' gives new adapters their A, and model.adapter = "
                 f"{self.model.adapter!r} has an A of its own; leave one of the two out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _r_is_of_new_adapters_of_causal_models(self) -> "Config":
+        if self.lora.factors != "R":
+            return self
+        for key, given in (
+            ("model.head = 'classification'", self.model.head == "classification"),
+            (f"model.adapter = {self.model.adapter!r}", self.model.adapter is not None),
+        ):
+            if given:
+                raise ValueError(
+                    "lora.factors = 'R' is of new adapters of a causal language model, and "
+                    f"{key}; use lora.factors = 'B', or 'both'"
+                )
         return self
 
     @model_validator(mode="after")

@@ -48,9 +48,10 @@ class FedMeZOAuto(FedMeZO):
     """FedMeZO with the settings that need the fewest forward passes, and a rate that is found.
 
     The algorithm is FedMeZO's. What differs are the defaults of a configuration: one-sided
-    estimates along several Rademacher directions, few local steps a round, a rate that falls as a
-    cosine, and adapters of which B alone is tuned, with an aligned A. `docs/how-to/efficiency.md`
-    has what each is worth.
+    estimates along many Rademacher directions on few examples, one local step a round, a rate that
+    falls as a cosine, and adapters of which the R of B = U R is tuned alone, with A and U aligned.
+    A classifier's and a stored adapter's B are tuned instead. `docs/how-to/efficiency.md` has what
+    each is worth.
 
     Example:
         >>> FedMeZOAuto.defaults["method"]["estimator"]
@@ -60,12 +61,12 @@ class FedMeZOAuto(FedMeZO):
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "method": {
             "estimator": "one-sided",
-            "directions": 8,
+            "directions": 16,
             "distribution": "rademacher",
-            "local_steps": 4,
+            "local_steps": 1,
             "schedule": "cosine",
-            "batch_size": 4,
+            "batch_size": 1,
         },
-        "lora": {"factors": "B", "init": "aligned"},
+        "lora": {"factors": "R", "init": "aligned"},
     }
     lora_defaults: ClassVar[Mapping[str, Any]] = {"mu": 1e-2}

@@ -6,7 +6,8 @@ all of them alike. They are scaled so that tr(A C Aᵀ) is that of the random A 
 
 Where label words are told apart, only what stands at the last token of a prompt decides. The rows
 of A are then the directions in which the inputs at that place differ most from text to text. All
-tokens together vary most in directions that say nothing of a text, such as that of the first token.
+tokens together vary most in directions that say nothing of a text, such as that of the first token. Where
+R is tuned, the first row is the direction of their mean, and the others are at right angles to it.
 
 Where the R of B = U R is tuned, U is aligned too: its columns are the directions in which the loss
 of these texts pulls the output of the last transformer block (see `residual_stream`).
@@ -103,15 +104,21 @@ def align(
             if leader not in covariances:
                 found[_key(name)], short = random[_key(name)].cpu(), short + 1
                 continue
-            covariance = covariances[leader]
+            covariance, single = covariances[leader], inputs.get(leader)
+            # An expert may have been given none of these tokens.
+            told_apart = single is not None
+            if told_apart and stream is not None:
+                covariance = single.T @ single / len(single)
             if leader not in top:
-                # An expert may have been given none of these tokens.
-                single = inputs.get(leader)
-                compared = covariance if single is None else _around_mean(single)
-                top[leader] = _top(compared, len(initial))
+                if single is None:
+                    top[leader] = _top(covariance, len(initial))
+                elif stream is None:
+                    top[leader] = _top(_around_mean(single), len(initial))
+                else:
+                    top[leader] = _beside_mean(single, len(initial))
             directions, variances = top[leader]
             short += len(directions) < len(initial)
-            power = WHITENED if stream is None else STREAM
+            power = WHITENED if stream is None or told_apart else STREAM
             rows = aligned_rows(directions, variances, covariance, initial, power)
             found[_key(name)] = torch.from_numpy(rows.astype(np.float32))
     if short:
@@ -288,6 +295,30 @@ def _around_mean(inputs: NDArray[np.float64]) -> NDArray[np.float64]:
     away = inputs - inputs.mean(axis=0)
     covariance: NDArray[np.float64] = away.T @ away / len(away)
     return covariance
+
+
+def _beside_mean(
+    inputs: NDArray[np.float64], rank: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The direction of the mean of rows [texts, inputs], and those that vary most beside it.
+
+    All labels look alike along the first. It has a coordinate of its own, so that the many others
+    do not move it.
+
+    Returns:
+        Orthonormal [at most rank, inputs], and the second moment along each.
+    """
+    mean = inputs.mean(axis=0)
+    length = np.linalg.norm(mean)
+    if not length > 0.0:
+        return _top(_around_mean(inputs), rank)
+    mean = mean / length
+    beside = inputs - np.outer(inputs @ mean, mean)
+    directions = mean[None]
+    if rank > 1:
+        others, _ = _top(_around_mean(beside), rank - 1)
+        directions = np.concatenate((directions, others))
+    return directions, np.square(inputs @ directions.T).mean(axis=0)
 
 
 @contextmanager

@@ -130,7 +130,9 @@ class StreamGradients:
         self._network = network
         self._last = blocks[-1]
 
-    def add(self, text: NDArray[np.int64], counted: NDArray[np.bool_], words: Sequence[int]) -> None:
+    def add(
+        self, text: NDArray[np.int64], counted: NDArray[np.bool_], words: Sequence[int]
+    ) -> None:
         """Run a text, and add the gradients of its loss.
 
         Where words are told apart, the loss is the cross-entropy between them, with each as the
@@ -175,8 +177,8 @@ class StreamGradients:
     def directions(self, count: int) -> NDArray[np.float64]:
         """U: the directions with the largest second moment, as columns.
 
-        Each is as long as the fourth root of its own moment. All are then scaled so that their
-        squares sum to the width, as those of a random U do on average.
+        Each is as long as the root of its own moment. All are then scaled so that their squares sum
+        to the width, as those of a random U do on average.
 
         Args:
             count: of the columns.
@@ -202,6 +204,5 @@ class StreamGradients:
         largest = np.abs(vectors).argmax(axis=0)
         signs = np.sign(np.take_along_axis(vectors, largest[None], axis=0))
         found = np.zeros((size, count))
-        found[:, : len(values)] = vectors * signs * values**0.25
+        found[:, : len(values)] = vectors * signs * np.sqrt(values)
         return found * np.sqrt(size / np.square(found).sum())
-
