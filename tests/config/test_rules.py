@@ -170,24 +170,25 @@ AUTO = {"method__name": "fedmezo-auto"}
             AUTO,
             {
                 "estimator": "one-sided",
-                "directions": 8,
+                "directions": 16,
                 "distribution": "rademacher",
                 "mu": 1e-2,
                 "learning_rate": "auto",
-                "factors": "B",
+                "factors": "R",
                 "init": "aligned",
             },
         ),
         (
             AUTO | {"method__directions": 3, "method__mu": 1e-3, "lora__init": "random"},
-            {"directions": 3, "mu": 1e-3, "init": "random", "factors": "B", "local_steps": 4},
+            {"directions": 3, "mu": 1e-3, "init": "random", "factors": "R", "local_steps": 1},
         ),
-        (AUTO | {"method__estimator": "two-point"}, {"estimator": "two-point", "directions": 8}),
+        (AUTO | {"method__estimator": "two-point"}, {"estimator": "two-point", "directions": 16}),
         (
             AUTO | {"model__tune": "full"},
             {"estimator": "one-sided", "mu": 1e-3, "init": "random", "factors": "both"},
         ),
         (AUTO | {"model__adapter": "old"}, {"init": "random", "factors": "B", "mu": 1e-2}),
+        (AUTO | {"model__head": "classification"}, {"init": "aligned", "factors": "B"}),
         ({}, {"estimator": "two-point", "directions": 1, "init": "random", "mu": 1e-3}),
     ],
 )
@@ -199,6 +200,16 @@ def test_a_method_has_defaults_and_every_key_overrides_them(
     assert {key: found[key] for key in wanted} == wanted
     # What was written out is the same configuration.
     assert validate(tomllib.loads(to_toml(config))) == config
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model__head": "classification"}, {"model__adapter": "old"}], ids=["head", "old"]
+)
+def test_r_is_of_new_adapters_of_causal_models(changes: dict[str, Any]) -> None:
+    found = refusal(content(lora__factors="R", **changes))
+    (key,) = changes
+    for part in ("lora.factors = 'R'", key.replace("__", "."), "lora.factors = 'B'"):
+        assert part in found, found
 
 
 def test_rates_by_losses_need_the_losses() -> None:

@@ -212,9 +212,9 @@ def test_files_of_other_factors_are_refused(tiny_network: Make) -> None:
     texts = [text_of(14, seed) for seed in range(4)]
     with_r, with_b = lora(tiny_network(), factors="R"), lora(tiny_network(), factors="B")
     of_r, of_b = aligned.align(with_r, texts), aligned.align(with_b, texts)
-    with pytest.raises(FedForwardError, match="'B' does not fit .* made for lora.factors = 'R'"):
+    with pytest.raises(FedForwardError, match=r"'B' does not fit .* made for lora\.factors = 'R'"):
         with_b.begin_with(of_r)
-    with pytest.raises(FedForwardError, match="'R' does not fit .* lora.factors = 'B' or 'both'"):
+    with pytest.raises(FedForwardError, match=r"'R' does not fit .* = 'B' or 'both'"):
         with_r.begin_with(of_b)
     wider = pinned("initial A", {**of_r.tensors, OUTPUTS: torch.ones(9, 3)}, of_r.made_for, "x")
     with pytest.raises(FedForwardError, match="base with other weights"):
@@ -222,7 +222,7 @@ def test_files_of_other_factors_are_refused(tiny_network: Make) -> None:
 
 
 def test_targets_that_write_nowhere_are_refused(tiny_network: Make) -> None:
-    with pytest.raises(FedForwardError, match="here down_proj, o_proj. Use"):
+    with pytest.raises(FedForwardError, match=r"here down_proj, o_proj\. Use"):
         lora(tiny_network(), factors="R", targets=["q_proj"])
     model = lora(tiny_network(), factors="R", targets=["o_proj", "q_proj"])
     assert all("o_proj" in name for name in model.tensors)

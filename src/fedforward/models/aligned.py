@@ -6,8 +6,9 @@ all of them alike. They are scaled so that tr(A C Aᵀ) is that of the random A 
 
 Where label words are told apart, only what stands at the last token of a prompt decides. The rows
 of A are then the directions in which the inputs at that place differ most from text to text. All
-tokens together vary most in directions that say nothing of a text, such as that of the first token. Where
-R is tuned, the first row is the direction of their mean, and the others are at right angles to it.
+tokens together vary most in directions that say nothing of a text, such as that of the first token.
+Where R is tuned, the first row is the direction of their mean, and the others are at right angles
+to it.
 
 Where the R of B = U R is tuned, U is aligned too: its columns are the directions in which the loss
 of these texts pulls the output of the last transformer block (see `residual_stream`).
@@ -106,8 +107,7 @@ def align(
                 continue
             covariance, single = covariances[leader], inputs.get(leader)
             # An expert may have been given none of these tokens.
-            told_apart = single is not None
-            if told_apart and stream is not None:
+            if single is not None and stream is not None:
                 covariance = single.T @ single / len(single)
             if leader not in top:
                 if single is None:
@@ -118,7 +118,7 @@ def align(
                     top[leader] = _beside_mean(single, len(initial))
             directions, variances = top[leader]
             short += len(directions) < len(initial)
-            power = WHITENED if stream is None or told_apart else STREAM
+            power = WHITENED if stream is None or single is not None else STREAM
             rows = aligned_rows(directions, variances, covariance, initial, power)
             found[_key(name)] = torch.from_numpy(rows.astype(np.float32))
     if short:

@@ -241,7 +241,7 @@ def product(outputs: torch.Tensor, factor_r: torch.Tensor) -> torch.Tensor:
 
 
 def initial_outputs(width: int, rank: int, run_seed: int, device: torch.device) -> torch.Tensor:
-    """A random U, float32 [width, r], normal with variance 1 / r; its own stream of the run seed."""
+    """A random U, float32 [width, r]: normal with variance 1 / r, from a seed of its own."""
     outputs = torch.empty((width, rank), dtype=torch.float32, device=device)
     draw_normal(outputs, derive(run_seed, "lora-u"), 0, rank**-0.5)
     return outputs

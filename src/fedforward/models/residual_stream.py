@@ -203,6 +203,7 @@ class StreamGradients:
         values, vectors = values[::-1].clip(min=0.0), vectors[:, ::-1]
         largest = np.abs(vectors).argmax(axis=0)
         signs = np.sign(np.take_along_axis(vectors, largest[None], axis=0))
-        found = np.zeros((size, count))
+        found: NDArray[np.float64] = np.zeros((size, count))
         found[:, : len(values)] = vectors * signs * np.sqrt(values)
-        return found * np.sqrt(size / np.square(found).sum())
+        found *= np.sqrt(size / np.square(found).sum())
+        return found
