@@ -119,7 +119,7 @@ def demo(
     resume: ResumeOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Tune the small model that ships with fedforward, over four sites, in about a minute."""
+    """Tune the small model that ships with fedforward, over four sites, in about ten seconds."""
     from fedforward.demo import run as demonstration
 
     with friendly(f"Continue with: fedforward demo --out {shlex.quote(str(out))} --resume"):
