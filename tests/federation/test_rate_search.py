@@ -495,3 +495,24 @@ def test_fedkseed_moves_along_its_increments() -> None:
     method.update(entry, state)
     update = method.update(method.taken_back(1, entry), state)
     assert update.from_base and not len(update.steps.seeds), "nothing is left of it"
+
+
+def test_single_examples_of_several_clients_say_what_chance_is() -> None:
+    """Each takes its whole rise for chance; their spread tells that all have risen alike."""
+    alike = [np.array([1.0, 1.0 + rise, 5.0, rise]) for rise in (0.9, 1.0, 1.1, 1.0)]
+    found = search_of(*alike)
+    rises = np.array([0.9, 1.0, 1.1, 1.0])
+    wanted = rises.std(ddof=1) / np.sqrt(4) * (1 + 2 / 3)
+    assert found.error == pytest.approx(wanted, rel=1e-6)
+    assert found.has_risen
+    # One of four has risen, which may be chance.
+    single = [np.array([1.0, 1.0 + rise, 1.0, rise]) for rise in (0.0, 0.0, 2.0, 0.0)]
+    assert not search_of(*single).has_risen
+    # Three are too few to tell.
+    assert search_of(*alike[:3]).error == pytest.approx(np.sqrt(np.sum(rises[:3] ** 2)) / 3)
+    assert not search_of(*alike[:3]).has_risen
+
+
+def test_what_clients_are_sure_of_is_not_made_less_sure() -> None:
+    rows = [np.array([1.0, 1.0 + rise, 1.0, 0.1]) for rise in (-1.0, 1.0, 2.0, -1.5)]
+    assert search_of(*rows).error == pytest.approx(0.05)

@@ -34,6 +34,8 @@ GROWTH = 3.0
 SHRINKAGE, LEAST_SHRINKAGE = 0.7, 0.25
 #: Standard errors by which the loss must have risen for an update to be taken back.
 SIGNIFICANT = 2.0
+#: Clients from which on the spread of their rises says how large chance is.
+LEAST_CLIENTS = 4
 #: Losses beyond this stand for what is not finite.
 LARGEST_LOSS = 1e30
 #: How much of the logarithm of the projected gradients' mean square a new round replaces.
@@ -97,7 +99,28 @@ def line_search(results: Sequence[ClientResult]) -> LineSearch | None:
     weights = np.array([part.weight for part in known])
     weights = weights / weights.sum()
     rows = np.array([part.report.line_search for part in known], np.float64)
-    return LineSearch(weights @ rows[:, :3], math.sqrt(float((weights**2) @ (rows[:, 3] ** 2))))
+    return LineSearch(weights @ rows[:, :3], _error(weights, rows))
+
+
+def _error(weights: NDArray[np.float64], rows: NDArray[np.float64]) -> float:
+    """The standard error of the mean rise: from what clients say of theirs, or from their spread.
+
+    A client with a single example takes its whole rise for chance. Where there are several clients
+    the spread of their rises is an estimate as well, and the smaller of the two counts. The fewer
+    they are, the more uncertain it is: it is multiplied by about what Student's t asks for.
+
+    Args:
+        weights: float64 [clients], which sum to 1.
+        rows: float64 [clients, 4], as `Report.line_search`.
+    """
+    told = math.sqrt(float((weights**2) @ (rows[:, 3] ** 2)))
+    count = len(rows)
+    if count < LEAST_CLIENTS or rows[:, :2].max() >= LARGEST_LOSS:
+        return told
+    rises = rows[:, 1] - rows[:, 0]
+    away = rises - weights @ rises
+    spread = math.sqrt(float((weights**2) @ away**2) * count / (count - 1))
+    return min(told, spread * (1.0 + 2.0 / (count - 1)))
 
 
 def mean_square(results: Sequence[ClientResult]) -> float:
