@@ -38,10 +38,18 @@ WRITERS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", WRITERS)
-def test_what_writes_into_the_stream_is_found(family: str) -> None:
-    found = residual_writers(make(family))
+def test_what_writes_into_the_stream_is_found(family: str, dtype: torch.dtype) -> None:
+    found = residual_writers(make(family).to(dtype))
     assert {name.rpartition(".")[2] for name in found} == WRITERS[family]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_stream_hides_no_writer(dtype: torch.dtype) -> None:
+    network = make("llama")
+    network.get_input_embeddings().weight.data.mul_(100.0)
+    assert len(residual_writers(network.to(dtype))) == 4
 
 
 def test_every_block_has_its_writers(tiny_network: Make) -> None:
@@ -222,7 +230,48 @@ def test_files_of_other_factors_are_refused(tiny_network: Make) -> None:
 
 
 def test_targets_that_write_nowhere_are_refused(tiny_network: Make) -> None:
-    with pytest.raises(FedForwardError, match=r"here down_proj, o_proj\. Use"):
-        lora(tiny_network(), factors="R", targets=["q_proj"])
-    model = lora(tiny_network(), factors="R", targets=["o_proj", "q_proj"])
+    for targets in (["q_proj"], ["o_proj", "q_proj"]):
+        with pytest.raises(
+            FedForwardError, match=r"names 'q_proj', .* here these are down_proj, o"
+        ):
+            lora(tiny_network(), factors="R", targets=targets)
+    with pytest.raises(FedForwardError, match=r"leaves nothing to adapt: .* here down_proj, o_pro"):
+        lora(tiny_network(), factors="R", targets=".*q_proj")
+    model = lora(tiny_network(), factors="R", targets=["o_proj"])
     assert all("o_proj" in name for name in model.tensors)
+
+
+def test_what_peft_does_not_adapt_is_said() -> None:
+    with pytest.raises(FedForwardError, match=r"leaves out .*out_proj \(not adapted .* = 'B'\."):
+        lora(make("mamba"), factors="R")
+
+
+def test_a_second_try_has_all_gradients(
+    tiny_network: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [text_of(14, seed) for seed in range(4)]
+    expected = aligned.align(lora(tiny_network(), factors="R"), texts)
+    right, tries = aligned._covariances, []
+
+    def broken(layers: Any, given: Any, places: Any, run: Any, share: bool = True) -> Any:
+        tries.append(share)
+        if share:
+            run(0)
+            raise aligned._NotSharedError
+        return right(layers, given, places, run, share)
+
+    monkeypatch.setattr(aligned, "_covariances", broken)
+    again = aligned.align(lora(tiny_network(), factors="R"), texts)
+    assert tries == [True, False]
+    torch.testing.assert_close(again.tensors[OUTPUTS], expected.tensors[OUTPUTS])
+
+
+def test_a_text_without_counted_tokens_is_run_all_the_same(tiny_network: Make) -> None:
+    texts = [text_of(14, seed) for seed in range(3)]
+    losses = [(np.arange(14) >= 5, ()), (np.zeros(14, np.bool_), ()), (np.arange(14) >= 9, ())]
+    found = aligned.align(lora(tiny_network(), factors="R"), texts, None, losses)
+    some = aligned.align(
+        lora(tiny_network(), factors="R"), texts[::2], None, [losses[0], losses[2]]
+    )
+    torch.testing.assert_close(found.tensors[OUTPUTS], some.tensors[OUTPUTS])
+    assert found.made_for["rows"] == 3

@@ -214,9 +214,11 @@ def align(
     """Make the file of aligned adapters (lora.init_file) from public text, before a run."""
     made = _made("make_initial_a", config, out, overrides)
     made_for = made.made_for
+    layers = sum(".lora_A." in name for name in made.tensors)
+    both = " and U" if layers < len(made.tensors) else ""
     say(
         out_console,
-        f"wrote {out}: A of {len(made.tensors)} layers, rank {made_for['rank']}, from "
+        f"wrote {out}: A of {layers} layers{both}, rank {made_for['rank']}, from "
         f"{made_for['rows']} rows with {made_for['tokens']} tokens\nsha256 {made.digest}\n"
         f'set lora.init = "aligned" and lora.init_file to this file, here or in every site.toml',
     )

@@ -189,7 +189,7 @@ class Config(Section):
             if given:
                 raise ValueError(
                     "lora.factors = 'R' is of new adapters of a causal language model, and "
-                    f"{key}; use lora.factors = 'B', or 'both'"
+                    f"{key} is given; use lora.factors = 'B', or 'both'"
                 )
         return self
 

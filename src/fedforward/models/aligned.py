@@ -73,11 +73,8 @@ def align(
     least = 0 if model.classes else 1
     kept = [number for number, text in enumerate(texts) if len(text) > least]
     texts = [texts[number] for number in kept]
+    losses = None if losses is None else [losses[number] for number in kept]
     stream = None if model.outputs_shape is None else StreamGradients(model.network)
-    if stream is not None and losses is None:
-        losses = [(np.ones(len(text), np.bool_), ()) for text in texts]
-    elif losses is not None:
-        losses = [losses[number] for number in kept]
     places = None if places is None else [places[number] for number in kept]
     if not texts:
         raise FedForwardError("No text with two tokens or more is there to align adapters with.")
@@ -92,11 +89,15 @@ def align(
     for part in _parts(random, layers):
         PHASES.info("aligning adapters: %d of %d layers", len(found), len(layers))
         own = {n: layers[n] for n in part}
-        run = _runner(model, texts, stream if not found else None, losses)
+        first = not found
+        run = _runner(model, texts, stream if first else None, losses)
         try:
             covariances, leaders, inputs = _covariances(own, texts, places, run)
         except _NotSharedError:
-            run = _runner(model, texts, None, None)
+            if stream is not None and first:
+                # Some texts were run already.
+                stream = StreamGradients(model.network)
+                run = _runner(model, texts, stream, losses)
             covariances, leaders, inputs = _covariances(own, texts, places, run, share=False)
         top: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
         for name in part:
@@ -219,8 +220,9 @@ def _runner(
 
     def run(number: int) -> None:
         text = texts[number]
-        if stream is not None and losses is not None:
-            stream.add(text, *losses[number])
+        counted, words = (np.ones(len(text), np.bool_), ()) if losses is None else losses[number]
+        if stream is not None and counted[1:].any():
+            stream.add(text, counted, words)
             model.count_pass(len(text))
             return
         labels = np.full((1, len(text)), IGNORED, np.int64)

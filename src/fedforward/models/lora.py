@@ -48,7 +48,7 @@ from fedforward.models.pinned_files import PinnedFile, read_pinned
 from fedforward.models.pretrained import allow, loaded
 from fedforward.models.quantization import dequantize, is_quantized
 from fedforward.models.residual_stream import residual_writers
-from fedforward.models.targets import find_targets
+from fedforward.models.targets import check_writers, find_targets
 from fedforward.models.trial import examine, is_linear, shared_weights
 
 
@@ -135,13 +135,8 @@ class LoraModel(CausalModel):
             )
         except re.error:
             found, left_out = [], ""
-        if not found and writers is not None:
-            last = ", ".join(sorted({name.rpartition(".")[2] for name in writers})) or "none"
-            raise FedForwardError(
-                f"lora.targets = {targets!r} with lora.factors = 'R' leaves nothing to adapt: it "
-                f"takes modules that write into the residual stream, here {last}. Use "
-                "'all-linear', or lora.factors = 'B'."
-            )
+        if writers is not None:
+            check_writers(network, targets, found, writers, left_out)
         if not found:
             linear = sorted(
                 {n.rsplit(".", 1)[-1] for n, m in network.named_modules() if is_linear(m)}

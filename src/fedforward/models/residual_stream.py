@@ -4,8 +4,10 @@ A transformer block adds to what it was given. A linear module whose output is a
 as `o_proj` and `down_proj`, moves the output of the last block by about as much as its own. So the
 gradient of a loss at the last block's output, which needs the final norm and the head alone, tells
 in which directions the outputs of all such modules matter. No pass goes back through the blocks.
+The head's logits are held for all tokens that count, with their gradient.
 """
 
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,8 +23,9 @@ from fedforward.models.blocks import transformer_blocks
 from fedforward.models.loading import input_device
 from fedforward.models.trial import ADVICE, is_linear, running, sentences, trial_tokens
 
-#: Length of a tried change of a module's output, relative to that output.
-CHANGE = 1e-2
+#: Length of a tried change of a module's output, relative to what its block hands on: far more than
+#: half precision rounds away there.
+CHANGE = 0.3
 #: Least cosine of a change of a module's output and what it does to that of its block. What does
 #: not reach it as it is has a cosine near 0.
 LEAST_COSINE = 0.3
@@ -72,9 +75,14 @@ def _reaches_the_stream(
     def change(_: nn.Module, args: Any, result: Any) -> Any:
         if not torch.is_tensor(result):
             return None
+        size = CHANGE * outputs[0].norm(dim=-1, keepdim=True).to(result.device)
+        if result.shape != outputs[0].shape:
+            # A module may be given all tokens in one row.
+            if result.numel() != outputs[0].numel():
+                return None
+            size = size.view(*result.shape[:-1], 1)
         generator = torch.Generator().manual_seed(len(changes))
         drawn = torch.randn(result.shape, generator=generator).to(result.device)
-        size = CHANGE * result.float().norm(dim=-1, keepdim=True)
         changes.append(drawn * size / drawn.norm(dim=-1, keepdim=True))
         return (result.float() + changes[-1]).to(result.dtype)
 
@@ -129,6 +137,7 @@ class StreamGradients:
         self.moment: torch.Tensor | None = None
         self._network = network
         self._last = blocks[-1]
+        self._selects = "logits_to_keep" in inspect.signature(network.forward).parameters
 
     def add(
         self, text: NDArray[np.int64], counted: NDArray[np.bool_], words: Sequence[int]
@@ -141,7 +150,7 @@ class StreamGradients:
 
         Args:
             text: int64 [length].
-            counted: bool [length], which tokens' loss counts.
+            counted: bool [length], which tokens' loss counts: one after the first, at least.
             words: the token that each label word begins with, all of which differ; may be empty.
         """
         states: list[torch.Tensor] = []
@@ -152,19 +161,19 @@ class StreamGradients:
             return state if torch.is_tensor(result) else (state, *result[1:])
 
         tokens = torch.from_numpy(text)[None].to(input_device(self._network))
-        places = np.flatnonzero(counted[1:])
-        if not len(places):
-            return
+        places = torch.from_numpy(np.flatnonzero(counted[1:]))
+        wanted = tokens[0, places.to(tokens.device) + 1]
+        places = places[:1] if words else places
+        kept = {"logits_to_keep": places.to(tokens.device)} if self._selects else {}
         with torch.enable_grad(), _hooked(self._last, begin):
-            logits = self._network(input_ids=tokens, use_cache=False).logits[0].float()
+            logits = self._network(input_ids=tokens, use_cache=False, **kept).logits[0]
+            rows = (logits if kept else logits[places.to(logits.device)]).float()
             if words:
-                own = logits[int(places[0])][torch.tensor(list(words), device=logits.device)]
-                chances = torch.log_softmax(own, dim=0)
+                chances = torch.log_softmax(rows[0, list(words)], dim=0)
+                # The moment has squares of gradients, so that a root of each chance weighs them.
                 losses = [-chance.detach().div(2).exp() * chance for chance in chances]
             else:
-                wanted = tokens[0, torch.from_numpy(places + 1)].to(logits.device)
-                rows = logits[torch.from_numpy(places).to(logits.device)]
-                losses = [nn.functional.cross_entropy(rows, wanted)]
+                losses = [nn.functional.cross_entropy(rows, wanted.to(rows.device))]
             (state,) = states
             for number, loss in enumerate(losses):
                 more = number < len(losses) - 1

@@ -1,5 +1,6 @@
 """Which modules LoRA adapts: what can be probed, and what PEFT adapts, loads again and merges."""
 
+import logging
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from fedforward.models.blocks import names_in_blocks
 from fedforward.models.lora_layers import ADAPTER
 from fedforward.models.text_part import text_prefixes
 from fedforward.models.trial import NO_TENSOR, NOT_CALLED, Trial, is_linear, patterns
+
+LOGGER = logging.getLogger("fedforward.models")
 
 
 def find_targets(
@@ -76,6 +79,46 @@ def find_targets(
         if reason
     ]
     return _shortened(network, taken), "; ".join(words)
+
+
+def check_writers(
+    network: Any,
+    targets: str | Sequence[str],
+    found: Sequence[str],
+    writers: Collection[str],
+    left_out: str,
+) -> None:
+    """Refuse targets of `lora.factors = "R"` that do not write into the residual stream.
+
+    Args:
+        found: what is adapted.
+        writers: names of the modules that write into it.
+        left_out: of them, in words.
+
+    Raises:
+        FedForwardError: nothing is found, or a name in `targets` stands for none of them.
+    """
+    last = ", ".join(sorted({name.rpartition(".")[2] for name in writers})) or "none"
+    others = [] if isinstance(targets, str) else [t for t in targets if not _ends(writers, t)]
+    if others and any(_ends([name for name, _ in network.named_modules()], t) for t in others):
+        raise FedForwardError(
+            f"lora.targets names {others[0]!r}, which does not write into the residual stream, as "
+            f"modules with lora.factors = 'R' must; here these are {last}. Leave it out, or use "
+            "lora.factors = 'B'."
+        )
+    if not found:
+        why = f" It leaves out {left_out}." if left_out else ""
+        raise FedForwardError(
+            f"lora.factors = 'R' leaves nothing to adapt: it takes modules that write into the "
+            f"residual stream, here {last}, of those that lora.targets = {targets!r} and "
+            f"model.blocks name.{why} Use lora.factors = 'B'."
+        )
+    LOGGER.info("lora.factors = 'R' adapts what writes into the residual stream: %s", last)
+
+
+def _ends(names: Collection[str], part: str) -> bool:
+    """Whether one of some names is `part`, or ends with it."""
+    return any(f".{name}".endswith(f".{part}") for name in names)
 
 
 def _shortened(network: nn.Module, names: Sequence[str]) -> list[str]:

@@ -207,9 +207,15 @@ def align(
     examples = public_or_training(config, model, tokenizer, corpus, "aligning adapters")
     places = [example.prompt_length - 1 for example in examples]
     # Rows of plain text have no prompt.
-    decided = config.objective in ("choice", "accuracy") and not model.classes and min(places) >= 0
+    decided = config.objective in ("choice", "accuracy") and not model.classes
+    decided = decided and all(e.choices and e.prompt_length for e in examples)
     tokens = [example.tokens for example in examples]
-    losses = [(e.counted, _first_tokens(e) if decided else ()) for e in examples]
+    words = [_first_tokens(example) if decided else () for example in examples]
+    if decided and not all(words):
+        words = [() for _ in examples]
+        if model.outputs_shape is not None:
+            LOGGER.info("label words begin alike: U follows the loss of the right ones")
+    losses = [(example.counted, first) for example, first in zip(examples, words, strict=True)]
     return aligned.align(model, tokens, places if decided else None, losses)
 
 
