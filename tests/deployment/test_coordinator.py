@@ -471,19 +471,24 @@ def test_sites_go_on_from_the_same_adapter(tmp_path: Path, three: dict[str, Site
     assert result.differences == [] and result.state_digest == summary["state_digest"]
 
 
-def test_sites_begin_with_the_same_aligned_a(tmp_path: Path, three: dict[str, Site]) -> None:
+@pytest.mark.parametrize("factors", ["both", "R"])
+def test_sites_begin_with_the_same_aligned_a(
+    tmp_path: Path, three: dict[str, Site], factors: str
+) -> None:
     """Two sites have the file and one has another; without one a site refuses the terms."""
     from fedforward.models.aligned import align
     from fedforward.models.lora import LoraModel
 
-    model = LoraModel.from_pretrained(DEMO_MODEL, rank=2, device="cpu", seed=5)
+    model = LoraModel.from_pretrained(DEMO_MODEL, rank=2, factors=factors, device="cpu", seed=5)
     for number, name in enumerate(("one", "other")):
         texts = [np.arange(3 + number, 40)]
         (tmp_path / f"{name}.safetensors").write_bytes(align(model, texts).data)
     for name, file in (("a", "one"), ("b", "one"), ("c", "other")):
         path = str(tmp_path / f"{file}.safetensors")
         three[name] = party(tmp_path, name, lora__init_file=path)
-    settings = run_toml(tmp_path, "run.seed=5", 'lora.init="aligned"')
+    method = 'method.name="fedmezo-auto"' if factors == "R" else "method.mu=1e-3"
+    wanted = (f'lora.factors="{factors}"', 'lora.init="aligned"', method)
+    settings = run_toml(tmp_path, "run.seed=5", *wanted)
     summary = carry_out(settings, tmp_path / "out", Direct(three))
     header = Ledger(tmp_path / "out/ledger.sqlite").header
     tuning = [site.tuning for site in three.values()]
