@@ -275,3 +275,23 @@ def test_a_text_without_counted_tokens_is_run_all_the_same(tiny_network: Make) -
     )
     torch.testing.assert_close(found.tensors[OUTPUTS], some.tensors[OUTPUTS])
     assert found.made_for["rows"] == 3
+
+
+def test_the_mean_of_prompts_has_a_row_of_its_own() -> None:
+    random = np.random.default_rng(0)
+    inputs = 5.0 + random.standard_normal((40, 12)) * np.linspace(0.1, 2.0, 12)
+    directions, moments = aligned._beside_mean(inputs, 4)
+    np.testing.assert_allclose(directions @ directions.T, np.eye(4), atol=1e-12)
+    mean = inputs.mean(axis=0)
+    np.testing.assert_allclose(directions[0], mean / np.linalg.norm(mean))
+    np.testing.assert_allclose(moments, np.square(inputs @ directions.T).mean(axis=0))
+    np.testing.assert_allclose(directions[1:] @ mean, 0.0, atol=1e-9)
+    assert (np.diff(moments[1:]) < 0.0).all()
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_texts_that_are_alike_give_one_direction(count: int) -> None:
+    """What rounding leaves of them is none, however short."""
+    inputs = np.tile(np.random.default_rng(0).standard_normal(30), (count, 1))
+    directions, moments = aligned._beside_mean(inputs, 8)
+    assert directions.shape == (1, 30) and moments[0] == pytest.approx(np.sum(inputs[0] ** 2))

@@ -17,6 +17,7 @@ of these texts pulls the output of the last transformer block (see `residual_str
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -99,28 +100,22 @@ def align(
                 stream = StreamGradients(model.network)
                 run = _runner(model, texts, stream, losses)
             covariances, leaders, inputs = _covariances(own, texts, places, run, share=False)
-        top: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+        top: dict[str, _Chosen] = {}
         for name in part:
             initial = random[_key(name)].double().cpu().numpy()
             leader = leaders.get(name, name)
             if leader not in covariances:
                 found[_key(name)], short = random[_key(name)].cpu(), short + 1
                 continue
-            covariance, single = covariances[leader], inputs.get(leader)
-            # An expert may have been given none of these tokens.
-            if single is not None and stream is not None:
-                covariance = single.T @ single / len(single)
             if leader not in top:
-                if single is None:
-                    top[leader] = _top(covariance, len(initial))
-                elif stream is None:
-                    top[leader] = _top(_around_mean(single), len(initial))
-                else:
-                    top[leader] = _beside_mean(single, len(initial))
-            directions, variances = top[leader]
-            short += len(directions) < len(initial)
-            power = WHITENED if stream is None or single is not None else STREAM
-            rows = aligned_rows(directions, variances, covariance, initial, power)
+                # An expert may have been given none of the tokens at `places`.
+                single = inputs.get(leader)
+                top[leader] = _chosen(covariances[leader], single, len(initial), stream is not None)
+            chosen = top[leader]
+            short += len(chosen.directions) < len(initial)
+            rows = aligned_rows(
+                chosen.directions, chosen.variances, chosen.covariance, initial, chosen.power
+            )
             found[_key(name)] = torch.from_numpy(rows.astype(np.float32))
     if short:
         LOGGER.warning(
@@ -141,6 +136,36 @@ def align(
         "positions": "all" if places is None else "last of each prompt",
     }
     return pinned(KIND, found, made_for, f"the {KIND} of this run")
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What the rows of a layer's A are made of (see `aligned_rows`)."""
+
+    directions: NDArray[np.float64]
+    variances: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+    power: float
+
+
+def _chosen(
+    covariance: NDArray[np.float64],
+    single: NDArray[np.float64] | None,
+    rank: int,
+    with_r: bool,
+) -> _Chosen:
+    """The directions of a layer's inputs that its A takes, and how long its rows are.
+
+    Args:
+        covariance: over all tokens, [inputs, inputs].
+        single: the inputs at the places that decide, [texts, inputs]; None where all count.
+        with_r: whether R is tuned.
+    """
+    if single is None:
+        return _Chosen(*_top(covariance, rank), covariance, STREAM if with_r else WHITENED)
+    if not with_r:
+        return _Chosen(*_top(_around_mean(single), rank), covariance, WHITENED)
+    return _Chosen(*_beside_mean(single, rank), single.T @ single / len(single), WHITENED)
 
 
 def aligned_rows(
@@ -320,7 +345,10 @@ def _beside_mean(
     if rank > 1:
         others, _ = _top(_around_mean(beside), rank - 1)
         directions = np.concatenate((directions, others))
-    return directions, np.square(inputs @ directions.T).mean(axis=0)
+    moments = np.square(inputs @ directions.T).mean(axis=0)
+    # What is left of texts that are all alike is rounding.
+    there = moments > LEAST_SHARE * np.square(inputs).sum(axis=1).mean()
+    return directions[there], moments[there]
 
 
 @contextmanager
