@@ -30,13 +30,13 @@ from fedforward.training.summary import DeploymentSummary, Lines, MeanTraffic, m
 ROUNDS = 5
 
 
-def configured(rate: float | str = 1e-3, **run: Any) -> Config:
+def configured(rate: float | str = 1e-3, batch_size: int = 16, **run: Any) -> Config:
     return validate(
         {
             "model": {"path": AT_SITES},
             "data": {"source": AT_SITES, "prompt": "{a}", "answer": "{b}"},
             "federation": {"clients": 1, "rounds": ROUNDS},
-            "method": {"local_steps": 1, "learning_rate": rate},
+            "method": {"local_steps": 1, "learning_rate": rate, "batch_size": batch_size},
             "run": {"evaluate_every": 2, **run},
         }
     )
@@ -233,6 +233,18 @@ def test_a_bad_round_that_may_be_taken_back_is_no_divergence(lines: list[dict[st
         assert not reason_to_stop(auto, lines)
         lines = [*lines, lines[-1] | {"round": len(lines)}]
     assert reason_to_stop(auto, lines).startswith("diverged")
+
+
+@pytest.mark.parametrize("rate", [1e-3, "auto"])
+def test_few_hard_examples_are_no_divergence(rate: float | str) -> None:
+    """Rounds of four examples are judged by four of them, by those that were told."""
+    few = configured(rate, batch_size=4)
+    hard = [2.0, 2.0, 2.0, 2.0, 3.5, 2.0, None, 3.5]
+    for end in range(1, len(hard) + 1):
+        assert not reason_to_stop(few, lines_of([None] * end, hard[:end]))
+    worse = [2.0] * 4 + [9.0] * 6
+    found = reason_to_stop(few, lines_of([None] * len(worse), worse))
+    assert found == "diverged: the training loss is 9.000, from 2.000"
 
 
 def test_evaluations_in_a_row_count_and_not_the_rounds_between() -> None:

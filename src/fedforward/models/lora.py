@@ -38,7 +38,6 @@ from fedforward.models.lora_layers import (
     AdapterBank,
     initial_outputs,
     initialise,
-    is_with_r,
     product,
     replace_forward,
     replace_head,
@@ -236,8 +235,9 @@ class LoraModel(CausalModel):
 
     @contextmanager
     def _without_factors_r(self) -> Iterator[None]:
-        """While it is open no R is a parameter of its layer: PEFT knows none."""
-        held = [(m, m._parameters.pop(FACTOR_R)) for m in self.peft.modules() if is_with_r(m)]
+        """While it is open no R is a parameter of its layer: PEFT would save it."""
+        layers = [m for m in self.peft.modules() if FACTOR_R in m._parameters]
+        held = [(layer, layer._parameters.pop(FACTOR_R)) for layer in layers]
         try:
             yield
         finally:

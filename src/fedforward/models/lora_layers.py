@@ -19,7 +19,7 @@ from fedforward.models.loading import draw_normal
 
 #: PEFT's name of the adapter that is tuned.
 ADAPTER = "default"
-#: The R of an adapter with B = U R. PEFT would save it if it had a name of PEFT's.
+#: The R of an adapter with B = U R, as a parameter of its layer.
 FACTOR_R = "factor_r"
 #: Activations that an adapter works on at once, by device: what fits a cache, or fills a GPU.
 ACTIVATIONS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}
@@ -219,11 +219,6 @@ def views_of(layout: Layout, parts: Sequence[tuple[int, torch.Tensor]]) -> dict[
         for first, storage in parts
         if first <= tile < first + storage.shape[-1] // TILE
     }
-
-
-def is_with_r(module: nn.Module) -> bool:
-    """Whether a module is an adapted layer with B = U R."""
-    return FACTOR_R in module._parameters
 
 
 def product(outputs: torch.Tensor, factor_r: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ the same reasons. Imports no PyTorch.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from fedforward.config.schema import Config
@@ -23,6 +24,9 @@ LEAST_LOSS = 0.01
 DIVERGED = 1.5
 #: Where updates that raise the loss are taken back, so many rounds or evaluations in a row do.
 PERSISTENT = 3
+
+#: Examples whose training loss is compared with that of the start; one alone says little.
+LEAST_EXAMPLES = 16
 
 #: Told of each round: rounds that are done, rounds of the run, and the round's metrics line.
 ProgressCallback = Callable[[int, int, dict[str, Any]], None]
@@ -218,13 +222,19 @@ def _persists(
 def _training_diverged(config: Config, lines: Sequence[dict[str, Any]]) -> str:
     """Why a run has diverged by its last line's training loss, or nothing."""
     line, start = lines[-1], lines[0]["heldout_loss"]
-    if line["skipped_steps"] >= config.method.local_steps * len(line["learning_rates"]):
+    steps = config.method.local_steps * len(line["learning_rates"])
+    if line["skipped_steps"] >= steps:
         return "diverged: no step of the last round had a finite loss"
-    training = [entry["training_loss"] for entry in lines[1:]]
-    first = next((loss for loss in training if loss is not None), None)
-    # Sites may withhold their losses.
-    if training[-1] is not None and training[-1] > _limit(config) * max(start, first):
-        return f"diverged: the training loss is {training[-1]:.3f}, from {first:.3f}"
+    if line["training_loss"] is None:
+        # Sites may withhold their losses.
+        return ""
+    told = [entry["training_loss"] for entry in lines[1:] if entry["training_loss"] is not None]
+    rounds = -(-LEAST_EXAMPLES // (steps * config.method.batch_size))
+    if len(told) < rounds:
+        return ""
+    first, now = fmean(told[:rounds]), fmean(told[-rounds:])
+    if now > _limit(config) * max(start, first):
+        return f"diverged: the training loss is {now:.3f}, from {first:.3f}"
     return ""
 
 
