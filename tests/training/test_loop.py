@@ -237,7 +237,7 @@ def test_a_bad_round_that_may_be_taken_back_is_no_divergence(lines: list[dict[st
 
 @pytest.mark.parametrize("rate", [1e-3, "auto"])
 def test_few_hard_examples_are_no_divergence(rate: float | str) -> None:
-    """Rounds of four examples are judged by four of them, by those that were told."""
+    """Of rounds of four examples, the last four that were told must all have risen."""
     few = configured(rate, batch_size=4)
     hard = [2.0, 2.0, 2.0, 2.0, 3.5, 2.0, None, 3.5]
     for end in range(1, len(hard) + 1):

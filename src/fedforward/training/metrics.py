@@ -25,7 +25,7 @@ DIVERGED = 1.5
 #: Where updates that raise the loss are taken back, so many rounds or evaluations in a row do.
 PERSISTENT = 3
 
-#: Examples whose training loss is compared with that of the start; one alone says little.
+#: Examples in the rounds whose training losses must all have risen; one alone says little.
 LEAST_EXAMPLES = 16
 
 #: Told of each round: rounds that are done, rounds of the run, and the round's metrics line.
@@ -232,9 +232,10 @@ def _training_diverged(config: Config, lines: Sequence[dict[str, Any]]) -> str:
     rounds = -(-LEAST_EXAMPLES // (steps * config.method.batch_size))
     if len(told) < rounds:
         return ""
-    first, now = fmean(told[:rounds]), fmean(told[-rounds:])
-    if now > _limit(config) * max(start, first):
-        return f"diverged: the training loss is {now:.3f}, from {first:.3f}"
+    first, last = fmean(told[:rounds]), told[-rounds:]
+    # Each of them: a round whose update was taken back says nothing of those after it.
+    if min(last) > _limit(config) * max(start, first):
+        return f"diverged: the training loss is {fmean(last):.3f}, from {first:.3f}"
     return ""
 
 
