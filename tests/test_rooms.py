@@ -19,7 +19,7 @@ NEEDS_TORCH = {
     "data": set(),
     "federation": {"client"},
     "deployment": {"site"},
-    "cli": {"plan_tables"},
+    "cli": {"plan_tables", "tuning_tables"},
 }
 SINGLE = [
     "fedforward",

@@ -41,6 +41,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "plan": train.plan,
         "align": train.align,
         "mask": train.mask,
+        "tune": train.tune,
         "run": train.run,
     },
     "Results": {"verify": train.verify, "export": train.export},

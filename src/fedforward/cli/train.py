@@ -184,6 +184,49 @@ def plan(
             say(out_console, f"\nwrote {picture}")
 
 
+def tune(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=2, help="rounds with the rate auto")] = 12,
+    picture: Annotated[
+        Path | None, typer.Option("--png", help="also draw loss against rate", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find a learning rate in a few rounds, and show the loss against it; nothing is kept."""
+    from fedforward.config.loading import load
+
+    settings = load(config, overrides or [])
+    if picture is not None:
+        _check_picture(picture)
+    with display("loading libraries") as progress:
+        from fedforward.models.libraries import quiet_libraries
+
+        quiet_libraries()
+        from fedforward.training.run_directory import strict
+        from fedforward.training.tune import tune as find
+
+        result = find(settings, rounds, progress.count)
+        if picture is not None:
+            from fedforward.cli.tuning_tables import draw
+
+            draw(picture, result)
+    if as_json:
+        print(json.dumps(strict(result.as_json()), indent=2))
+        return
+    from fedforward.cli.tuning_tables import table
+
+    out_console.print(table(result))
+    back = f", {result.taken_back} of them taken back" if result.taken_back else ""
+    say(
+        out_console,
+        f"\nmethod.learning_rate = {result.learning_rate:.3g}, found in {result.rounds} "
+        f"rounds{back}, {result.passes:,.0f} forward passes, {result.examples} held-out examples",
+    )
+    if picture is not None:
+        say(out_console, f"wrote {picture}")
+
+
 def _check_picture(path: Path) -> None:
     """Refuse a file that no picture can be written to, before anything is computed."""
     if not path.absolute().parent.is_dir():

@@ -1,0 +1,84 @@
+"""A rate found in a few rounds, and the loss against it."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedforward.config.schema import Config
+from fedforward.core.errors import FedForwardError
+from fedforward.training.tune import MULTIPLES, Tuning, tune
+from tests.support.command_line import command, write_config
+
+Configure = Callable[..., Config]
+ROUNDS = 4
+AUTO = {"method__learning_rate": "auto", "method__name": "fedmezo-auto"}
+
+
+@pytest.fixture
+def tuned(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tuning:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    done: list[tuple[int, int]] = []
+    config = configure(**AUTO, federation__rounds=3)
+    found = tune(config, ROUNDS, lambda *so_far: done.append(so_far))
+    assert done == [(n, ROUNDS) for n in range(ROUNDS)]
+    # Nothing is left, and the configuration is the caller's as it was.
+    assert not list(folder.iterdir())
+    assert config.federation.rounds == 3
+    return found
+
+
+def test_the_curve_has_the_losses_of_the_run(
+    tuned: Tuning, configure: Configure, carry_out: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    changes = {"method__schedule": "constant", "run__evaluate_every": 1}
+    config = configure(**AUTO, **changes, federation__rounds=ROUNDS)
+    carry_out(config, tmp_path / "run")
+    text = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    losses = [line["heldout_loss"] for line in lines]
+    by_multiple = dict(zip(MULTIPLES, tuned.curve, strict=True))
+    assert by_multiple[0.0].loss == pytest.approx(losses[ROUNDS - 1], rel=1e-5)
+    assert by_multiple[1.0].loss == pytest.approx(losses[ROUNDS], rel=1e-5)
+    rates = list(lines[ROUNDS]["learning_rates"].values())
+    assert tuned.learning_rate == pytest.approx(sum(rates) / len(rates), rel=0.2)
+    assert min(rates) <= tuned.learning_rate <= max(rates)
+
+
+def test_the_curve_is_of_growing_rates(tuned: Tuning) -> None:
+    rates = [point.learning_rate for point in tuned.curve]
+    assert rates == [m * tuned.learning_rate for m in MULTIPLES]
+    assert tuned.curve[0].error == 0.0
+    assert all(point.error > 0.0 for point in tuned.curve[1:])
+    assert tuned.best.loss == min(point.loss for point in tuned.curve)
+    assert tuned.examples == 6
+    assert tuned.passes > ROUNDS * 2 * 16
+
+
+def test_a_method_without_directions_has_no_such_rate(configure: Configure) -> None:
+    with pytest.raises(FedForwardError, match=r"method.learning_rate = 'auto'"):
+        tune(configure(method__name="fedavg", method__learning_rate=0.1), 2)
+
+
+def test_what_else_changes_a_rate_is_left_out(configure: Configure) -> None:
+    config = configure(method__schedule="cosine", method__warmup=2)
+    assert tune(config, 2).rounds >= 2
+
+
+def test_as_a_command(tmp_path: Path) -> None:
+    config, picture = write_config(tmp_path), tmp_path / "rates.png"
+    shown = command("tune", config, "--rounds", 3, "--png", picture)
+    assert shown.code == 0, shown
+    assert "method.learning_rate = " in shown.out
+    assert "found in 3 rounds" in shown.out
+    assert picture.stat().st_size > 10_000
+    told = json.loads(command("tune", config, "--rounds", 2, "--json").out)
+    assert told["best"] in told["curve"]
+    assert told["learning_rate"] > 0.0
+    command("tune", config, "--png", tmp_path / "gone" / "x.png").refused("no folder")
+    command("tune", config, "method.name=fedavg").refused("method.learning_rate = 'auto'")
