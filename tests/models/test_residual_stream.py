@@ -16,7 +16,8 @@ from fedforward.models import aligned
 from fedforward.models.adapters import OUTPUTS
 from fedforward.models.lora_layers import initial_outputs, product
 from fedforward.models.pinned_files import pinned
-from fedforward.models.residual_stream import StreamGradients, residual_writers
+from fedforward.models.residual_stream import residual_writers
+from tests.models.test_loss_gradients import text_of
 from tests.models.test_models import (
     PERTURBATION,
     TRAJECTORY,
@@ -36,6 +37,7 @@ WRITERS = {
     "phi": {"dense", "fc2"},
     "mamba": {"out_proj"},
 }
+ALIGNMENTS = pytest.mark.parametrize("alignment", ["forward", "backward"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -58,9 +60,12 @@ def test_every_block_has_its_writers(tiny_network: Make) -> None:
     assert len(residual_writers(network)) == 2 * blocks
 
 
+@ALIGNMENTS
 @pytest.mark.parametrize("distribution", list(Distribution))
-def test_a_probe_of_r_equals_moving_it(tiny_network: Make, distribution: Distribution) -> None:
-    model = lora(tiny_network(), factors="R", distribution=distribution)
+def test_a_probe_of_r_equals_moving_it(
+    tiny_network: Make, distribution: Distribution, alignment: str
+) -> None:
+    model = lora(tiny_network(), factors="R", alignment=alignment, distribution=distribution)
     model.commit([Update(Steps.of([1], [0.05]), 0)])
     probes = [Probe(batch(), TRAJECTORY, PERTURBATION), Probe(batch(), TRAJECTORY)]
     probed, beside = model.evaluate(probes)
@@ -71,10 +76,13 @@ def test_a_probe_of_r_equals_moving_it(tiny_network: Make, distribution: Distrib
     assert model.layout.parameters == 9 * len(model.tensors)
 
 
-def test_peft_loads_the_adapter_that_ran(tiny_network: Make, tmp_path: Path) -> None:
+@ALIGNMENTS
+def test_peft_loads_the_adapter_that_ran(
+    tiny_network: Make, tmp_path: Path, alignment: str
+) -> None:
     from peft import PeftModel
 
-    model = lora(tiny_network(), factors="R")
+    model = lora(tiny_network(), factors="R", alignment=alignment)
     base = hugging_face_loss(model.network, batch())
     model.commit([Update(Steps.of([3, 4], [0.5, -0.3]), 0)])
     (own,) = model.evaluate([Probe(batch())])
@@ -91,8 +99,9 @@ def test_peft_loads_the_adapter_that_ran(tiny_network: Make, tmp_path: Path) -> 
     assert hugging_face_loss(merged, batch()) == pytest.approx(own.mean, rel=2e-5)
 
 
-def test_going_back_to_the_base(tiny_network: Make) -> None:
-    model = lora(tiny_network(), factors="R")
+@ALIGNMENTS
+def test_going_back_to_the_base(tiny_network: Make, alignment: str) -> None:
+    model = lora(tiny_network(), factors="R", alignment=alignment)
     digest = model.digest()
     model.commit([Update(Steps.of([3], [0.5]), 0)])
     assert model.digest() != digest
@@ -100,8 +109,9 @@ def test_going_back_to_the_base(tiny_network: Make) -> None:
     assert model.digest() == digest
 
 
-def test_backpropagation_tunes_r(tiny_network: Make) -> None:
-    model = lora(tiny_network(), factors="R")
+@ALIGNMENTS
+def test_backpropagation_tunes_r(tiny_network: Make, alignment: str) -> None:
+    model = lora(tiny_network(), factors="R", alignment=alignment)
     parameters = model.tuned_parameters()
     assert len(parameters) == len(model.tensors)
     for parameter in parameters:
@@ -119,101 +129,21 @@ def test_the_product_is_u_r() -> None:
     assert float(u.var()) == pytest.approx(1 / 8, rel=0.3)
 
 
-def last_gradient(network: Any, text: Any, loss: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """d loss / d output of the last block by a whole backward pass, float64 [length, width]."""
-    held: list[torch.Tensor] = []
-
-    def keep(_: Any, __: Any, result: Any) -> None:
-        state = result if torch.is_tensor(result) else result[0]
-        state.retain_grad()
-        held.append(state)
-
-    for parameter in network.parameters():
-        parameter.requires_grad_(True)
-    handle = network.model.layers[-1].register_forward_hook(keep)
-    loss(network(input_ids=torch.from_numpy(text)[None], use_cache=False).logits[0]).backward()
-    handle.remove()
-    for parameter in network.parameters():
-        parameter.requires_grad_(False)
-        parameter.grad = None
-    assert held[0].grad is not None
-    return held[0].grad[0].double()
-
-
-def text_of(length: int, seed: int = 0) -> Any:
-    return np.random.default_rng(seed).integers(3, 97, length)
-
-
-def test_gradients_of_text(tiny_network: Make) -> None:
-    network = tiny_network()
-    text = text_of(12)
-    counted = np.arange(12) >= 5
-    stream = StreamGradients(network)
-    stream.add(text, counted, ())
-    wanted = torch.from_numpy(text[5:])
-    gradient = last_gradient(
-        network, text, lambda z: torch.nn.functional.cross_entropy(z[4:-1], wanted)
-    )
-    assert stream.moment is not None
-    torch.testing.assert_close(stream.moment, gradient.T @ gradient, rtol=1e-4, atol=1e-12)
-    assert not any(p.requires_grad for p in network.parameters())
-
-
-def test_gradients_between_words(tiny_network: Make) -> None:
-    """Σ_c p_c g_c g_cᵀ with g_c the gradient of -log p_c, of the words alone."""
-    network = tiny_network()
-    text, words = text_of(9), [7, 20, 33]
-    counted = np.arange(9) >= 6
-    stream = StreamGradients(network)
-    stream.add(text, counted, words)
-    expected = torch.zeros(())
-    for number in range(3):
-        chance: list[float] = []
-
-        def loss(z: torch.Tensor, number: int = number, chance: Any = chance) -> torch.Tensor:
-            own = torch.log_softmax(z[5, torch.tensor(words)], dim=0)
-            chance.append(float(own[number].detach().exp()))
-            return -own[number]
-
-        gradient = last_gradient(network, text, loss)
-        expected = expected + chance[0] * gradient.T @ gradient
-    assert stream.moment is not None
-    torch.testing.assert_close(stream.moment, expected, rtol=1e-4, atol=1e-12)
-
-
-def test_u_has_the_directions_of_the_gradient(tiny_network: Make) -> None:
-    stream = StreamGradients(tiny_network())
-    random = np.random.default_rng(1)
-    basis = np.linalg.qr(random.standard_normal((16, 16)))[0]
-    values = np.array([81.0, 16.0, 1.0] + 13 * [1e-9])
-    stream.moment = torch.from_numpy(basis * values @ basis.T)
-    found = stream.directions(3)
-    assert np.square(found).sum() == pytest.approx(16)
-    lengths = np.linalg.norm(found, axis=0)
-    np.testing.assert_allclose(lengths / lengths[2], [9.0, 4.0, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(np.abs(basis.T @ (found / lengths))[:3], np.eye(3), atol=1e-6)
-    # More columns than the width has none for.
-    assert not stream.directions(20)[:, 16:].any()
-    stream.moment = torch.zeros(16, 16).double()
-    with pytest.raises(FedForwardError, match="0 or not finite"):
-        stream.directions(3)
-
-
 def test_an_aligned_r_lowers_the_loss_along_the_gradient(tiny_network: Make) -> None:
     """The file has A and U; they are those that the model then has, also after a reset."""
     texts = [text_of(14, seed) for seed in range(4)]
     model = lora(tiny_network(), factors="R")
-    random = model._bank.outputs.clone()
+    random = model.outputs[OUTPUTS].clone()
     initial = aligned.align(model, texts)
     assert initial.tensors[OUTPUTS].shape == random.shape
     assert sum(name.endswith("lora_A.weight") for name in initial.tensors) == len(model.tensors)
     again = aligned.align(lora(tiny_network(), factors="R"), texts)
     assert again.digest == initial.digest
     model.begin_with(initial)
-    assert torch.equal(model._bank.outputs, initial.tensors[OUTPUTS])
+    assert torch.equal(model.outputs[OUTPUTS], initial.tensors[OUTPUTS])
     model.commit([Update(Steps.of([3], [0.5]), 0)])
     model.reset()
-    assert torch.equal(model._bank.outputs, initial.tensors[OUTPUTS])
+    assert torch.equal(model.outputs[OUTPUTS], initial.tensors[OUTPUTS])
 
 
 def test_files_of_other_factors_are_refused(tiny_network: Make) -> None:

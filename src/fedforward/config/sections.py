@@ -125,18 +125,32 @@ class LoraSection(Section):
     )
     factors: Literal["both", "B", "R"] = Field(
         "both",
-        description='"B" keeps the initial A; "R" tunes the r x r matrix R of B = U R alone, in '
-        "modules that write into the residual stream",
+        description='"B" keeps the initial A; "R" tunes the r x r matrix R of B = U R alone',
     )
     init: Literal["random", "aligned"] = Field(
         "random",
         description='of A: "aligned" spans the directions in which each layer\'s inputs vary most; '
         "of U: those in which the loss pulls",
     )
+    alignment: Literal["forward", "backward"] = Field(
+        "forward",
+        description='of R: "forward" aligns one U for all modules that write into the residual '
+        'stream, the only ones adapted; "backward" one for each module, by a backward pass a row',
+    )
     init_file: PathText | None = Field(
         None,
         description="file of `fedforward align` with the aligned A; default is made at the start",
     )
+
+    @model_validator(mode="after")
+    def _a_u_of_each_module_is_an_aligned_one(self) -> "LoraSection":
+        for key, found, wanted in (("factors", self.factors, "R"), ("init", self.init, "aligned")):
+            if self.alignment == "backward" and found != wanted:
+                raise ValueError(
+                    f"alignment = 'backward' aligns the U of factors = 'R', and {key} = {found!r}; "
+                    f"set {key} = {wanted!r}, or leave alignment out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _a_file_is_what_aligned_begins_with(self) -> "LoraSection":

@@ -9,7 +9,8 @@ averages the directions of n clients bears a step that is n times as long as wha
 directions bear. All of it follows from the ledger, so a server that resumes has the same rates.
 
 The first rate is small: a step moves each weight by no more than a probe does (`mu`). Rates are
-then multiplied by at most 3 a round, so that a good one is found within a few rounds. They fall
+then multiplied by at most 3 a round, so that a good one is found within a few rounds, and by at
+most 1.4 where the last update has not lowered the loss beyond doubt. They fall
 below the first one only where an update, or twice that, has made the loss larger beyond doubt.
 """
 
@@ -28,8 +29,9 @@ from fedforward.messages.report import ClientResult
 SCALES = (0.0, 1.0, 2.0)
 #: How much of the averages a new round replaces.
 FRESH = 0.3
-#: Most that a rate is multiplied with in a round.
-GROWTH = 3.0
+#: Most that a rate is multiplied with in a round: where the loss has fallen beyond doubt, and where
+#: it has not. With the second a rate that chance moves up and down does not drift upwards.
+GROWTH, DOUBTFUL_GROWTH = 3.0, 1.4
 #: Least that it is multiplied with; and where twice the last update was worse than none.
 SHRINKAGE, LEAST_SHRINKAGE = 0.7, 0.25
 #: Standard errors by which the loss must have risen for an update to be taken back.
@@ -218,4 +220,5 @@ class RateSearch:
         if found.has_fallen:
             # The averages are late where the curvature grows fast.
             best = min(best, 2.0 * found.best * self.rate)
-        self.rate = min(max(best, least), GROWTH * self.rate)
+        growth = GROWTH if found.has_fallen else DOUBTFUL_GROWTH
+        self.rate = min(max(best, least), growth * self.rate)

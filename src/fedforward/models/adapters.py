@@ -158,11 +158,18 @@ def check_initial(
             f"lora.rank = {adapted['rank']} does not fit {given}, which was made for lora.rank = "
             f"{made_for.get('rank')!r}. Set that, {again}"
         )
-    if (OUTPUTS in initial.tensors) != (OUTPUTS in own):
-        factors = "'R'" if OUTPUTS in initial.tensors else "'B' or 'both'"
+    in_file, in_model = _outputs(initial.tensors), _outputs(own)
+    if bool(in_file) != bool(in_model):
+        factors = "'R'" if in_file else "'B' or 'both'"
         raise FedForwardError(
             f"lora.factors = {adapted['factors']!r} does not fit {given}, which was made for "
             f"lora.factors = {factors}. Set that, {again}"
+        )
+    if (OUTPUTS in in_file) != (OUTPUTS in in_model):
+        alignment = "forward" if OUTPUTS in in_file else "backward"
+        raise FedForwardError(
+            f"lora.alignment = {adapted['alignment']!r} does not fit {given}, which was made with "
+            f"lora.alignment = {alignment!r}. Set that, {again}"
         )
     extra, missing = (
         sorted(initial.tensors.keys() - own.keys()),
@@ -186,6 +193,11 @@ def check_initial(
             f"and model.quantization hold it ({str(made_for.get('base'))[:12]}… there, "
             f"{base[:12]}… here). Give that base, {again}"
         )
+
+
+def _outputs(names: Iterable[str]) -> list[str]:
+    """Those of some names that are of a U."""
+    return [name for name in names if name == OUTPUTS or name.endswith(f".{OUTPUTS}")]
 
 
 def _toml(value: Any) -> str:

@@ -11,7 +11,8 @@ Where R is tuned, the first row is the direction of their mean, and the others a
 to it.
 
 Where the R of B = U R is tuned, U is aligned too: its columns are the directions in which the loss
-of these texts pulls the output of the last transformer block (see `residual_stream`).
+of these texts pulls the output of the last transformer block, or of each module by itself (see
+`loss_gradients`).
 """
 
 import logging
@@ -31,8 +32,8 @@ from fedforward.core.logs import PHASES
 from fedforward.core.steps import Probe
 from fedforward.models.adapters import OUTPUTS
 from fedforward.models.lora import LoraModel, random_factors
+from fedforward.models.loss_gradients import LossGradients, OutputGradients, StreamGradients
 from fedforward.models.pinned_files import PinnedFile, pinned
-from fedforward.models.residual_stream import StreamGradients
 
 LOGGER = logging.getLogger("fedforward.models")
 KIND, KEY, COMMAND = "initial A", "lora.init_file", "fedforward align"
@@ -62,20 +63,20 @@ def align(
         places: of the one token of each text at which inputs are compared, before its last; None
             takes all tokens.
         losses: for U, where R is tuned: of each text which tokens' loss counts, bool [length], and
-            the first tokens of its label words (see `StreamGradients.add`); None counts all.
+            the first tokens of its label words (see `LossGradients.add`); None counts all.
 
     Returns:
         float32 [r, inputs] by name of a layer's A, and U [width, r] where R is tuned, ready to be
         written.
 
     Raises:
-        FedForwardError: no text has two tokens.
+        FedForwardError: no text has two tokens; the gradient of U is 0 or not finite, or the
+            network has none.
     """
     least = 0 if model.classes else 1
     kept = [number for number, text in enumerate(texts) if len(text) > least]
     texts = [texts[number] for number in kept]
     losses = None if losses is None else [losses[number] for number in kept]
-    stream = None if model.outputs_shape is None else StreamGradients(model.network)
     places = None if places is None else [places[number] for number in kept]
     if not texts:
         raise FedForwardError("No text with two tokens or more is there to align adapters with.")
@@ -86,20 +87,22 @@ def align(
         if hasattr(layer, "lora_A") and hasattr(layer, "base_layer")
     }
     found: dict[str, torch.Tensor] = {}
-    short = 0
-    for part in _parts(random, layers):
-        PHASES.info("aligning adapters: %d of %d layers", len(found), len(layers))
+    short = done = 0
+    for part in _parts(random, layers, model.outputs):
+        PHASES.info("aligning adapters: %d of %d layers", done, len(layers))
         own = {n: layers[n] for n in part}
-        first = not found
-        run = _runner(model, texts, stream if first else None, losses)
+        gradients = _gradients(model, own, first=not done)
+        run = _runner(model, texts, gradients, losses)
         try:
             covariances, leaders, inputs = _covariances(own, texts, places, run)
         except _NotSharedError:
-            if stream is not None and first:
-                # Some texts were run already.
-                stream = StreamGradients(model.network)
-                run = _runner(model, texts, stream, losses)
+            # Some texts were run already.
+            gradients = _gradients(model, own, first=not done)
+            run = _runner(model, texts, gradients, losses)
             covariances, leaders, inputs = _covariances(own, texts, places, run, share=False)
+        if gradients is not None:
+            found |= _aligned_outputs(model, gradients, part)
+        done += len(part)
         top: dict[str, _Chosen] = {}
         for name in part:
             initial = random[_key(name)].double().cpu().numpy()
@@ -110,7 +113,8 @@ def align(
             if leader not in top:
                 # An expert may have been given none of the tokens at `places`.
                 single = inputs.get(leader)
-                top[leader] = _chosen(covariances[leader], single, len(initial), stream is not None)
+                with_r = bool(model.outputs)
+                top[leader] = _chosen(covariances[leader], single, len(initial), with_r)
             chosen = top[leader]
             short += len(chosen.directions) < len(initial)
             rows = aligned_rows(
@@ -125,9 +129,6 @@ def align(
             len(layers),
             len(next(iter(random.values()))),
         )
-    if stream is not None and model.outputs_shape is not None:
-        outputs = stream.directions(model.outputs_shape[1])
-        found[OUTPUTS] = torch.from_numpy(outputs.astype(np.float32))
     made_for = {
         "base": model.base_fingerprint,
         **model.adapted,
@@ -136,6 +137,48 @@ def align(
         "positions": "all" if places is None else "last of each prompt",
     }
     return pinned(KIND, found, made_for, f"the {KIND} of this run")
+
+
+def _gradients(model: LoraModel, layers: Mapping[str, Any], first: bool) -> LossGradients | None:
+    """What adds up the gradients for the U of some layers; None where there is nothing to add.
+
+    Args:
+        first: whether these are the first layers; one U of all is made with them.
+    """
+    if model.adapted.get("alignment") == "backward":
+        if model.offload is not None:
+            raise FedForwardError(
+                "lora.alignment = 'backward' needs all blocks at once, and model.offload = 'host' "
+                "brings them one at a time. Make lora.init_file on another machine, with "
+                "`fedforward align`, or use lora.alignment = 'forward'."
+            )
+        return OutputGradients(model.network, layers)
+    return StreamGradients(model.network) if model.outputs and first else None
+
+
+def _aligned_outputs(
+    model: LoraModel, gradients: LossGradients, layers: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """The U of some layers, or of all, by name in a file.
+
+    A layer that the loss does not depend on, such as an expert that is given no token, keeps its
+    random U.
+    """
+    if isinstance(gradients, StreamGradients):
+        shared = gradients.shared(model.outputs[OUTPUTS].shape[1])
+        return {OUTPUTS: torch.from_numpy(shared.astype(np.float32))}
+    found: dict[str, torch.Tensor] = {}
+    for name in layers:
+        key = f"{name}.{OUTPUTS}"
+        own = gradients.directions(name, model.outputs[key].shape[1])
+        known = model.outputs[key].cpu().clone()
+        found[key] = known if own is None else torch.from_numpy(own.astype(np.float32))
+    if not gradients.moments:
+        raise FedForwardError(
+            "lora.alignment = 'backward': the loss of these rows depends on none of the adapted "
+            "modules. Give other rows in data.public, or use lora.alignment = 'forward'."
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -218,12 +261,22 @@ def _top(
     return vectors * signs, values
 
 
-def _parts(random: Mapping[str, torch.Tensor], layers: Mapping[str, Any]) -> list[list[str]]:
-    """The layers in their order, cut where their covariances would take too much memory."""
+def _parts(
+    random: Mapping[str, torch.Tensor],
+    layers: Mapping[str, Any],
+    outputs: Mapping[str, torch.Tensor],
+) -> list[list[str]]:
+    """The layers in their order, cut where their second moments would take too much memory.
+
+    Args:
+        outputs: every U by its name in a file.
+    """
     number, held = 0, 0
     place = {}
     for name in layers:
         size = 8 * random[_key(name)].shape[1] ** 2
+        if (own := outputs.get(f"{name}.{OUTPUTS}")) is not None:
+            size += 8 * own.shape[0] ** 2
         if held and held + size > MOST_BYTES:
             number, held = number + 1, 0
         held += size
@@ -238,17 +291,17 @@ class _NotSharedError(Exception):
 def _runner(
     model: LoraModel,
     texts: Sequence[NDArray[np.int64]],
-    stream: StreamGradients | None,
+    gradients: LossGradients | None,
     losses: Sequence[tuple[NDArray[np.bool_], Sequence[int]]] | None,
 ) -> Callable[[int], None]:
-    """What runs the text of a number; with `stream` its gradients are added in the same pass."""
+    """What runs the text of a number; `gradients` of its loss are added in the same pass."""
 
     def run(number: int) -> None:
         text = texts[number]
         counted, words = (np.ones(len(text), np.bool_), ()) if losses is None else losses[number]
-        if stream is not None and counted[1:].any():
-            stream.add(text, counted, words)
-            model.count_pass(len(text))
+        if gradients is not None and counted[1:].any():
+            gradients.add(text, counted, words)
+            model.count_pass(gradients.passes(len(words)) * len(text))
             return
         labels = np.full((1, len(text)), IGNORED, np.int64)
         labels[0, -1] = 0 if model.classes else text[-1]

@@ -60,7 +60,8 @@ class LoraModel(CausalModel):
         peft: the `PeftModel` around the network.
         flat: float32 [tiles * 2048], the storage that all tuned tensors are views of.
         trajectory_cache: sums of local steps, each with its trajectory: float32, as `flat`.
-        adapted: rank, targets and blocks, as a configuration says them.
+        adapted: rank, targets, blocks, factors and alignment, as a configuration says them.
+        outputs: every U by its name in a file, float32 [width, r]; empty where no R is tuned.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class LoraModel(CausalModel):
         alpha: float,
         targets: str | Sequence[str] = "all-linear",
         factors: str = "both",
+        alignment: str = "forward",
         blocks: Collection[int] | None = None,
         run_seed: int = 0,
         distribution: Distribution = Distribution.GAUSSIAN,
@@ -89,8 +91,9 @@ class LoraModel(CausalModel):
             targets: names of modules; "all-linear" is every linear module that can be probed, the
                 head aside (see `left_out`).
             factors: "both" tunes A and B, "B" freezes A. "R" tunes the R [r, r] of B = U R, as
-                LoRA-XS does (arXiv 2405.17604), with one frozen U [width, r] for all modules that
-                write into the residual stream; others are not adapted.
+                LoRA-XS does (arXiv 2405.17604), with a frozen U.
+            alignment: of R: "forward" has one U [width, r] for all modules that write into the
+                residual stream, and adapts no others; "backward" has one for each module.
             blocks: only modules in these transformer blocks, numbered from 0; None is all. The
                 head of a sequence classifier is tuned in any case.
             run_seed: of the initial A.
@@ -127,7 +130,8 @@ class LoraModel(CausalModel):
                 f"lora.factors = 'R' is of new adapters of a causal language model, and {key} is "
                 "given. Use lora.factors = 'B', or 'both'."
             )
-        writers = residual_writers(network) if factors == "R" else None
+        own_outputs = factors == "R" and alignment == "backward"
+        writers = residual_writers(network) if factors == "R" and not own_outputs else None
         try:
             found, left_out = find_targets(
                 network, targets, blocks, heads, examine(network), writers
@@ -194,9 +198,7 @@ class LoraModel(CausalModel):
         super().__init__(network, tuned, distribution, plan, base)
         self.left_out = f"lora.targets = 'all-linear' leaves out {left_out}" if left_out else ""
         self._bank = AdapterBank()
-        if self._factors_r:
-            width = next(iter(self._factors_r.values()))[1].shape[0]
-            self._bank.outputs = initial_outputs(width, rank, run_seed, device)
+        self.outputs = self._random_outputs(rank, run_seed, device, own_outputs)
         self._buffer = self.flat.new_empty(0)
         self._adapters = adapters
         self._run_seed = run_seed
@@ -206,6 +208,7 @@ class LoraModel(CausalModel):
             "targets": targets if isinstance(targets, str) else list(targets),
             "blocks": None if blocks is None else sorted(blocks),
             "factors": factors,
+            **({"alignment": alignment} if factors == "R" else {}),
         }
         self._flat_mask: tuple[Any, torch.Tensor | None] = (None, None)
         self._free_parts: tuple[Any, dict[tuple[int, int], FreeCoordinates]] = (None, {})
@@ -233,6 +236,20 @@ class LoraModel(CausalModel):
                 found[f"{name}.lora_R.weight"] = (factor, layer.lora_B[ADAPTER].weight)
         return found
 
+    def _random_outputs(
+        self, rank: int, run_seed: int, device: torch.device, own: bool
+    ) -> dict[str, torch.Tensor]:
+        """A random U for all R, or one for each (`own`); by name, and for the bank by R."""
+        found: dict[str, torch.Tensor] = {}
+        tile = 0
+        for name, (factor, b) in self._factors_r.items():
+            key = name.replace(".lora_R.", ".lora_U.") if own else OUTPUTS
+            if key not in found:
+                found[key] = initial_outputs(b.shape[0], rank, run_seed, device, tile)
+                tile += -(-b.numel() // TILE)
+            self._bank.outputs[id(factor)] = found[key]
+        return found
+
     @contextmanager
     def _without_factors_r(self) -> Iterator[None]:
         """While it is open no R is a parameter of its layer: PEFT would save it."""
@@ -253,6 +270,7 @@ class LoraModel(CausalModel):
         alpha: float = 16.0,
         targets: str | Sequence[str] = "all-linear",
         factors: str = "both",
+        alignment: str = "forward",
         dtype: str = "float32",
         device: str = "auto",
         quantization: str = "none",
@@ -269,6 +287,8 @@ class LoraModel(CausalModel):
             alpha: LoRA α; the product BA is scaled by α / r.
             targets: "all-linear" or names of modules.
             factors: "both" tunes A and B, "B" freezes A, "R" tunes the R of B = U R alone.
+            alignment: "forward" has one U for the modules that write into the residual stream,
+                "backward" one for each module; `init_file` must be of the same.
             dtype: of the frozen base: "float32", "bfloat16" or "float16".
             device: "auto", "cpu", "cuda" or "cuda:N".
             quantization: "nf4" holds the base's linear layers in 4 bits; "stored" takes a folder
@@ -298,6 +318,7 @@ class LoraModel(CausalModel):
             )
         allow("distribution", distribution, tuple(Distribution))
         allow("factors", factors, ("both", "B", "R"))
+        allow("alignment", alignment, ("forward", "backward"))
         allow("quantization", quantization, ("none", "nf4", "stored"))
         network, tokenizer, plan, device = loaded(
             path, dtype, device, seed, quantization=quantization
@@ -308,6 +329,7 @@ class LoraModel(CausalModel):
             alpha=alpha,
             targets=targets,
             factors=factors,
+            alignment=alignment,
             run_seed=seed,
             distribution=Distribution(distribution),
             plan=plan,
@@ -331,6 +353,7 @@ class LoraModel(CausalModel):
                 "alpha": float(alpha),
                 "targets": targets if isinstance(targets, str) else list(targets),
                 "factors": factors,
+                "alignment": alignment,
                 **(
                     {"init": "random"}
                     if init_file is None
@@ -413,26 +436,20 @@ class LoraModel(CausalModel):
             FedForwardError: it was made for another model or other adapters.
         """
         own = {name: a.data for name, a in self._adapters.items() if ".lora_A." in name}
-        own |= {OUTPUTS: self._bank.outputs} if self._factors_r else {}
-        check_initial(initial, self.base_fingerprint, self.adapted, own)
+        check_initial(initial, self.base_fingerprint, self.adapted, own | self.outputs)
         self._initial, self.initial_a_digest = initial, initial.digest
         self._put_initial(initial)
         self.clear_cache()
 
     def _put_initial(self, initial: PinnedFile) -> None:
         for name, values in initial.tensors.items():
-            (self._bank.outputs if name == OUTPUTS else self._adapters[name].data).copy_(values)
-
-    @property
-    def outputs_shape(self) -> tuple[int, int] | None:
-        """Of U, where R is tuned."""
-        width, *rank = self._bank.outputs.shape
-        return (width, rank[0]) if self._factors_r else None
+            own = self.outputs.get(name)
+            (self._adapters[name].data if own is None else own).copy_(values)
 
     def _write_b(self) -> None:
         """Give the adapters the B = U R that PEFT reads."""
         for factor, b in self._factors_r.values():
-            b.data.copy_(product(self._bank.outputs, factor))
+            b.data.copy_(product(self._bank.outputs[id(factor)], factor))
 
     @contextmanager
     def _displaced(self, probes: Sequence[Probe], shape: tuple[int, int]) -> Iterator[None]:

@@ -40,11 +40,11 @@ class AdapterBank:
         factors: by `id` of a tuned parameter, its values for each group of rows, float32
             [groups, *shape]. What is not in it is met as it is.
         rows: of all groups together, before and after a layer flattens rows and tokens.
-        outputs: the U of B = U R, float32 [width, r], where R is tuned (see `LoraModel`).
+        outputs: by `id` of an R, the U of its B = U R, float32 [width, r] (see `LoraModel`).
         probing: whether probes run.
     """
 
-    outputs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    outputs: dict[int, torch.Tensor] = field(default_factory=dict)
     factors: dict[int, torch.Tensor] = field(default_factory=dict)
     rows: tuple[int, int] = (0, 0)
     probing: bool = False
@@ -70,7 +70,7 @@ def replace_forward(bank: AdapterBank, name: str, layer: Any, pooled: bool) -> N
             b = bank.factors.get(id(factor_b))
         else:
             own = bank.factors.get(id(factor_r), factor_r[None])
-            b = torch.matmul(bank.outputs.to(own.device), own)
+            b = torch.matmul(bank.outputs[id(factor_r)].to(own.device), own)
         if b is None:
             return adapted(layer.base_layer, x, factor_a[None], factor_b[None], scaling)
         groups = len(b)
@@ -235,10 +235,16 @@ def product(outputs: torch.Tensor, factor_r: torch.Tensor) -> torch.Tensor:
     return total.float()
 
 
-def initial_outputs(width: int, rank: int, run_seed: int, device: torch.device) -> torch.Tensor:
-    """A random U, float32 [width, r]: normal with variance 1 / r, from a seed of its own."""
+def initial_outputs(
+    width: int, rank: int, run_seed: int, device: torch.device, tile: int = 0
+) -> torch.Tensor:
+    """A random U, float32 [width, r]: normal with variance 1 / r, from a seed of its own.
+
+    Args:
+        tile: of the direction that it is drawn from, the first.
+    """
     outputs = torch.empty((width, rank), dtype=torch.float32, device=device)
-    draw_normal(outputs, derive(run_seed, "lora-u"), 0, rank**-0.5)
+    draw_normal(outputs, derive(run_seed, "lora-u"), tile, rank**-0.5)
     return outputs
 
 

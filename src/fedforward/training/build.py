@@ -213,7 +213,7 @@ def align(
     words = [_first_tokens(example) if decided else () for example in examples]
     if decided and not all(words):
         words = [() for _ in examples]
-        if model.outputs_shape is not None:
+        if model.outputs:
             LOGGER.info("label words begin alike: U follows the loss of the right ones")
     losses = [(example.counted, first) for example, first in zip(examples, words, strict=True)]
     return aligned.align(model, tokens, places if decided else None, losses)
@@ -306,6 +306,7 @@ def _tuned_model(
         alpha=config.lora.alpha,
         targets=config.lora.targets,
         factors=config.lora.factors,
+        alignment=config.lora.alignment,
         blocks=config.model.tuned_blocks,
         run_seed=config.run.seed,
         distribution=distribution,
