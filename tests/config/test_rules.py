@@ -212,6 +212,21 @@ def test_r_is_of_new_adapters_of_causal_models(changes: dict[str, Any]) -> None:
         assert part in found, found
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"factors": "B", "init": "aligned"}, "factors = 'B'; set factors = 'R'"),
+        ({"init": "aligned"}, "factors = 'both'; set factors = 'R'"),
+        ({"factors": "R"}, "init = 'random'; set init = 'aligned'"),
+    ],
+)
+def test_a_u_of_each_module_is_aligned(changes: dict[str, str], words: str) -> None:
+    found = refusal(
+        content(lora__alignment="backward", **{f"lora__{k}": v for k, v in changes.items()})
+    )
+    assert words in found, found
+
+
 def test_rates_by_losses_need_the_losses() -> None:
     changes = {"method__report_filters": ["withhold-loss"], "method__client_rates": "loss"}
     words = "reads the losses that method.report_filters = ['withhold-loss'] withholds"

@@ -471,15 +471,18 @@ def test_sites_go_on_from_the_same_adapter(tmp_path: Path, three: dict[str, Site
     assert result.differences == [] and result.state_digest == summary["state_digest"]
 
 
-@pytest.mark.parametrize("factors", ["both", "R"])
+@pytest.mark.parametrize(
+    ("factors", "alignment"), [("both", "forward"), ("R", "forward"), ("R", "backward")]
+)
 def test_sites_begin_with_the_same_aligned_a(
-    tmp_path: Path, three: dict[str, Site], factors: str
+    tmp_path: Path, three: dict[str, Site], factors: str, alignment: str
 ) -> None:
     """Two sites have the file and one has another; without one a site refuses the terms."""
     from fedforward.models.aligned import align
     from fedforward.models.lora import LoraModel
 
-    model = LoraModel.from_pretrained(DEMO_MODEL, rank=2, factors=factors, device="cpu", seed=5)
+    form = {"factors": factors, "alignment": alignment}
+    model = LoraModel.from_pretrained(DEMO_MODEL, rank=2, device="cpu", seed=5, **form)
     for number, name in enumerate(("one", "other")):
         texts = [np.arange(3 + number, 40)]
         (tmp_path / f"{name}.safetensors").write_bytes(align(model, texts).data)
@@ -487,7 +490,8 @@ def test_sites_begin_with_the_same_aligned_a(
         path = str(tmp_path / f"{file}.safetensors")
         three[name] = party(tmp_path, name, lora__init_file=path)
     method = 'method.name="fedmezo-auto"' if factors == "R" else "method.mu=1e-3"
-    wanted = (f'lora.factors="{factors}"', 'lora.init="aligned"', method)
+    form = {"init": "aligned", **form}
+    wanted = (*(f'lora.{key}="{value}"' for key, value in form.items()), method)
     settings = run_toml(tmp_path, "run.seed=5", *wanted)
     summary = carry_out(settings, tmp_path / "out", Direct(three))
     header = Ledger(tmp_path / "out/ledger.sqlite").header

@@ -258,7 +258,7 @@ def align(
     made = _made("make_initial_a", config, out, overrides)
     made_for = made.made_for
     layers = sum(".lora_A." in name for name in made.tensors)
-    both = " and U" if layers < len(made.tensors) else ""
+    both = {0: "", 1: " and one U"}.get(len(made.tensors) - layers, " and a U of each")
     say(
         out_console,
         f"wrote {out}: A of {layers} layers{both}, rank {made_for['rank']}, from "
