@@ -220,6 +220,9 @@ class Measured(Run):
             super()._begin_aligned()
         finally:
             handle.remove()
+        if self.config.lora.alignment == "backward":
+            # A pass back, for each label word, counts as two.
+            self.aligned *= 1 + 2 * max(1, len(self.config.data.label_words or ()))
 
     def evaluate(self, rounds: int) -> dict[str, Any]:
         began = time.monotonic()
