@@ -15,6 +15,7 @@ from fedforward.core.steps import Evaluation, Probe
 from fedforward.directions import Distribution
 from fedforward.federation.client import Client, Replica, along_update
 from fedforward.federation.learning_rates import RateSettings
+from fedforward.federation.ledger import Round
 from fedforward.federation.rate_search import (
     GROWTH,
     LEAST_SHRINKAGE,
@@ -516,3 +517,55 @@ def test_single_examples_of_several_clients_say_what_chance_is() -> None:
 def test_what_clients_are_sure_of_is_not_made_less_sure() -> None:
     rows = [np.array([1.0, 1.0 + rise, 1.0, 0.1]) for rise in (-1.0, 1.0, 2.0, -1.5)]
     assert search_of(*rows).error == pytest.approx(0.05)
+
+
+def measured(*losses: float, error: float = 0.01) -> LineSearch:
+    return LineSearch(np.array(losses), error)
+
+
+def test_a_loss_that_rises_in_a_line_says_nothing_of_the_length() -> None:
+    line = measured(1.0, 1.1, 1.2)
+    assert line.has_risen and line.bounds and not line.was_too_long
+    assert measured(1.0, 1.1, 1.4).was_too_long
+    assert measured(1.0, 0.98, 1.4).was_too_long
+    assert not measured(1.0, 0.9, 1.0).was_too_long
+    assert measured(1.0, 2e30, 2e30).was_too_long
+
+
+def searched(noise: float, start: float, rounds: int, seed: int) -> list[float]:
+    """Rates of a search over a parabola with slope 1 and curvature 10 that clients see noisily.
+
+    The best rate is 0.1. `noise` is the standard error of a round's slope.
+    """
+    random, search, rates = np.random.default_rng(seed), RateSearch(start, 1), []
+    for number in range(rounds):
+        length, results = search.applied, []
+        for client in range(4):
+            slope = 1.0 + 2.0 * noise * random.standard_normal()
+            losses = [1.0 - slope * u + 5.0 * u * u for u in (0.0, length, 2.0 * length)]
+            told = [*losses, abs(losses[1] - losses[0])] if length else []
+            report = Report(number, client, 1, 1.0, 0, np.ones(1, np.float32))
+            report = replace(report, line_search=np.array(told, np.float32))
+            results.append(ClientResult(0.25, 0.0, report))
+        rated = search.rated(results, dict.fromkeys(range(4), 1.0))
+        search.observe(Round(Entry(number, ()), tuple(rated)))
+        rates.append(search.rate)
+    return rates
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("start", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("noise", [0.3, 1.0, 3.0])
+def test_chance_does_not_drive_a_rate_away(noise: float, start: float, seed: int) -> None:
+    """Within a factor of the best rate, though a single round's slope may be three times wrong."""
+    rates = np.array(searched(noise, start, 300, seed))[50:]
+    typical = float(np.exp(np.log(rates).mean()))
+    assert 0.015 < typical < 0.15, typical
+    assert rates.max() < 0.4, rates.max()
+    if noise < 1.0:
+        assert 0.08 < typical < 0.12, typical
+
+
+def test_no_rate_is_0_or_infinite_in_noise_alone() -> None:
+    rates = searched(1000.0, 0.1, 300, 0)
+    assert min(rates) > 1e-4 and max(rates) < 1e3

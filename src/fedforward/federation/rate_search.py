@@ -10,8 +10,9 @@ directions bear. All of it follows from the ledger, so a server that resumes has
 
 The first rate is small: a step moves each weight by no more than a probe does (`mu`). Rates are
 then multiplied by at most 3 a round, so that a good one is found within a few rounds, and by at
-most 1.4 where the last update has not lowered the loss beyond doubt. They fall
-below the first one only where an update, or twice that, has made the loss larger beyond doubt.
+most 1.4 or 1.1 where the last update has not lowered the loss beyond doubt. They fall below the
+first one only where it is too large beyond doubt. The less certain the average slope is, the more
+rounds are averaged.
 """
 
 import math
@@ -27,13 +28,16 @@ from fedforward.messages.report import ClientResult
 
 #: Multiples of the last update at which clients measure.
 SCALES = (0.0, 1.0, 2.0)
-#: How much of the averages a new round replaces.
-FRESH = 0.3
-#: Most that a rate is multiplied with in a round: where the loss has fallen beyond doubt, and where
-#: it has not. With the second a rate that chance moves up and down does not drift upwards.
-GROWTH, DOUBTFUL_GROWTH = 3.0, 1.4
+#: How much of the averages a new round replaces, at most, and at least: the less, the more of the
+#: average slope may be chance.
+FRESH, LEAST_FRESH = 0.3, 0.05
+#: Most that a rate is multiplied with in a round: where the loss has fallen beyond doubt, where a
+#: larger rate is better beyond doubt, and where neither is known. Chance moves a rate slowly.
+GROWTH, SURE_GROWTH, DOUBTFUL_GROWTH = 3.0, 1.4, 1.1
 #: Least that it is multiplied with; and where twice the last update was worse than none.
 SHRINKAGE, LEAST_SHRINKAGE = 0.7, 0.25
+#: The least rate without proof that it is too large, as a part of the first one.
+FLOOR = 4.0
 #: Standard errors by which the loss must have risen for an update to be taken back.
 SIGNIFICANT = 2.0
 #: Clients from which on the spread of their rises says how large chance is.
@@ -92,6 +96,16 @@ class LineSearch:
         """Whether twice the update is worse than none, by more than chance explains."""
         return bool(self.losses[2] - self.losses[0] > SIGNIFICANT * 2.0 * self.error)
 
+    @property
+    def was_too_long(self) -> bool:
+        """Whether the update, or twice it, has made the loss larger because it is too long.
+
+        A loss that rises from the beginning, in a line, says nothing of the length.
+        """
+        if self.losses.max() >= LARGEST_LOSS:
+            return True
+        return (self.has_risen or self.bounds) and self.curvature > -2.0 * self.slope
+
 
 def line_search(results: Sequence[ClientResult]) -> LineSearch | None:
     """The weighted mean of what clients measured; None if none did."""
@@ -147,10 +161,13 @@ class RateSearch:
     def __init__(self, mu: float, directions: int) -> None:
         """`directions`: that a step averages."""
         # Of n directions averaged, a step is as long as one direction's over the root of n.
-        self.rate = self._least = mu * math.sqrt(directions)
+        self.rate = mu * math.sqrt(directions)
+        self._least = self.rate / FLOOR
         self.mean_square = 0.0
         self.applied = 0.0
         self._slope = self._curvature = 0.0
+        #: The variance of the average slope, by chance, and the rounds that it is of.
+        self._doubt, self._seen = 0.0, 0
 
     def factor(self, schedule: float) -> float:
         """What multiplies projected gradients; 0 before their size is known.
@@ -201,24 +218,48 @@ class RateSearch:
             # Of logarithms, so that one round whose clients went astray counts for little.
             self.mean_square = known * (square / known) ** FRESH_SQUARE if known else square
 
+    @property
+    def _fresh(self) -> float:
+        """How much of the averages the coming round replaces."""
+        # The first rounds all count alike.
+        least = max(LEAST_FRESH, 1.0 / (1 + self._seen))
+        if not self._doubt:
+            return max(FRESH, least)
+        certain = abs(self._slope) / (SIGNIFICANT * math.sqrt(self._doubt))
+        return max(FRESH * min(1.0, certain), least)
+
     def _learn(self, found: LineSearch | None) -> None:
         """Take in what was measured along the last update, if that was a step."""
         if found is None or not self.applied:
             return
         if found.losses.max() < LARGEST_LOSS:
-            self._slope += FRESH * (found.slope / self.applied - self._slope)
-            self._curvature += FRESH * (found.curvature / self.applied**2 - self._curvature)
-        if found.has_risen or found.bounds:
+            fresh = self._fresh
+            self._seen += 1
+            self._slope += fresh * (found.slope / self.applied - self._slope)
+            self._curvature += fresh * (found.curvature / self.applied**2 - self._curvature)
+            error = fresh * found.error / self.applied
+            self._doubt = (1.0 - fresh) ** 2 * self._doubt + error * error
+        if found.was_too_long:
             own = min(1.0, max(found.best, LEAST_SHRINKAGE))
             self.rate *= min(own, SHRINKAGE) if found.has_risen else own
             self._least = min(self._least, self.rate)
             return
-        least = max(SHRINKAGE * self.rate, min(self._least, self.rate))
-        best = math.inf if self._slope > 0.0 else least
-        if self._curvature > 0.0:
-            best = self._slope / self._curvature
+        best, low, high = self._best()
         if found.has_fallen:
             # The averages are late where the curvature grows fast.
             best = min(best, 2.0 * found.best * self.rate)
-        growth = GROWTH if found.has_fallen else DOUBTFUL_GROWTH
-        self.rate = min(max(best, least), growth * self.rate)
+        sure = GROWTH if found.has_fallen else SURE_GROWTH
+        most = sure if found.has_fallen or low > self.rate else DOUBTFUL_GROWTH
+        least = SHRINKAGE if high < self.rate else 1.0 / DOUBTFUL_GROWTH
+        floor = max(least * self.rate, min(self._least, self.rate, high))
+        self.rate = min(max(best, floor), most * self.rate)
+
+    def _best(self) -> tuple[float, float, float]:
+        """The rate at which the averages are best, and what it lies between beyond doubt."""
+        doubt = SIGNIFICANT * math.sqrt(self._doubt)
+        if self._curvature > 0.0:
+            best, by = self._slope / self._curvature, doubt / self._curvature
+            return best, best - by, best + by
+        falls = [slope > 0.0 for slope in (self._slope, self._slope - doubt, self._slope + doubt)]
+        best, low, high = (math.inf if fall else 0.0 for fall in falls)
+        return best, low, high
