@@ -70,12 +70,50 @@ def test_what_else_changes_a_rate_is_left_out(configure: Configure) -> None:
     assert tune(config, 2).rounds >= 2
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"method__name": "fedkseed"}, {"method__name": "decomfl"}],
+    ids=["fedmezo-auto", "fedkseed", "decomfl"],
+)
+def test_what_upper_blocks_alone_have_learned(
+    configure: Configure,
+    carry_out: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    changes: dict[str, Any],
+) -> None:
+    changes = {**AUTO, "method__schedule": "constant", **changes}
+    config = configure(**changes, federation__rounds=ROUNDS, run__evaluate_every=ROUNDS)
+    found = tune(config, ROUNDS, blocks=True)
+    parts = found.upper_blocks
+    assert [part.blocks for part in parts] == ["2", "1-2", "0-2"]
+    assert [part.cost for part in parts] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    # With all blocks it is the update as it was, which the curve has at its own length.
+    assert parts[-1].loss == pytest.approx(found.curve[MULTIPLES.index(1.0)].loss, rel=1e-5)
+    if found.rounds == ROUNDS:
+        carry_out(config, tmp_path / "run")
+        text = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.splitlines()]
+        start, end = lines[0]["heldout_loss"], lines[-1]["heldout_loss"]
+        assert parts[-1].loss == pytest.approx(end, rel=1e-5)
+        for part in parts:
+            if part.share is not None:
+                assert part.loss + part.share * (start - end) == pytest.approx(start, rel=1e-5)
+
+
+def test_a_single_block_has_no_upper_ones(configure: Configure) -> None:
+    with pytest.raises(FedForwardError, match=r"--blocks compares .* there is one\. Leave"):
+        tune(configure(**AUTO, model__blocks=[1]), 2, blocks=True)
+
+
 def test_as_a_command(tmp_path: Path) -> None:
     config, picture = write_config(tmp_path), tmp_path / "rates.png"
     shown = command("tune", config, "--rounds", 3, "--png", picture)
     assert shown.code == 0, shown
     assert "method.learning_rate = " in shown.out
     assert "found in 3 rounds" in shown.out
+    assert "model.blocks" not in shown.out
+    blocks = command("tune", config, "--rounds", 2, "--blocks")
+    assert "model.blocks" in blocks.out and "0-2" in blocks.out
     assert picture.stat().st_size > 10_000
     told = json.loads(command("tune", config, "--rounds", 2, "--json").out)
     assert told["best"] in told["curve"]

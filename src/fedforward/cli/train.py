@@ -188,6 +188,9 @@ def tune(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     rounds: Annotated[int, typer.Option("--rounds", min=2, help="rounds with the rate auto")] = 12,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="also show what the upper blocks alone learn")
+    ] = False,
     picture: Annotated[
         Path | None, typer.Option("--png", help="also draw loss against rate", show_default=False)
     ] = None,
@@ -206,7 +209,7 @@ def tune(
         from fedforward.training.run_directory import strict
         from fedforward.training.tune import tune as find
 
-        result = find(settings, rounds, progress.count)
+        result = find(settings, rounds, progress.count, blocks)
         if picture is not None:
             from fedforward.cli.tuning_tables import draw
 
@@ -214,9 +217,11 @@ def tune(
     if as_json:
         print(json.dumps(strict(result.as_json()), indent=2))
         return
-    from fedforward.cli.tuning_tables import table
+    from fedforward.cli.tuning_tables import blocks_table, table
 
     out_console.print(table(result))
+    if blocks:
+        out_console.print("", blocks_table(result))
     back = f", {result.taken_back} of them taken back" if result.taken_back else ""
     say(
         out_console,

@@ -28,6 +28,18 @@ def table(tuning: Tuning) -> Table:
     return shown
 
 
+def blocks_table(tuning: Tuning) -> Table:
+    """What is left of the fall of the loss where only the upper blocks have moved."""
+    title = f"held-out {tuning.objective} where only the upper blocks have moved"
+    shown = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in ("model.blocks", "passes", tuning.objective, "share of the fall"):
+        shown.add_column(name, justify="right")
+    for part in tuning.upper_blocks:
+        share = "" if part.share is None else f"{100 * part.share:.0f} %"
+        shown.add_row(part.blocks, f"{100 * part.cost:.0f} %", f"{part.loss:.4f}", share)
+    return shown
+
+
 def draw(path: Path, tuning: Tuning) -> None:
     """The loss against the learning rate of one update, written to `path`.
 

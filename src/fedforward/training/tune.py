@@ -1,20 +1,23 @@
-"""What learning rate a method bears on a model and data, found by a few rounds of "auto".
+"""What learning rate and which blocks suit a model and data, found by a few rounds of "auto".
 
 The rounds run in a folder that is gone afterwards. The last update is then measured on the held-out
-examples at multiples of its length, which gives the loss against the rate.
+examples at multiples of its length, which gives the loss against the rate. Where it is asked for,
+what all rounds have added is measured in the upper blocks alone, for several numbers of blocks.
 """
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fedforward.config.loading import validate
 from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
 from fedforward.core.logs import PHASES
-from fedforward.core.steps import Probe, Steps
+from fedforward.core.steps import NO_STEPS, Evaluation, Probe, Steps
 from fedforward.data.sampler import by_length
 from fedforward.federation.client import along_update
 from fedforward.training.run import Run
@@ -44,6 +47,23 @@ class Point:
 
 
 @dataclass(frozen=True)
+class UpperBlocks:
+    """What is left of the fall of the loss where only the upper blocks have moved.
+
+    Attributes:
+        blocks: as `model.blocks` takes them, such as "22-29".
+        cost: of a pass through them, as a share of one through all tuned blocks.
+        loss: the held-out mean, as in `Point`.
+        share: of the fall that all tuned blocks have; None where there is no fall.
+    """
+
+    blocks: str
+    cost: float
+    loss: float
+    share: float | None
+
+
+@dataclass(frozen=True)
 class Tuning:
     """What `tune` has found.
 
@@ -55,6 +75,7 @@ class Tuning:
         taken_back: updates among them that were taken back.
         passes: forward-pass equivalents that all of it took, of a batch each.
         examples: held-out examples that the curve was measured on.
+        upper_blocks: from the uppermost block to all that are tuned; empty if not asked for.
     """
 
     learning_rate: float
@@ -64,6 +85,7 @@ class Tuning:
     taken_back: int
     passes: float
     examples: int
+    upper_blocks: tuple[UpperBlocks, ...] = ()
 
     @property
     def best(self) -> Point:
@@ -75,12 +97,18 @@ class Tuning:
         return asdict(self) | {"best": asdict(self.best)}
 
 
-def tune(config: Config, rounds: int, on_round: Callable[[int, int], None] | None = None) -> Tuning:
+def tune(
+    config: Config,
+    rounds: int,
+    on_round: Callable[[int, int], None] | None = None,
+    blocks: bool = False,
+) -> Tuning:
     """Run a configuration with the rate "auto" for some rounds, and measure its last update.
 
     Args:
         rounds: that run at least; more where the last of them has no update that is kept.
         on_round: told how many rounds are done, and of how many.
+        blocks: whether to measure what the upper blocks alone make of the loss.
 
     Raises:
         FedForwardError: the configuration cannot run, its method has no such rate, or no round
@@ -97,7 +125,8 @@ def tune(config: Config, rounds: int, on_round: Callable[[int, int], None] | Non
         run = Run(config, Path(folder) / "run")
         with run.directory.locked():
             try:
-                return _tuned(run, rounds, on_round)
+                found = _tuned(run, rounds, on_round)
+                return replace(found, upper_blocks=_upper_blocks(run)) if blocks else found
             finally:
                 run.ledger.close()
 
@@ -112,10 +141,10 @@ def _tuned(run: Run, rounds: int, on_round: Callable[[int, int], None] | None) -
             on_round(number, max(rounds, number + 1))
         record = run.run_round().record
         number += 1
-        # Of an entry that takes another back nothing is the round's own.
-        update = run.method.round_steps(record.entry)
-        taken_back += not len(update)
-        if number >= rounds and len(update):
+        search = run.server.search
+        kept = search is not None and search.applied > 0.0
+        taken_back += not kept
+        if number >= rounds and kept:
             break
         if number >= rounds + MORE_ROUNDS:
             raise FedForwardError(
@@ -123,7 +152,7 @@ def _tuned(run: Run, rounds: int, on_round: Callable[[int, int], None] | None) -
                 "there is no rate to show. Set method.batch_size or method.mu higher."
             )
     rate = sum(part.weight * part.learning_rate for part in record.results)
-    curve, examples = _curve(run, update, rate)
+    curve, examples = _curve(run, run.method.round_steps(record.entry), rate)
     return Tuning(
         learning_rate=rate,
         curve=curve,
@@ -154,16 +183,68 @@ def _curve(run: Run, update: Steps, rate: float) -> tuple[tuple[Point, ...], int
         update: that the model has taken.
         rate: that it was taken at.
     """
-    examples = run.corpus.heldout[:EXAMPLES]
     PHASES.info("measuring %d lengths of the last update", len(MULTIPLES))
-    found: list[list[Any]] = [[] for _ in MULTIPLES]
-    for group in by_length(examples, run.plan.evaluation_rows):
-        batch = run.collate(group)
-        probes = [Probe(batch, perturbation=update.scaled(m - 1.0)) for m in MULTIPLES]
-        for place, evaluation in enumerate(run.model.evaluate(probes)):
-            found[place].append(evaluation)
+    found = _measured(run, [update.scaled(m - 1.0) for m in MULTIPLES])
     points = []
     for multiple, own in zip(MULTIPLES, found, strict=True):
         _, loss, _, error = map(float, along_update([found[0], own, own]))
         points.append(Point(multiple * rate, loss, error if multiple else 0.0))
-    return tuple(points), len(examples)
+    return tuple(points), sum(len(part.counts) for part in found[0])
+
+
+def _measured(run: Run, perturbations: Sequence[Steps]) -> list[list[Evaluation]]:
+    """The held-out examples, or the first of them, at each perturbation of the model."""
+    found: list[list[Evaluation]] = [[] for _ in perturbations]
+    for group in by_length(run.corpus.heldout[:EXAMPLES], run.plan.evaluation_rows):
+        batch = run.collate(group)
+        probes = [Probe(batch, perturbation=own) for own in perturbations]
+        for place, evaluation in enumerate(run.model.evaluate(probes)):
+            found[place].append(evaluation)
+    return found
+
+
+def _upper_blocks(run: Run) -> tuple[UpperBlocks, ...]:
+    """The held-out loss where what all rounds have added is kept in the upper blocks alone.
+
+    Raises:
+        FedForwardError: the model has no transformer blocks, or one alone is tuned.
+    """
+    names = run.model.layout.blocks
+    numbered = [place for place, name in enumerate(names) if name.isdigit()]
+    if len(numbered) < 2:
+        raise FedForwardError(
+            "--blocks compares tuned transformer blocks, and of this configuration there "
+            f"{'is one' if numbered else 'are none'}. Leave it out."
+        )
+    counts = sorted({len(numbered), *(1 << n for n in range(len(numbered).bit_length()))})
+    counts = [count for count in counts if count <= len(numbered)]
+    PHASES.info("measuring the upper blocks")
+    added = _added(run)
+    perturbations = [added.scaled(-1.0)]
+    for count in counts:
+        lower = np.zeros(len(names), np.bool_)
+        lower[numbered[: len(numbered) - count]] = True
+        perturbations.append(added.within(lower).scaled(-1.0))
+    losses = [
+        float(sum(part.sums.sum() for part in own) / sum(part.counts.sum() for part in own))
+        for own in _measured(run, perturbations)
+    ]
+    base, *others = losses
+    fall = base - others[-1]
+    last = names[numbered[-1]]
+    found = []
+    for count, loss in zip(counts, others, strict=True):
+        first = names[numbered[len(numbered) - count]]
+        share = (base - loss) / fall if fall > 0.0 else None
+        chosen = last if count == 1 else f"{first}-{last}"
+        found.append(UpperBlocks(chosen, count / len(numbered), loss, share))
+    return tuple(found)
+
+
+def _added(run: Run) -> Steps:
+    """What the rounds of the ledger have added to the base weights."""
+    total, state = NO_STEPS, run.method.new_state()
+    for entry in run.ledger.entries():
+        update = run.method.update(entry, state)
+        total = update.steps if update.from_base else total.scaled(update.decay) + update.steps
+    return total
