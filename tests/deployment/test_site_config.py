@@ -151,7 +151,7 @@ def test_no_key_is_forgotten() -> None:
         known = RUN.get(section, {}).keys() | here.get(section, set())
         optional = {"model": {"tune", "head", "quantization"}, "server": {"normalise"}}
         optional |= {
-            "lora": {"init"},
+            "lora": {"alignment", "init"},
             "data": {"chat", "loss_on"},
             "federation": {"partition", "field", "alpha"},
             "method": {"mask", "density", "aggregator", "report_filters", "parameters"},
