@@ -24,6 +24,7 @@ from fedforward.models import aligned, loading
 from fedforward.models.aligned import align
 from fedforward.models.lora import LoraModel, random_factors
 from fedforward.models.pinned_files import PinnedFile, pinned, read_pinned
+from fedforward.models.principal import principal_directions
 from fedforward.training import replay
 from tests.conftest import DEMO_MODEL
 from tests.models.test_classification import classifier
@@ -180,7 +181,7 @@ def test_a_text_with_few_directions(
 def test_inputs_of_nothing_leave_the_random_a() -> None:
     initial = np.ones((2, 3))
     zero = np.zeros((3, 3))
-    found = aligned.aligned_rows(*aligned._top(zero, 2), zero, initial)
+    found = aligned.aligned_rows(*principal_directions(zero, 2), zero, initial)
     assert (found == initial).all()
 
 

@@ -105,6 +105,18 @@ def test_a_single_block_has_no_upper_ones(configure: Configure) -> None:
         tune(configure(**AUTO, model__blocks=[1]), 2, blocks=True)
 
 
+def test_a_rate_that_is_far_too_large_has_no_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedforward.training.tune.MULTIPLES", (0.0, 1.0, 1e30, 1e38))
+    config, picture = write_config(tmp_path), tmp_path / "rates.png"
+    shown = command("tune", config, "--rounds", 2, "--png", picture)
+    assert shown.code == 0 and " inf " in shown.out, shown
+    told = json.loads(command("tune", config, "--rounds", 2, "--json").out)
+    assert told["curve"][-1]["loss"] is None
+    assert told["best"]["loss"] < 100.0
+
+
 def test_as_a_command(tmp_path: Path) -> None:
     config, picture = write_config(tmp_path), tmp_path / "rates.png"
     shown = command("tune", config, "--rounds", 3, "--png", picture)

@@ -1,5 +1,6 @@
 """The loss against the learning rate, as a table and as a picture."""
 
+import math
 from pathlib import Path
 
 from rich.table import Table
@@ -43,7 +44,7 @@ def blocks_table(tuning: Tuning) -> Table:
 def draw(path: Path, tuning: Tuning) -> None:
     """The loss against the learning rate of one update, written to `path`.
 
-    Points that are far above the loss without the update are left out of what is shown.
+    Points that are far above the loss without the update, or not finite, are not shown.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -52,6 +53,7 @@ def draw(path: Path, tuning: Tuning) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     without, *points = tuning.curve
+    points = [point for point in points if math.isfinite(point.loss)]
     rates = [point.learning_rate for point in points]
     losses = [point.loss for point in points]
     axes.errorbar(
@@ -61,7 +63,9 @@ def draw(path: Path, tuning: Tuning) -> None:
     axes.axvline(
         tuning.learning_rate, color=COLOURS[1], lw=1.2, ls="--", label='the rate that "auto" found'
     )
-    fall = max(without.loss - tuning.best.loss, *(p.error for p in points[:5]), 1e-6)
+    # The errors of what is no longer than the update itself.
+    errors = [p.error for p in points if p.learning_rate <= tuning.learning_rate]
+    fall = max(without.loss - tuning.best.loss, *errors, 1e-6)
     axes.set_ylim(tuning.best.loss - 0.3 * fall, without.loss + 2.0 * fall)
     axes.set_xscale("log")
     axes.set_title(f"{tuning.examples} held-out examples after {tuning.rounds} rounds", fontsize=10)

@@ -34,6 +34,7 @@ from fedforward.models.adapters import OUTPUTS
 from fedforward.models.lora import LoraModel, random_factors
 from fedforward.models.loss_gradients import LossGradients, OutputGradients, StreamGradients
 from fedforward.models.pinned_files import PinnedFile, pinned
+from fedforward.models.principal import LEAST_SHARE, principal_directions
 
 LOGGER = logging.getLogger("fedforward.models")
 KIND, KEY, COMMAND = "initial A", "lora.init_file", "fedforward align"
@@ -42,8 +43,6 @@ KIND, KEY, COMMAND = "initial A", "lora.init_file", "fedforward align"
 WHITENED, STREAM = -0.5, 0.25
 #: Bytes of float64 covariances that are held at once; more layers take another pass over the texts.
 MOST_BYTES = 1 << 30
-#: A direction with less than this share of all variance is one that the texts do not show.
-LEAST_SHARE = 1e-10
 
 
 def align(
@@ -205,9 +204,11 @@ def _chosen(
         with_r: whether R is tuned.
     """
     if single is None:
-        return _Chosen(*_top(covariance, rank), covariance, STREAM if with_r else WHITENED)
+        return _Chosen(
+            *principal_directions(covariance, rank), covariance, STREAM if with_r else WHITENED
+        )
     if not with_r:
-        return _Chosen(*_top(_around_mean(single), rank), covariance, WHITENED)
+        return _Chosen(*principal_directions(_around_mean(single), rank), covariance, WHITENED)
     return _Chosen(*_beside_mean(single, rank), single.T @ single / len(single), WHITENED)
 
 
@@ -239,26 +240,6 @@ def aligned_rows(
     rest = initial[found:]
     rest = rest - (rest @ directions.T) @ directions
     return np.concatenate((directions * scale[:, None], rest))
-
-
-def _top(
-    covariance: NDArray[np.float64], rank: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """At most `rank` eigenvectors with the largest eigenvalues, as rows, and these.
-
-    The largest component of each is positive; the first of several that are as large decides.
-    """
-    from scipy.linalg import eigh
-
-    size = len(covariance)
-    first = max(0, size - rank)
-    values, vectors = eigh(covariance, subset_by_index=[first, size - 1])
-    values, vectors = values[::-1], vectors.T[::-1]
-    there = values > LEAST_SHARE * np.trace(covariance)
-    values, vectors = values[there], vectors[there]
-    largest = np.abs(vectors).argmax(axis=1)
-    signs = np.sign(np.take_along_axis(vectors, largest[:, None], axis=1))
-    return vectors * signs, values
 
 
 def _parts(
@@ -391,12 +372,12 @@ def _beside_mean(
     mean = inputs.mean(axis=0)
     length = np.linalg.norm(mean)
     if not length > 0.0:
-        return _top(_around_mean(inputs), rank)
+        return principal_directions(_around_mean(inputs), rank)
     mean = mean / length
     beside = inputs - np.outer(inputs @ mean, mean)
     directions = mean[None]
     if rank > 1:
-        others, _ = _top(_around_mean(beside), rank - 1)
+        others, _ = principal_directions(_around_mean(beside), rank - 1)
         directions = np.concatenate((directions, others))
     moments = np.square(inputs @ directions.T).mean(axis=0)
     # What is left of texts that are all alike is rounding.

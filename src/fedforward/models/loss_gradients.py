@@ -20,6 +20,7 @@ from fedforward.core.errors import FedForwardError
 from fedforward.models.adapters import OUTPUTS
 from fedforward.models.blocks import transformer_blocks
 from fedforward.models.loading import input_device
+from fedforward.models.principal import principal_directions
 from fedforward.models.trial import sentences
 
 #: Tokens of a text whose loss counts, at most; of more, as many are taken at equal distances. Their
@@ -146,23 +147,16 @@ class LossGradients:
         Raises:
             FedForwardError: the gradient is not finite.
         """
-        from scipy.linalg import eigh
-
         found = self.moments.get(name)
         moment = np.zeros((1, 1)) if found is None else found.cpu().numpy()
         if not np.isfinite(moment).all():
             raise FedForwardError(f"{_no_gradient(name)} is not finite on these rows. {_ADVICE}")
         if not moment.any():
             return None
-        size = len(moment)
-        first = max(0, size - count)
-        values, vectors = eigh(moment, subset_by_index=[first, size - 1])
-        values, vectors = values[::-1].clip(min=0.0), vectors[:, ::-1]
-        largest = np.abs(vectors).argmax(axis=0)
-        signs = np.sign(np.take_along_axis(vectors, largest[None], axis=0))
-        columns: NDArray[np.float64] = np.zeros((size, count))
-        columns[:, : len(values)] = vectors * signs * np.sqrt(values)
-        columns *= np.sqrt(size / np.square(columns).sum())
+        vectors, values = principal_directions(moment, count)
+        columns: NDArray[np.float64] = np.zeros((len(moment), count))
+        columns[:, : len(values)] = vectors.T * np.sqrt(values)
+        columns *= np.sqrt(len(moment) / np.square(columns).sum())
         return columns
 
 

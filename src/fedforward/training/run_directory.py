@@ -312,7 +312,7 @@ def strict(content: Any) -> Any:
     """The same with null for numbers that are not finite, which JSON does not have."""
     if isinstance(content, Mapping):
         return {key: strict(value) for key, value in content.items()}
-    if isinstance(content, list):
+    if isinstance(content, list | tuple):
         return [strict(value) for value in content]
     if isinstance(content, float) and not math.isfinite(content):
         return None

@@ -5,6 +5,7 @@ examples at multiples of its length, which gives the loss against the rate. Wher
 what all rounds have added is measured in the upper blocks alone, for several numbers of blocks.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ from fedforward.core.logs import PHASES
 from fedforward.core.steps import NO_STEPS, Evaluation, Probe, Steps
 from fedforward.data.sampler import by_length
 from fedforward.federation.client import along_update
+from fedforward.federation.rate_search import LARGEST_LOSS
 from fedforward.training.run import Run
 from fedforward.training.run_directory import errors_of_the_disk
 
@@ -37,7 +39,8 @@ class Point:
 
     Attributes:
         learning_rate: that the last update would have had.
-        loss: the held-out mean after it, in nats (or in the objective's unit).
+        loss: the held-out mean after it, in nats (or in the objective's unit); inf where it is not
+            finite.
         error: the standard error of the loss less that without the update.
     """
 
@@ -188,6 +191,8 @@ def _curve(run: Run, update: Steps, rate: float) -> tuple[tuple[Point, ...], int
     points = []
     for multiple, own in zip(MULTIPLES, found, strict=True):
         _, loss, _, error = map(float, along_update([found[0], own, own]))
+        if loss >= LARGEST_LOSS:
+            loss = error = math.inf
         points.append(Point(multiple * rate, loss, error if multiple else 0.0))
     return tuple(points), sum(len(part.counts) for part in found[0])
 
