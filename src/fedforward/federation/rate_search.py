@@ -10,9 +10,9 @@ directions bear. All of it follows from the ledger, so a server that resumes has
 
 The first rate is small: a step moves each weight by no more than a probe does (`mu`). Rates are
 then multiplied by at most 3 a round, so that a good one is found within a few rounds, and by at
-most 1.4 or 1.1 where the last update has not lowered the loss beyond doubt. They fall below the
-first one only where it is too large beyond doubt. The less certain the average slope is, the more
-rounds are averaged.
+most 1.4 or 1.1 where the last update has not lowered the loss beyond doubt. They fall below a
+quarter of the first one only where that is too large beyond doubt. The less certain the average
+slope is, the more rounds are averaged.
 """
 
 import math
