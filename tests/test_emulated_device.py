@@ -24,6 +24,7 @@ from fedforward.directions import ops as kernels
 from fedforward.evaluation.objectives import ClassError, ClassLoss
 from fedforward.federation.ledger import Ledger
 from fedforward.messages.envelope import Envelope, MessageKind
+from fedforward.messages.refusal import Refusal, RefusalCode
 from fedforward.methods.estimators import TwoPoint
 from fedforward.models import devices
 from fedforward.models.base import CausalModel
@@ -535,7 +536,7 @@ def test_a_site_whose_device_is_full_says_so(
             site.answer(Envelope(MessageKind.HELLO, b"\0" * 8, b"{}").encode())
         )
     assert answer.kind is MessageKind.REFUSAL
-    assert answer.text() == "there is not enough memory here for what was asked"
+    assert Refusal.decode(answer.body) == Refusal(RefusalCode.MEMORY)
     assert "Traceback" not in capsys.readouterr().err
 
 

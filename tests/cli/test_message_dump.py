@@ -15,6 +15,7 @@ from fedforward.core.errors import MessageError
 from fedforward.messages.codec import Listed
 from fedforward.messages.entry import Contribution, Entry
 from fedforward.messages.envelope import Envelope, MessageKind
+from fedforward.messages.refusal import Refusal, RefusalCode
 from fedforward.messages.report import Report
 from fedforward.messages.snapshot import Snapshot
 from fedforward.messages.task import Task
@@ -47,7 +48,7 @@ BODIES: dict[MessageKind, bytes] = {
     MessageKind.ENROLLMENT: ENROLLMENT.encode(),
     MessageKind.REPORT: REPORT.encode(),
     MessageKind.SNAPSHOT: Snapshot(1, b"", b"").encode(),
-    MessageKind.REFUSAL: "zu groß".encode(),
+    MessageKind.REFUSAL: Refusal(RefusalCode.LIMITS, ("lora.rank",)).encode(),
     MessageKind.UNKNOWN_RUN: b"",
 }
 
@@ -81,7 +82,7 @@ def test_values_are_what_was_written() -> None:
     assert found["line search"] == "3"
     assert found["entries: contributions: blocks, a bit each"] == "10100000"
     sealed = Envelope(MessageKind.REFUSAL, RUN, BODIES[MessageKind.REFUSAL]).encode()
-    assert values(listing(sealed))["sentence"] == "zu groß"
+    assert json.loads(values(listing(sealed))["JSON"]) == {"code": "limits", "keys": ["lora.rank"]}
     with pytest.raises(MessageError):
         listing(sealed[:-1])
 

@@ -33,6 +33,7 @@ RUN = [
 ]
 SITE = [
     ("site.keep_letters", True, "site.keep_letters is now site.keep_messages."),
+    ("limits.full_tuning", True, "limits.full_tuning is now limits.tune."),
     ("model.resting", "device", "model.resting = 'device' is now model.offload = 'none'."),
     ("run.trajectory", "copy", "run.trajectory = 'copy' is now 'cache'."),
 ]

@@ -4,6 +4,8 @@ import datetime
 import decimal
 import gzip
 import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -396,6 +398,31 @@ def test_names_that_are_refused(
     with pytest.raises(FedForwardError) as caught:
         read(name)
     assert words in str(caught.value) and f"data.source = {name!r}" in str(caught.value)
+
+
+def test_rows_that_the_hub_library_keeps_are_their_users_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of files are not kept in its cache at all."""
+    import datasets
+
+    table = datasets.Dataset.from_list([{"q": "x"}])
+    cache = tmp_path / "cache"
+
+    def load(*_: Any, **__: Any) -> datasets.Dataset:
+        cache.mkdir()
+        (cache / "rows.arrow").write_bytes(b"x")
+        return table
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    before = os.umask(0o022)
+    try:
+        find("owner/name", key="data.source")
+        assert stat.S_IMODE((cache / "rows.arrow").stat().st_mode) == 0o600
+        assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(before)
 
 
 def test_a_hub_data_set_is_read_like_a_table(

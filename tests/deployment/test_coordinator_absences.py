@@ -11,6 +11,7 @@ from fedforward.deployment.transport import Reply
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import QuorumError
 from fedforward.messages.envelope import Envelope, MessageKind
+from fedforward.messages.refusal import Refusal, RefusalCode
 from tests.support.coordinator import ALL, Undisturbed, check, make_late, number
 
 pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
@@ -113,8 +114,14 @@ def test_a_deadline_ends_an_evaluation(world: Any) -> None:
 FAILURES: dict[str, tuple[Callable[[Envelope], Reply | bytes], str]] = {
     "lost": (lambda message: Reply("b", error="the connection was lost"), "connection was lost"),
     "refused": (
+        lambda message: Envelope(
+            MessageKind.REFUSAL, message.run, Refusal(RefusalCode.MEMORY).encode()
+        ).encode(),
+        "not enough memory",
+    ),
+    "refused in words": (
         lambda message: Envelope(MessageKind.REFUSAL, message.run, b"no room").encode(),
-        "no room",
+        "no code with keys",
     ),
     "wrong kind": (
         lambda message: Envelope(MessageKind.METRICS, message.run, b"{}").encode(),

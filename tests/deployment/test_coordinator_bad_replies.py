@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fedforward.messages.envelope import Envelope, MessageKind, encode_json
+from fedforward.messages.refusal import Refusal, RefusalCode
 from tests.support.coordinator import ALL, MOMENTS, Undisturbed, number
 
 pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
@@ -132,13 +133,14 @@ def test_a_participant_that_fails_for_a_while_does_not_end_the_run(world: Any) -
 
     def hook(name: str, message: Envelope, answer: Any) -> bytes:
         if name == "c" and message.kind is MessageKind.TASK:
-            return Envelope(MessageKind.REFUSAL, message.run, b"out of memory").encode()
+            body = Refusal(RefusalCode.MEMORY).encode()
+            return Envelope(MessageKind.REFUSAL, message.run, body).encode()
         return bytes(answer())
 
     found.transport.hook = hook
     assert found.run()["rounds"] == 6
     assert 2 not in [client for clients in found.clients() for client in clients]
-    assert found.of("c")["note"] == "out of memory" or found.of("c")["note"] == ""
+    assert found.of("c")["note"] in (Refusal(RefusalCode.MEMORY).sentence, "")
 
 
 def test_a_participant_that_is_silent_is_replaced_after_the_deadline(world: Any) -> None:

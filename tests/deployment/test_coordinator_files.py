@@ -12,6 +12,7 @@ from fedforward.demo.text import PROMPT
 from fedforward.deployment.coordinator import Stopped
 from fedforward.deployment.site import Site
 from fedforward.messages.envelope import Envelope, MessageKind, encode_json
+from fedforward.messages.refusal import Refusal, RefusalCode
 from fedforward.messages.task import Task
 from fedforward.training.metrics import DivergenceError
 from tests.support.coordinator import ALL, Undisturbed, check, configured, number, wire
@@ -117,7 +118,7 @@ def test_the_status_is_whole_json_at_every_moment(world: Any) -> None:
     assert [site["number"] for site in end["sites"]] == [0, 1, 2, None]
     assert [site["rounds"] for site in end["sites"]] == [5, 5, 5, 0]
     assert [site.get("holds") for site in end["sites"]] == [5, 5, 5, None]
-    assert "limits.rounds" in end["sites"][3]["note"]
+    assert "(federation.rounds)" in end["sites"][3]["note"]
 
 
 def test_a_run_that_diverges_says_so(world: Any) -> None:
@@ -148,7 +149,8 @@ def test_a_site_answers_whatever_it_is_sent(world: Any) -> None:
         MessageKind.METRICS,
     ):
         answer = Envelope.decode(site.answer(Envelope(kind, run, b"nonsense").encode()))
-        assert answer.kind is MessageKind.REFUSAL and "refused" in answer.text()
+        assert answer.kind is MessageKind.REFUSAL
+        assert Refusal.decode(answer.body) == Refusal(RefusalCode.MESSAGE)
     assert site.tuning is not None and site.tuning.replica.rounds == 0
     with pytest.raises(MessageError):
         Task.decode(b"nonsense")

@@ -13,6 +13,7 @@ from fedforward.deployment.site import Site
 from fedforward.directions import Layout
 from fedforward.federation.ledger import Ledger
 from fedforward.messages.envelope import Enrollment, Envelope, MessageKind, encode_json
+from fedforward.messages.refusal import Refusal, RefusalCode
 from fedforward.messages.report import Report
 from tests.support.coordinator import ALL, MOMENTS, Undisturbed, another_model, check, number
 
@@ -173,8 +174,7 @@ def test_a_site_that_refuses_the_terms_is_left_alone(world: Any, undisturbed: Un
     found = world(names="abcd", limits={"d": {"rounds": 4}})
     summary = found.run()
     assert found.ledger == undisturbed.ledger and summary["state_digest"] == undisturbed.digest
-    words = "federation.rounds = 5 is above this site's limits.rounds = 4"
-    assert found.of("d")["note"] == words
+    assert found.of("d")["note"] == Refusal(RefusalCode.LIMITS, ("federation.rounds",)).sentence
     assert found.inside["d"].loads == 0
     assert len(found.transport.bodies("d", MessageKind.HELLO)) == 1
 

@@ -12,14 +12,17 @@ import pytest
 from fedforward.config import site as sites
 from fedforward.config.loading import validate, validate_as
 from fedforward.config.schema import Config, sections_of
-from fedforward.config.site import LimitsSection, SiteConfig, join, refusals, terms
+from fedforward.config.site import SiteConfig, join, terms
 from fedforward.core.errors import FedForwardError
 from fedforward.demo.text import ANSWER, PROMPT, site_examples
-from fedforward.deployment.site import build
+from fedforward.deployment import limits as limits_module
+from fedforward.deployment.site import RefusedError, build
+from fedforward.messages.refusal import Refusal, RefusalCode
 from fedforward.training import build as experiment
 from tests.conftest import DEMO_MODEL
 
-LIMITS = LimitsSection()
+#: Fields that terms of these tests name.
+FIELDS = ["question", "answer", "instruction", "input", "output"]
 #: A run in which no key has its default, as far as the keys go together.
 RUN: dict[str, dict[str, Any]] = {
     "model": {"dtype": "bfloat16", "blocks": [0, 2]},
@@ -100,8 +103,20 @@ def validated(content: dict[str, dict[str, Any]]) -> Config:
     return validate(whole)
 
 
+def refusals(given: Any, **limits: Any) -> list[str]:
+    """The sentences of a site with these limits."""
+    settings = site(**{f"limits__{key}": value for key, value in limits.items()})
+    found = limits_module.refusals(given, settings)
+    assert all(words.startswith(f"{key} = ") for key, words in found)
+    return [words for _, words in found]
+
+
 def site(**changes: Any) -> SiteConfig:
-    content: dict[str, dict[str, Any]] = {"model": {"path": "m"}, "data": {"source": "d.jsonl"}}
+    content: dict[str, dict[str, Any]] = {
+        "model": {"path": "m"},
+        "data": {"source": "d.jsonl"},
+        "limits": {"fields": FIELDS},
+    }
     for key, value in changes.items():
         section, _, name = key.partition("__")
         content.setdefault(section, {})[name] = value
@@ -152,7 +167,7 @@ def test_no_key_is_forgotten() -> None:
         optional = {"model": {"tune", "head", "quantization"}, "server": {"normalise"}}
         optional |= {
             "lora": {"alignment", "init"},
-            "data": {"chat", "loss_on"},
+            "data": {"chat", "classes", "loss_on"},
             "federation": {"partition", "field", "alpha"},
             "method": {"mask", "density", "aggregator", "report_filters", "parameters"},
             "planning": {"weights"},
@@ -265,8 +280,8 @@ def test_what_every_site_has_is_its_own() -> None:
 
 
 def test_terms_within_the_limits_are_not_refused() -> None:
-    assert refusals(wire(terms(validated(RUN))), LIMITS) == []
-    assert refusals(wire(terms(validated({}))), LIMITS) == []
+    assert refusals(wire(terms(validated(RUN)))) == []
+    assert refusals(wire(terms(validated({})))) == []
 
 
 @pytest.mark.parametrize(
@@ -275,30 +290,43 @@ def test_terms_within_the_limits_are_not_refused() -> None:
         ("federation", "rounds", 1001, 1000),
         ("method", "local_steps", 1001, 1000),
         ("method", "directions", 65, 64),
+        ("method", "batch_size", 1025, 1024),
+        ("lora", "rank", 65, 64),
+        ("data", "answer_tokens", 513, 512),
     ],
 )
 def test_a_run_above_a_limit_is_refused(section: str, key: str, least: int, limit: int) -> None:
     given = wire(terms(validated(RUN)))
     given[section][key] = limit
-    assert refusals(given, LIMITS) == []
+    assert refusals(given) == []
     given[section][key] = least
-    assert refusals(given, LIMITS) == [
+    assert refusals(given) == [
         f"{section}.{key} = {least} is above this site's limits.{key} = {limit}"
     ]
-    assert refusals(given, LimitsSection(**{key: least})) == []
+    assert refusals(given, **{key: least}) == []
+    given[section][key] = True
+    assert len(refusals(given)) == 1
 
 
 def test_full_tuning_is_refused_unless_it_is_allowed() -> None:
     given = wire(terms(validated({"model": {"tune": "full"}})))
-    (sentence,) = refusals(given, LIMITS)
-    assert "model.tune = 'full'" in sentence and "limits.full_tuning = false" in sentence
-    assert refusals(given, LimitsSection(full_tuning=True)) == []
+    assert refusals(given) == ["model.tune = 'full' is not in this site's limits.tune = ['lora']"]
+    assert refusals(given, tune=["lora", "full"]) == []
+    assert len(refusals(wire(terms(validated({}))), tune=["full"])) == 1
+
+
+def test_a_classifier_is_refused_unless_it_is_allowed() -> None:
+    given = wire(terms(validated({"model": {"head": "classification"}})))
+    (sentence,) = refusals(given)
+    assert sentence == (
+        "model.head = 'classification' is not in this site's limits.head = ['causal']"
+    )
+    assert refusals(given, head=["causal", "classification"]) == []
 
 
 def test_tensors_are_refused_whatever_the_limits() -> None:
     given = wire(terms(validated({"method": {"name": "fedavg", "learning_rate": 1e-3}})))
-    loose = LimitsSection(full_tuning=True, functions=True)
-    (sentence,) = refusals(given, loose)
+    (sentence,) = refusals(given, tune=["lora", "full"], functions=True)
     assert "fedavg" in sentence and "tensors" in sentence
 
 
@@ -312,29 +340,77 @@ def test_tensors_are_refused_whatever_the_limits() -> None:
 )
 def test_functions_are_refused_unless_they_are_allowed(where: Any) -> None:
     given = wire(terms(validated(where)))
-    (sentence,) = refusals(given, LIMITS)
+    (sentence,) = refusals(given)
     assert "'shutil:rmtree'" in sentence and "limits.functions = false" in sentence
-    assert refusals(given, LimitsSection(functions=True)) == []
+    assert refusals(given, functions=True) == []
 
 
 def test_every_reason_is_given_at_once() -> None:
     given = wire(terms(validated({"model": {"tune": "full"}})))
     given["federation"]["rounds"] = given["method"]["local_steps"] = 10**9
     given["method"] |= {"name": "fedavg", "objective": "os:system"}
-    assert len(refusals(given, LIMITS)) == 5
+    assert len(refusals(given)) == 5
+
+
+@pytest.mark.parametrize(
+    ("data", "closed"),
+    [
+        ({"prompt": "{question} {name}"}, ["name"]),
+        ({"prompt": "{?name}x{/name}{question}"}, ["name"]),
+        ({"prompt": "{^name}x{/name}{question}"}, ["name"]),
+        ({"answer": "{name.first}"}, ["name.first"]),
+        ({"answer": "{answers[0]}"}, ["answers[0]"]),
+        ({"answer": "{answer_other}"}, ["answer_other"]),
+        ({"chat": "messages"}, ["messages"]),
+        ({"chat": "prompt-completion"}, ["prompt", "completion"]),
+    ],
+)
+def test_terms_name_only_fields_that_the_site_has_released(data: Any, closed: list[str]) -> None:
+    given = wire(terms(validated({"data": data})))
+    (sentence,) = refusals(given)
+    assert f"names {', '.join(map(repr, closed))}, and this site has released" in sentence
+    assert "'question'" in sentence and "(limits.fields)" in sentence
+    roots = [re.split(r"[.\[]", path)[0] for path in closed]
+    assert refusals(given, fields=[*FIELDS, *roots]) == []
+
+
+def test_a_site_releases_nothing_unless_it_says_so() -> None:
+    given = wire(terms(validated(RUN)))
+    assert len(refusals(given, fields=[])) == 2
+    assert "has released no fields" in refusals(given, fields=[])[0]
+    renamed = site(limits__fields=[], data__fields={"question": "asked", "answer": "record"})
+    assert limits_module.refusals(given, renamed) == []
+    # A conversation that the site itself names is read in place of what the terms name.
+    assert limits_module.refusals(given, site(limits__fields=[], data__chat="talk")) == []
+
+
+@pytest.mark.parametrize("value", [None, 3, ["{question}"], "{", "{question!r}", "{?a}"])
+def test_a_template_that_cannot_be_read_is_refused(value: Any) -> None:
+    given = wire(terms(validated(RUN)))
+    given["data"]["prompt"] = value
+    (sentence,) = refusals(given)
+    assert sentence.startswith(f"data.prompt = {value!r} cannot be read: ")
+
+
+def test_rows_are_not_divided_by_a_field_that_terms_name() -> None:
+    given = wire(terms(validated(RUN)))
+    given["federation"] |= {"partition": "by-field", "field": "name"}
+    assert refusals(given) == [
+        "federation.partition = 'by-field' divides a site's rows by a field of theirs"
+    ]
 
 
 JUNK: list[Any] = [None, True, -1, 3, 2.5, "text", "", [], ["x"], [None], {}, {"a": 1}]
 
 
-@pytest.mark.parametrize("section", ["federation", "method", "model"])
+@pytest.mark.parametrize("section", ["federation", "method", "model", "data", "lora"])
 def test_malformed_sections_are_refused_and_never_raise(section: str) -> None:
     good = wire(terms(validated(RUN)))
     for value in JUNK:
-        assert refusals({**good, section: value}, LIMITS), (section, value)
+        assert refusals({**good, section: value}), (section, value)
     del good[section]
-    assert refusals(good, LIMITS)
-    assert len(refusals({}, LIMITS)) >= 4
+    assert refusals(good)
+    assert len(refusals({})) >= 4
 
 
 def test_malformed_values_are_refused_and_never_raise() -> None:
@@ -343,23 +419,29 @@ def test_malformed_values_are_refused_and_never_raise() -> None:
         ("method", "local_steps"),
         ("method", "directions"),
         ("model", "tune"),
+        ("model", "head"),
+        ("data", "prompt"),
+        ("data", "answer"),
+        ("lora", "rank"),
     ):
         for value in (None, "100", [1], {}, 2.5, 10**30):
             bad = wire(terms(validated(RUN)))
             bad[section][key] = value
-            assert any(f"{section}.{key}" in words for words in refusals(bad, LIMITS))
+            # A prompt may be any text, and a field that is none is not there to be released.
+            legal = key in ("prompt", "answer") and isinstance(value, str)
+            assert legal or any(f"{section}.{key}" in words for words in refusals(bad))
     for value in JUNK:
         bad = wire(terms(validated(RUN)))
         bad["method"]["objective"] = bad["method"]["name"] = value
-        assert isinstance(refusals(bad, LIMITS), list)
+        assert isinstance(refusals(bad), list)
 
 
 @pytest.mark.parametrize("value", JUNK, ids=repr)
 def test_malformed_metrics_never_raise(value: Any) -> None:
     bad = wire(terms(validated(RUN)))
     bad["evaluation"]["metrics"] = value
-    assert isinstance(refusals(bad, LIMITS), list)
-    assert isinstance(refusals({**bad, "evaluation": value}, LIMITS), list)
+    assert isinstance(refusals(bad), list)
+    assert isinstance(refusals({**bad, "evaluation": value}), list)
 
 
 # run.toml
@@ -423,7 +505,8 @@ def test_the_example_parses(tmp_path: Path) -> None:
     path = tmp_path / "site.toml"
     path.write_text(sites.example_site(), encoding="utf-8")
     config = sites.load_site(path)
-    assert config == site(model__path=config.model.path, data__source=config.data.source)
+    own = {"model__path": config.model.path, "data__source": config.data.source}
+    assert config == site(**own, limits__fields=[])
     # Every key is there, and what the comments show are the defaults.
     lines = [line.lstrip("# ") for line in sites.example_site().splitlines()[2:]]
     shown = "\n".join(line for line in lines if line.startswith("[") or " = " in line)
@@ -445,7 +528,11 @@ def test_the_example_parses(tmp_path: Path) -> None:
         ("[run]\nthread = 2", r"Did you mean run\.threads\?"),
         ("[limit]\nrounds = 3", r"limit is not a known section\. Did you mean limits\?"),
         ("[limits]\nrounds = 0", r"limits\.rounds = 0 is not allowed: .* whole number"),
-        ("[limits]\nfull_tuning = 'no'", r"limits\.full_tuning = 'no' .* true or false"),
+        ("[limits]\nfull_tuning = true", r"limits\.full_tuning is now limits\.tune"),
+        ("[limits]\ntune = []", r"limits\.tune = \[\] is not allowed: .*list of texts"),
+        ("[limits]\nhead = ['other']", r"limits\.head = \['other'\] is not allowed"),
+        ("[limits]\nfields = ['a', 'a']", r"limits\.fields.* there twice"),
+        ("[data]\nclasses = ['a']", r"data\.classes.* two or more names"),
         ("[limits]\nactive_blocks = 0", r"limits\.active_blocks = 0 is not allowed"),
         ("[site]\nname = 'a/b'", r"site\.name = 'a/b' is not allowed"),
         ("[data]\nheldout = -1.0", r"data\.heldout = -1\.0 is not allowed: .*above 0"),
@@ -509,12 +596,12 @@ def test_fields_are_called_what_the_templates_call_them(renamed: Any) -> None:
 
 
 def test_a_field_that_is_not_there_names_those_that_are(
-    renamed: Any, caplog: pytest.LogCaptureFixture
+    renamed: Any,
 ) -> None:
     words = r"data\.fields: question = 'frage' is not a field of .*are question, answer"
-    with pytest.raises(FedForwardError, match="own log says why"):
+    with pytest.raises(RefusedError, match=words) as caught:
         renamed(ROWS, {"question": "frage"})
-    assert re.search(words, caplog.text)
+    assert caught.value.refusal == Refusal(RefusalCode.DATA)
 
 
 def test_two_fields_can_change_places(renamed: Any) -> None:

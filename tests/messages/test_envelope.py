@@ -107,12 +107,12 @@ def test_json_and_text_come_back() -> None:
     content = {"a": [1, 2.5, None], "b": "größer"}
     assert Envelope(MessageKind.METRICS, RUN, encode_json(content)).json() == content
     assert b" " not in encode_json(content)
-    assert Envelope(MessageKind.REFUSAL, RUN, "zu groß".encode()).text() == "zu groß"
-    assert "a\ufffd" in Envelope(MessageKind.REFUSAL, RUN, b"a\xff").text()
+    assert Envelope(MessageKind.REJECT, RUN, "zu groß".encode()).text() == "zu groß"
+    assert "a\ufffd" in Envelope(MessageKind.REJECT, RUN, b"a\xff").text()
     # It is shown in another party's terminal.
-    assert Envelope(MessageKind.REFUSAL, RUN, b"a\x1b[2J\nb").text() == "a [2J b"
+    assert Envelope(MessageKind.REJECT, RUN, b"a\x1b[2J\nb").text() == "a [2J b"
     assert (
-        len(Envelope(MessageKind.REFUSAL, RUN, b"a" * 10**6).text()) == envelopes.MAX_SENTENCE_BYTES
+        len(Envelope(MessageKind.REJECT, RUN, b"a" * 10**6).text()) == envelopes.MAX_SENTENCE_BYTES
     )
 
 

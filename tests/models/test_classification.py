@@ -338,6 +338,14 @@ def test_a_quantised_base_keeps_a_plain_head() -> None:
     np.testing.assert_allclose(tuned.sums, losses, rtol=1e-5)
 
 
+def test_a_class_that_is_not_named_is_refused() -> None:
+    row = Row({"a": "maybe"}, "line 3 of rows.jsonl")
+    assert labels.class_number("no", {"yes": 0, "no": 1}, row) == 1
+    words = r"data\.classes has no 'maybe', .* in line 3 of rows\.jsonl\. It has 'yes', 'no'\."
+    with pytest.raises(FedForwardError, match=words):
+        labels.class_number("maybe", {"yes": 0, "no": 1}, row)
+
+
 def test_classes_and_their_order() -> None:
     answer = Template.parse("{a}", "data.answer")
     rows = [Row({"a": text}, "") for text in ("10", " 9", "2", "9", None, "-1")]

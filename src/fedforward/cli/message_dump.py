@@ -45,7 +45,7 @@ def listing(data: bytes) -> list[Listed]:
     kind = _BODIES.get(envelope.kind)
     if kind is not None:
         kind.open(reader)
-    elif envelope.kind in (MessageKind.REFUSAL, MessageKind.REJECT):
+    elif envelope.kind is MessageKind.REJECT:
         reader.take(len(envelope.body), "sentence", lambda raw: envelope.text())
     else:
         reader.take(len(envelope.body), "JSON", lambda raw: json.dumps(envelope.json()))

@@ -42,6 +42,22 @@ ReportFilters = Annotated[
 ]
 
 
+def named_classes(names: list[str]) -> list[str]:
+    """The names of a classifier's classes, if they are two or more different ones.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if len(names) < 2 or any(not name or name != name.strip() for name in names):
+        raise ValueError(
+            f"{names!r} is not allowed: it must be two or more names, without outer spaces"
+        )
+    return no_repeats(names)
+
+
+Classes = Annotated[list[str], AfterValidator(named_classes)]
+
+
 class Section(BaseModel):
     """Keys of a configuration file, or its sections: nothing unknown, nothing converted."""
 

@@ -34,6 +34,7 @@ OLD_KEYS = {
     "simulation.late": "late_join",
     "simulation.late_round": "late_join_round",
     "site.keep_letters": "keep_messages",
+    "limits.full_tuning": "tune",
 }
 #: Values that had another name before, by the key of today.
 OLD_VALUES = {

@@ -138,6 +138,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _classes_are_of_a_classifier(self) -> "Config":
+        if self.data.classes is not None and self.model.head == "causal":
+            raise ValueError(
+                f"data.classes = {self.data.classes!r} names what model.head = 'classification' "
+                "gives; set that, or use data.label_words for the answers of a causal model"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _choices_are_given(self) -> "Config":
         if self.model.head == "classification" or self.data.label_words is not None:
             return self

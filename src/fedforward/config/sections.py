@@ -13,6 +13,7 @@ from fedforward.config.fields import (
     MOST_COUNTED,
     Aggregator,
     Chance,
+    Classes,
     Count,
     Estimator,
     Method,
@@ -196,6 +197,11 @@ class DataSection(Section):
         description="words for the values of the answer's field, all of them possible answers: "
         '{ 0 = " terrible", 1 = " great" }',
     )
+    classes: Classes | None = Field(
+        None,
+        description="names of a classifier's classes, in the order of its head; default "
+        "label_words, or the different answers in the data of one machine",
+    )
     public: PathText | list[PathText] | None = Field(
         None,
         description="text that anyone may see, for what is made of text before a run: a source "
@@ -236,11 +242,20 @@ class DataSection(Section):
     def _text_is_made_in_one_way(self) -> "DataSection":
         defaults = type(self).model_fields
         written = [k for k in ("prompt", "answer") if getattr(self, k) != defaults[k].default]
-        written += ["label_words"] if self.label_words is not None else []
+        written += [k for k in ("label_words", "classes") if getattr(self, k) is not None]
         if self.chat is not None and written:
             raise ValueError(
                 f"chat = {self.chat!r} makes prompts and answers of conversations, and "
                 f"{written[0]} is set as well; leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _classes_are_named_once(self) -> "DataSection":
+        if self.classes is not None and self.label_words is not None:
+            raise ValueError(
+                f"classes = {self.classes!r} and label_words both name the classes; leave one of "
+                "the two out"
             )
         return self
 

@@ -8,23 +8,24 @@ not do whatever the terms say. Imports no PyTorch.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from fedforward.config import rules
 from fedforward.config.fields import (
     MOST_COUNTED,
+    Classes,
     Count,
     PathText,
     Positive,
     ReportFilters,
     Section,
+    no_repeats,
 )
 from fedforward.config.loading import read_toml, validate, validate_as
 from fedforward.config.schema import Config
 from fedforward.config.sections import ACTIVATION_CACHE, RunSection, check_cache
 from fedforward.config.template import example_of
 from fedforward.core.errors import FedForwardError
-from fedforward.core.registry import METHODS
 
 #: Stands in a server's configuration for what only sites have.
 AT_SITES = "(each site's own)"
@@ -128,6 +129,9 @@ class SiteDataSection(Section):
     chat_template: PathText | None = Field(
         None, description="file with a Jinja template, in place of the tokenizer's own"
     )
+    classes: Classes | None = Field(
+        None, description="in place of the terms' names of a classifier's classes; they are sent"
+    )
 
 
 class SiteRunSection(Section):
@@ -160,10 +164,26 @@ class SiteRunSection(Section):
 class LimitsSection(Section):
     """[limits], of what this site will do"""
 
+    terms: Count = Field(
+        100, description="most different terms that are looked at until this site is started again"
+    )
+    fields: Annotated[list[str], AfterValidator(no_repeats)] = Field(
+        [],
+        description="fields of the rows that terms may name, with all that lies in them; those "
+        "that data.fields names, and a data.chat of this file, need not be repeated",
+    )
     rounds: Count = Field(1000, description="most rounds of a run")
     local_steps: Count = Field(1000, description="most local steps of a round")
     directions: Count = Field(64, description="most directions of a step")
-    full_tuning: bool = Field(False, description="whether all weights may be tuned")
+    batch_size: Count = Field(1024, description="most examples of a step")
+    rank: Count = Field(64, description="most columns of B in an adapter")
+    answer_tokens: Count = Field(512, description="most tokens of a generated answer")
+    tune: Annotated[list[Literal["lora", "full"]], Field(min_length=1)] = Field(
+        ["lora"], description='what may be tuned: "lora", and "full" for all weights'
+    )
+    head: Annotated[list[Literal["causal", "classification"]], Field(min_length=1)] = Field(
+        ["causal"], description='what a network may end in: "causal", "classification"'
+    )
     functions: bool = Field(
         False, description="whether objectives and metrics may be Python functions of this machine"
     )
@@ -280,46 +300,6 @@ def terms(config: Config) -> dict[str, Any]:
         }
         for section, values in content.items()
     }
-
-
-def refusals(given: dict[str, Any], limits: LimitsSection) -> list[str]:
-    """Why a site will not take part on these terms, a sentence each; usually none.
-
-    Args:
-        given: terms as a server sent them; nothing in them has been checked.
-    """
-    method, model = _table(given, "method"), _table(given, "model")
-    found = []
-    for section, key, most in (
-        ("federation", "rounds", limits.rounds),
-        ("method", "local_steps", limits.local_steps),
-        ("method", "directions", limits.directions),
-    ):
-        value = _table(given, section).get(key)
-        if not isinstance(value, int) or value > most:
-            found.append(f"{section}.{key} = {value!r} is above this site's limits.{key} = {most}")
-    if model.get("tune") != "lora" and not limits.full_tuning:
-        found.append(
-            f"model.tune = {model.get('tune')!r} changes all weights, and this site has "
-            "limits.full_tuning = false"
-        )
-    name = method.get("name")
-    if isinstance(name, str) and name in METHODS and not rules.capabilities(name).forward_only:
-        found.append(f"method.name = {name!r} would send tensors, and this site sends scalars only")
-    metrics = _table(given, "evaluation").get("metrics")
-    metrics = metrics if isinstance(metrics, list) else [metrics]
-    own = [name for name in (method.get("objective"), *metrics) if ":" in str(name)]
-    if own and not limits.functions:
-        found.append(
-            f"{', '.join(map(repr, own))} would be run as Python code here, and this site has "
-            "limits.functions = false"
-        )
-    return found
-
-
-def _table(content: dict[str, Any], section: str) -> dict[str, Any]:
-    part = content.get(section)
-    return part if isinstance(part, dict) else {}
 
 
 def join(given: dict[str, Any], site: SiteConfig) -> Config:

@@ -248,7 +248,7 @@ class CorpusReader:
         return Rows(table, numbers[kept:], table, numbers[:kept][: self._evaluation.limit])
 
     def classes(self) -> tuple[str, ...]:
-        """A classifier's classes: those of training and held-out data, or the label words.
+        """A classifier's classes: those that are named, or all answers in the data.
 
         Raises:
             FedForwardError: see `labels.classes` and `rows`.
@@ -256,6 +256,8 @@ class CorpusReader:
         self._check_plain()
         if self._data.label_words:
             return labels.classes((), self._answer, self._data.label_words)
+        if self._data.classes is not None:
+            return tuple(self._data.classes)
         rows = self.rows
         every = [(rows.table, n) for n in rows.train]
         every += [(rows.heldout_table, n) for n in rows.heldout]

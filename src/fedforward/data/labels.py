@@ -89,6 +89,20 @@ def class_name(row: Row, answer: Template, words: Mapping[str, str] | None) -> s
     return word(words, path, row).strip() if (row.values[path] or "").strip() else ""
 
 
+def class_number(name: str, classes: Mapping[str, int], row: Row) -> int:
+    """The place of a row's class in the head.
+
+    Raises:
+        FedForwardError: the row's class is not among those that are named.
+    """
+    if name not in classes:
+        raise FedForwardError(
+            f"data.classes has no {name!r}, which is the answer in {row.where}. It has "
+            f"{', '.join(map(repr, classes))}."
+        )
+    return classes[name]
+
+
 def check_endings(words: Mapping[str, str], answers: Sequence[str], tokenizer: Any) -> None:
     """Refuse words that a model cannot tell apart.
 

@@ -6,6 +6,7 @@ A source is read a row at a time and as often as is wanted. What its files hold 
 
 import glob
 import logging
+import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -221,11 +222,23 @@ def _of_one_form(name: str, files: Sequence[Path], key: str) -> list[Path]:
     return list(files)
 
 
+@contextmanager
+def _private_files() -> Iterator[None]:
+    """Files and folders that are made meanwhile can be read by their owner alone."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def _hub(name: str, split: str, subset: str | None, key: str) -> "datasets.Dataset":
     import datasets
 
     try:
-        return datasets.load_dataset(name, subset, split=split)
+        # The library keeps the rows in the user's cache, where others could read them.
+        with _private_files():
+            return datasets.load_dataset(name, subset, split=split)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise FedForwardError(

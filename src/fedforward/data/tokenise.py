@@ -268,7 +268,9 @@ class ClassMaker:
                 tally.dropped[reason if len(tokens) else "the prompt is empty"] += 1
                 yield None
             else:
-                yield Example(tokens, len(tokens), name, right=places[name])
+                yield Example(
+                    tokens, len(tokens), name, right=labels.class_number(name, places, row)
+                )
 
 
 def check_left(tokenised: Tokenised, rows: int, what: str, sequence_length: int) -> None:

@@ -29,6 +29,7 @@ from fedforward.federation.agreement import QuorumError
 from fedforward.federation.ledger import Round
 from fedforward.federation.server import Server
 from fedforward.messages.envelope import Enrollment, Envelope, MessageKind, encode_json
+from fedforward.messages.refusal import Refusal
 from fedforward.planning.allocator import BlockAllotment
 from fedforward.training import assembly
 from fedforward.training.loop import Loop
@@ -152,7 +153,7 @@ class Coordinator:
         if reply.kind is MessageKind.REFUSAL:
             if self.server is not None and participant.number is not None:
                 self.server.snapshots.invalidate(participant.number)
-            raise MessageError(reply.text())
+            raise MessageError(Refusal.decode(reply.body).sentence)
         if reply.kind is MessageKind.ENROLLMENT:
             try:
                 enrollment = Enrollment.decode(reply.json())

@@ -12,16 +12,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedforward.config.schema import Config
-from fedforward.config.site import SiteConfig, join, refusals
+from fedforward.config.schema import Config, sections_of
+from fedforward.config.site import SiteConfig, join
 from fedforward.core.errors import FedForwardError, MessageError, out_of_memory
 from fedforward.core.identity import ModelIdentity
-from fedforward.core.paths import absolute_text, home
-from fedforward.data.corpus import Corpus
+from fedforward.core.paths import home
+from fedforward.data.corpus import Corpus, CorpusReader
 from fedforward.data.sampler import Batches, Collate
+from fedforward.deployment.limits import refusals
 from fedforward.evaluation import heldout as evaluation
 from fedforward.federation.client import Client, Replica
-from fedforward.messages.envelope import Enrollment, Envelope, MessageKind, encode_json
+from fedforward.messages.envelope import (
+    RUN_BYTES,
+    Enrollment,
+    Envelope,
+    MessageKind,
+    encode_json,
+)
+from fedforward.messages.refusal import Refusal, RefusalCode
 from fedforward.messages.task import Task
 from fedforward.methods.base import Method
 from fedforward.methods.report_filters import ReportFilter, build_filters
@@ -32,16 +40,24 @@ from fedforward.training.assembly import build_method
 from fedforward.training.run_directory import strict, write_json
 
 LOGGER = logging.getLogger("fedforward.deployment.site")
-#: Stands for a path in what leaves a site.
-_OWN_PATH = "(a path of this site)"
-_NEAR_NAME = re.compile(r" Did you mean '[^']*'\?")
-#: Where a row is, and the name of a file of rows.
-_FILE = r"\.(?:jsonl?|ndjson|[ct]sv|parquet|arrow|feather)(?:\.gz|\.zst)?\b"
-_ROW = re.compile(rf"((?:line|row) \d+) of (?:.*?{_FILE}|\S+)")
-_ROWS_FILE = re.compile(rf"[^\s'\"(]+{_FILE}")
-#: A text in quotes, and what looks like a path without them.
-_QUOTED = re.compile(r"(?<!\w)'[^'\n]*'")
-_PATH = re.compile(r"(?<![\w/\\<])(?:~|\.{1,2})?(?:/|[A-Za-z]:[/\\])[^\s'\",;:)]*[^\s'\",;:).]")
+#: Names of keys that a refusal may have; values of any of them stay here.
+_KEYS = sorted(
+    {
+        f"{section}.{key}"
+        for kind in (Config, SiteConfig)
+        for section, part in sections_of(kind).items()
+        for key in part.model_fields
+    }
+)
+_NAMED = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, _KEYS))})(?![\w.]*\w)")
+
+
+class RefusedError(FedForwardError):
+    """What a site will not do: the sentence is for its own log, the refusal for the server."""
+
+    def __init__(self, sentence: str, refusal: Refusal) -> None:
+        super().__init__(sentence)
+        self.refusal = refusal
 
 
 @dataclass
@@ -94,51 +110,82 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
     """Load model and data for a run.
 
     Raises:
-        FedForwardError: for whatever is wrong with either, or with the terms.
+        RefusedError: for whatever is wrong with either, or with the terms.
     """
-    config = join(terms, settings)
-    reader = experiment.corpus_reader(config)
-    plan = experiment.resolve_plan(config)
-    with _of_the_data():
+    with _refusing(RefusalCode.TERMS):
+        config = join(terms, settings)
+        reader = experiment.corpus_reader(config)
+        plan = experiment.resolve_plan(config)
+        _check_classes(config)
+    with _refusing(RefusalCode.DATA):
+        _check_conversation(config, reader, settings)
         classes = experiment.read_classes(config, reader)
-    model, tokenizer = experiment.build_model(config, plan, classes)
-    with _of_the_data():
+    with _refusing(RefusalCode.MODEL):
+        model, tokenizer = experiment.build_model(config, plan, classes)
+    with _refusing(RefusalCode.DATA):
         corpus = experiment.read_corpus(
             config, reader, tokenizer, longest_sequence(model.network), model.classes
         )
-    method = build_method(config)
-    model.plan = experiment.settle_plan(config, model, method)
-    collate = experiment.collate_of(config, tokenizer, model)
-    model.plan = experiment.fit_plan(config, model, corpus, method, collate)
-    if not method.capabilities.forward_only:
-        raise FedForwardError(f"method.name = {config.method.name!r} would send tensors.")
+    with _refusing(RefusalCode.TERMS):
+        method = build_method(config)
+        model.plan = experiment.settle_plan(config, model, method)
+        collate = experiment.collate_of(config, tokenizer, model)
+        model.plan = experiment.fit_plan(config, model, corpus, method, collate)
+        if not method.capabilities.forward_only:
+            raise FedForwardError(f"method.name = {config.method.name!r} would send tensors.")
+        heldout = evaluation.prepare(config, corpus.heldout, tokenizer, model.plan, model.classes)
+        filters = (
+            *build_filters(config.method.report_filters, "method.report_filters"),
+            *build_filters(settings.site.filters, "site.filters"),
+        )
     return Tuning(
         run=run,
         terms=terms,
         config=config,
         corpus=corpus,
         collate=collate,
-        heldout=evaluation.prepare(config, corpus.heldout, tokenizer, model.plan, model.classes),
+        heldout=heldout,
         replica=Replica(model, method),
         method=method,
         identity=experiment.identity(model, tokenizer),
-        filters=(
-            *build_filters(config.method.report_filters, "method.report_filters"),
-            *build_filters(settings.site.filters, "site.filters"),
-        ),
+        filters=filters,
     )
 
 
 @contextmanager
-def _of_the_data() -> Iterator[None]:
-    """Keeps what is wrong with the data here: the sentence may quote a row, a field or a file."""
+def _refusing(code: RefusalCode) -> Iterator[None]:
+    """Makes what goes wrong a refusal with this code.
+
+    Keys that the sentence names go with it, unless it is about the data: then even which key it is
+    may depend on a row.
+    """
     try:
         yield
+    except RefusedError:
+        raise
     except FedForwardError as error:
-        LOGGER.error("the data: %s", error)
+        keys = [] if code is RefusalCode.DATA else _NAMED.findall(str(error))
+        raise RefusedError(str(error), Refusal.of(code, keys)) from error
+
+
+def _check_classes(config: Config) -> None:
+    """Refuse to make a classifier's classes of this site's data, which would then be sent."""
+    data = config.data
+    if config.model.head == "classification" and not (data.classes or data.label_words):
         raise FedForwardError(
-            "The data of this site cannot be used on these terms. The site's own log says why."
-        ) from error
+            "model.head = 'classification' across machines needs data.classes or data.label_words, "
+            "in the terms or in the site.toml of this site: the names of the classes are sent, and "
+            "none is taken from a site's data."
+        )
+
+
+def _check_conversation(config: Config, reader: CorpusReader, settings: SiteConfig) -> None:
+    """Refuse conversations that were found in the data and that nobody named."""
+    if reader.chat is not None and config.data.chat is None:
+        raise FedForwardError(
+            f"The data hold conversations in {reader.chat!r}, which the terms do not name. Set "
+            "data.chat in the site.toml of this site to release them."
+        )
 
 
 class Site:
@@ -155,53 +202,18 @@ class Site:
         self.tuning: Tuning | None = None
 
     def answer(self, data: bytes) -> bytes:
-        """The encoded reply to an encoded envelope; what goes wrong is a REFUSAL, a sentence."""
-        run = b"\0" * 8
+        """The encoded reply to an encoded envelope; what goes wrong is a REFUSAL, a `Refusal`."""
+        run = b"\0" * RUN_BYTES
         try:
             envelope = Envelope.decode(data)
             run = envelope.run
             kind, body = self._answer(envelope)
-        except FedForwardError as error:
-            kind, body = MessageKind.REFUSAL, _encoded(str(error))
         except Exception as error:
-            kind, body = MessageKind.REFUSAL, b"there is not enough memory here for what was asked"
-            if not out_of_memory(error):
-                # The server must hear of it, and the site's log has where it came from.
-                LOGGER.exception("an error that was not foreseen")
-                body = _encoded(f"{type(error).__name__}: {error}")
-        if kind is MessageKind.REFUSAL:
-            LOGGER.info("refused: %s", body.decode())
-            body = self._without_paths(body.decode()).encode()
+            kind, body = MessageKind.REFUSAL, _refusal(error).encode()
         answer = Envelope(kind, run, body).encode()
         if self.settings.site.keep_messages:
             self._keep_messages(data, answer, kind)
         return answer
-
-    def _without_paths(self, text: str) -> str:
-        """A refusal without paths and names of this site; its log has them."""
-        own = self.settings
-        sources = own.data.source
-        places = [own.model.path, *([sources] if isinstance(sources, str) else sources)]
-        more = (
-            own.model.adapter,
-            own.lora.init_file,
-            own.method.mask_file,
-            own.data.chat_template,
-            own.data.chat,
-            own.site.out,
-        )
-        places += [place for place in more if place]
-        text = _ROW.sub(rf"\1 of {_OWN_PATH}", text)
-        for place in places:
-            for form in sorted({place, absolute_text(place)}, key=len, reverse=True):
-                text = text.replace(repr(form), repr(_OWN_PATH))
-                text = text.replace(form, _OWN_PATH) if len(form) > 3 else text
-        text = _NEAR_NAME.sub("", text)
-        quoted = repr(_OWN_PATH)
-        text = _QUOTED.sub(
-            lambda found: quoted if "/" in found[0] or "\\\\" in found[0] else found[0], text
-        )
-        return _ROWS_FILE.sub(_OWN_PATH, _PATH.sub(_OWN_PATH, text))
 
     def _keep_messages(self, data: bytes, answer: bytes, kind: MessageKind) -> None:
         """Write down what came in and what goes out, before it goes."""
@@ -238,16 +250,24 @@ class Site:
         """Build what a HELLO asks for, and say what this site has in common with others.
 
         Raises:
-            FedForwardError: the terms are beyond this site's limits, or cannot be built.
+            RefusedError: the terms are beyond this site's limits, or cannot be built.
         """
         terms = envelope.json().get("terms")
         if not isinstance(terms, dict):
             raise MessageError("A HELLO without terms was refused.")
-        problems = refusals(terms, self.settings.limits)
+        problems = refusals(terms, self.settings)
         if problems:
-            raise FedForwardError("; ".join(problems))
+            keys, sentences = zip(*problems, strict=True)
+            raise RefusedError("; ".join(sentences), Refusal.of(RefusalCode.LIMITS, keys))
         tuning = self.tuning
         if tuning is None or (tuning.run, tuning.terms) != (envelope.run, terms):
+            most = self.settings.limits.terms
+            if self.loads >= most:
+                raise RefusedError(
+                    f"This is the {most + 1}th run or change of terms, and limits.terms = {most}. "
+                    "Start this site again if that is as it should be.",
+                    Refusal(RefusalCode.LIMITS, ("limits.terms",)),
+                )
             LOGGER.info("loading model and data")
             # The old model goes before the new one comes.
             self.tuning = tuning = None
@@ -310,9 +330,19 @@ class Site:
         }
 
 
-def _encoded(text: str) -> bytes:
-    """UTF-8; bytes of file names that are no text become escapes."""
-    return text.encode("utf-8", "backslashreplace")
+def _refusal(error: Exception) -> Refusal:
+    """What the server is told of an error; this site's log has the whole of it."""
+    if isinstance(error, RefusedError):
+        LOGGER.error("refused: %s", error)
+        return error.refusal
+    if out_of_memory(error):
+        LOGGER.error("refused: there is not enough memory here for what was asked")
+        return Refusal(RefusalCode.MEMORY)
+    if isinstance(error, FedForwardError):
+        LOGGER.error("refused: %s", error)
+        return Refusal(RefusalCode.MESSAGE)
+    LOGGER.error("an error that was not foreseen", exc_info=error)
+    return Refusal(RefusalCode.UNFORESEEN)
 
 
 def _first_missing(task: Task, rounds: int) -> int:

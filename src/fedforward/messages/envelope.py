@@ -57,7 +57,7 @@ class MessageKind(IntEnum):
     METRICS = 18
     #: A `Snapshot`.
     SNAPSHOT = 19
-    #: A sentence: what the site will not do, and why.
+    #: A `Refusal`: a code and names of keys.
     REFUSAL = 20
     #: Nothing: the site does not know the run, and must be sent a HELLO first.
     UNKNOWN_RUN = 21

@@ -1,0 +1,119 @@
+"""What a site will not do, whatever the terms say: `[limits]` of its `site.toml`.
+
+Terms are another party's. Nothing in them has been checked when they are looked at here. Imports
+no PyTorch.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fedforward.config import rules
+from fedforward.config.site import SiteConfig
+from fedforward.core.errors import FedForwardError
+from fedforward.core.registry import METHODS
+from fedforward.data import chat
+from fedforward.data.readers import begins
+from fedforward.data.templates import Template
+
+Terms = Mapping[str, Any]
+#: A key of the terms, and what is wrong with its value.
+Refused = tuple[str, str]
+
+
+def refusals(given: Terms, settings: SiteConfig) -> list[Refused]:
+    """Why a site will not take part on these terms: a key and a sentence each; usually none.
+
+    Args:
+        given: terms as a server sent them.
+        settings: the site's own file, with its limits.
+
+    Example:
+        >>> refusals({**terms, "lora": {"rank": 1000}}, settings)
+        [('lora.rank', "lora.rank = 1000 is above this site's limits.rank = 64")]
+    """
+    found = [*_too_much(given, settings), *_not_allowed(given, settings)]
+    found += _unreleased(given, settings)
+    return [(key, f"{key} = {words}") for key, words in found]
+
+
+def _too_much(given: Terms, settings: SiteConfig) -> Iterator[Refused]:
+    limits = settings.limits
+    for key, most in (
+        ("federation.rounds", limits.rounds),
+        ("method.local_steps", limits.local_steps),
+        ("method.directions", limits.directions),
+        ("method.batch_size", limits.batch_size),
+        ("lora.rank", limits.rank),
+        ("data.answer_tokens", limits.answer_tokens),
+    ):
+        value = _value(given, key)
+        if type(value) is not int or value > most:
+            yield key, f"{value!r} is above this site's limits.{key.partition('.')[2]} = {most}"
+
+
+def _not_allowed(given: Terms, settings: SiteConfig) -> Iterator[Refused]:
+    limits = settings.limits
+    for key, legal in (("model.tune", limits.tune), ("model.head", limits.head)):
+        if (value := _value(given, key)) not in legal:
+            limit = key.partition(".")[2]
+            yield key, f"{value!r} is not in this site's limits.{limit} = {list(legal)!r}"
+    name = _value(given, "method.name")
+    if isinstance(name, str) and name in METHODS and not rules.capabilities(name).forward_only:
+        yield "method.name", f"{name!r} would send tensors, and this site sends scalars only"
+    for key in ("method.objective", "evaluation.metrics"):
+        value = _value(given, key)
+        names = value if isinstance(value, list) else [value]
+        if any(":" in str(name) for name in names) and not limits.functions:
+            words = "would be run as Python code here, and this site has limits.functions = false"
+            yield key, f"{value!r} {words}"
+    if (partition := _value(given, "federation.partition")) != "iid":
+        yield "federation.partition", f"{partition!r} divides a site's rows by a field of theirs"
+
+
+def _unreleased(given: Terms, settings: SiteConfig) -> Iterator[Refused]:
+    """Keys of the terms that name fields which the site has not released."""
+    released = {*settings.limits.fields, *(settings.data.fields or {})}
+    for key in ("data.prompt", "data.answer", "data.chat"):
+        try:
+            paths = _fields_of(key, given, settings)
+        except FedForwardError as error:
+            yield key, f"{_value(given, key)!r} cannot be read: {error}"
+            continue
+        closed = [path for path in paths if not any(begins(name, path) for name in released)]
+        if closed:
+            listed = sorted(released)
+            yield (
+                key,
+                f"{_value(given, key)!r} names {', '.join(map(repr, closed))}, and this site has "
+                f"released {', '.join(map(repr, listed)) or 'no fields'} (limits.fields)",
+            )
+
+
+def _fields_of(key: str, given: Terms, settings: SiteConfig) -> list[str]:
+    """The fields that a key of the terms names.
+
+    Raises:
+        FedForwardError: it holds no template.
+    """
+    value, own_chat = _value(given, key), settings.data.chat is not None
+    if key == "data.chat":
+        if value is None or own_chat:
+            return []
+        return list(chat.paths(_text(value))[0])
+    if own_chat or _value(given, "data.chat") is not None:
+        # A conversation is read in place of what the templates name.
+        return []
+    return Template.parse(_text(value), key).paths
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise FedForwardError("it is no text")
+    return value
+
+
+def _value(content: Terms, key: str) -> Any:
+    """The value of `section.key`; None where there is none."""
+    section, _, name = key.partition(".")
+    part = content.get(section)
+    return part.get(name) if isinstance(part, dict) else None
