@@ -7,6 +7,7 @@ deadlines, and sites that vanish and come back. What must not be lost is in the 
 a run is `training.loop`'s. Imports no PyTorch.
 """
 
+import logging
 import math
 import os
 import time
@@ -24,6 +25,7 @@ from fedforward.deployment.enrollment import Admission
 from fedforward.deployment.participants import ByteCount, Participant, Participants
 from fedforward.deployment.site_metrics import SiteMetrics, combined
 from fedforward.deployment.state import CoordinatorState
+from fedforward.deployment.transient import TransientErrors
 from fedforward.deployment.transport import Transport
 from fedforward.federation.agreement import QuorumError
 from fedforward.federation.ledger import Round
@@ -37,6 +39,7 @@ from fedforward.training.metrics import Attendance, RoundOutcome, Traffic
 from fedforward.training.run_directory import RunDirectory
 from fedforward.training.summary import DeploymentSummary, Lines, RunSummary, mean_traffic
 
+LOGGER = logging.getLogger("fedforward.deployment.coordinator")
 #: Seconds between two looks at who is there and what has come.
 POLL_INTERVAL_S = 0.2
 #: Rounds that may end without a quorum, because states differed, before the run is given up.
@@ -92,6 +95,7 @@ class Coordinator:
         self._late = 0
         self._disagreement = ""
         self._status_written = -math.inf
+        self._errors = TransientErrors(LOGGER.warning)
 
     def run(self) -> RunSummary:
         """Carry the run to its end.
@@ -139,9 +143,10 @@ class Coordinator:
 
     def _poll(self) -> None:
         """Take what has come, unless the run is to stop; then wait a moment."""
-        if self.state.stop_file.exists():
-            self.state.stop_file.unlink(missing_ok=True)
-            raise Stopped("The run was asked to stop. Everything up to here is kept.")
+        with self._errors.noted("the run's folder cannot be looked at"):
+            if self.state.stop_file.exists():
+                self.state.stop_file.unlink(missing_ok=True)
+                raise Stopped("The run was asked to stop. Everything up to here is kept.")
         self.participants.look(self._accept)
         if self.server is not None and self.admission.candidates:
             self.admission.admit(self.server)
@@ -429,16 +434,16 @@ class Coordinator:
                 site["holds"] = server.held.get(site["number"])
         lines = self.loop.lines if self.loop is not None else []
         losses = [line["heldout_loss"] for line in lines if "heldout_loss" in line]
-        self.state.write_status(
-            {
-                "state": state,
-                "what": self.what,
-                "error": error,
-                "pid": os.getpid(),
-                "run": self.state.run.hex(),
-                "round": server.round if server is not None else 0,
-                "rounds": self.config.federation.rounds,
-                "heldout_loss": losses[-1] if losses else None,
-                "sites": sites,
-            }
-        )
+        content = {
+            "state": state,
+            "what": self.what,
+            "error": error,
+            "pid": os.getpid(),
+            "run": self.state.run.hex(),
+            "round": server.round if server is not None else 0,
+            "rounds": self.config.federation.rounds,
+            "heldout_loss": losses[-1] if losses else None,
+            "sites": sites,
+        }
+        with self._errors.noted("status.json cannot be written"):
+            self.state.write_status(content)

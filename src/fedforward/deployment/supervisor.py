@@ -3,6 +3,7 @@ ends.
 """
 
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -13,6 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from fedforward.deployment.transient import TransientErrors
+
+LOGGER = logging.getLogger("fedforward.deployment.supervisor")
 #: Seconds before a process that died is started again: doubled each time, up to the last.
 FIRST_RESTART_S, LAST_RESTART_S = 1.0, 10.0
 #: A process that ran for so many seconds counts as stable when it dies.
@@ -158,6 +162,7 @@ class Supervisor:
 
     def __init__(self) -> None:
         self.children: list[Child] = []
+        self._errors = TransientErrors(LOGGER.warning)
 
     def __enter__(self) -> "Supervisor":
         return self
@@ -178,8 +183,16 @@ class Supervisor:
         return child
 
     def keep(self) -> list[Child]:
-        """Start again whoever died; returns those who were found dead just now."""
-        return [child for child in self.children if child.keep()]
+        """Start again whoever died; returns those who were found dead just now.
+
+        One that cannot be started is noted, and is tried again by the next call.
+        """
+        dead = []
+        for child in self.children:
+            with self._errors.noted(f"{child.name} cannot be looked after"):
+                if child.keep():
+                    dead.append(child)
+        return dead
 
 
 class Terminated(SystemExit):
