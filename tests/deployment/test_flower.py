@@ -150,61 +150,6 @@ def test_an_answer_that_cannot_be_read_costs_nobody_else_theirs(
     assert "cannot be read: nothing that Flower knows" in arrived["c"].error
 
 
-def test_keys_come_and_go(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Also while the engine is being started again, or a file cannot be read."""
-    from fedforward.deployment.flower import server as module
-
-    class Engine:
-        def __init__(self) -> None:
-            self.known: dict[int, str] = {}
-            self.down = False
-
-        def register(self, new: dict[str, Path]) -> dict[str, int | str]:
-            if self.down:
-                raise FedForwardError("it does not answer")
-            found: dict[str, int | str] = {}
-            for name, path in new.items():
-                found[name] = 1 + max(self.known, default=0)
-                self.known[int(found[name])] = path.read_text()
-            return found
-
-        def unregister(self, node: int) -> None:
-            if self.down:
-                raise FedForwardError("it does not answer")
-            del self.known[node]
-
-    folder = tmp_path / "sites"
-    folder.mkdir()
-    flower = Engine()
-    caplog.set_level("INFO", "fedforward")
-    monkeypatch.setattr(module, "RETRY_KEY_S", 0.0)
-    keys = module.SiteKeys(tmp_path, tmp_path / "r.json", flower)  # type: ignore[arg-type]
-    (folder / "a.pub").write_text("A")
-    (folder / "b.pub").symlink_to(tmp_path / "nowhere")
-    keys.look()
-    assert flower.known == {1: "A"} and "cannot be read" in caplog.messages[0]
-    flower.down = True
-    (folder / "a.pub").unlink()
-    (folder / "c.pub").write_text("C")
-    for _ in range(3):
-        keys.look()
-    assert flower.known == {1: "A"} and len(caplog.messages) == 3
-    assert "cannot be taken away" in caplog.messages[1] and "is not taken" in caplog.messages[2]
-    flower.down = False
-    keys.look()
-    assert (
-        list(flower.known.values()) == ["C"]
-        and caplog.messages[-1] == "site a: its key was taken away"
-    )
-    # A server that begins anew knows whom it let in.
-    again = module.SiteKeys(tmp_path, tmp_path / "r.json", flower)  # type: ignore[arg-type]
-    (folder / "c.pub").write_text("D")
-    again.look()
-    assert list(flower.known.values()) == ["D"]
-
-
 def test_certificates(tmp_path: Path) -> None:
     folder = tmp_path / "certs"
     with pytest.raises(FedForwardError, match=r"there is no ca\.crt"):
@@ -270,53 +215,6 @@ def test_flowers_commands_together(tmp_path: Path) -> None:
 def test_an_address_that_is_none(listen: str, insecure: bool, words: str) -> None:
     with pytest.raises(FedForwardError, match=re.escape(words)):
         ListenAddress.parse(listen, None, insecure)
-
-
-def test_the_reverse_proxy_lets_only_sites_through(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fedforward.deployment.flower.reverse_proxy.START_TIMEOUT_S", 0.3)
-    import http.server
-
-    import httpx
-
-    from fedforward.deployment.flower.reverse_proxy import ReverseProxy
-
-    class Engine(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(self.path.encode() + b" " + body + self.headers["x-key"].encode())
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Engine) as inner:
-        threading.Thread(target=inner.serve_forever, daemon=True).start()
-        port = free_port()
-        url = f"http://127.0.0.1:{inner.server_port}"
-        proxy = ReverseProxy("127.0.0.1", port, url, None, None)
-        proxy.open()
-        outside = f"http://127.0.0.1:{port}"
-        headers = {"x-key": "k"}
-        pull = f"{outside}/v1/fleet/pull-messages"
-        assert httpx.post(pull, content=b"b", headers=headers).status_code == 503
-        proxy.ready = True
-        answer = httpx.post(pull, content=b"b", headers=headers)
-        assert answer.content == b"/v1/fleet/pull-messages bk"
-        for path in ("/v1/control/register-node", "/v1/runtime/acquire-task", "/docs"):
-            assert httpx.post(f"{outside}{path}", content=b"b", headers=headers).status_code == 404
-        sneaky = f"{outside}/v1/fleet/%2e%2e/control/start-run"
-        assert httpx.post(sneaky, content=b"b", headers=headers).status_code == 404
-        assert proxy.refused == 4
-        monkeypatch.setattr("fedforward.deployment.flower.reverse_proxy.MAX_BYTES_TOGETHER", 10)
-        assert httpx.post(pull, content=bytes(11), headers=headers).status_code == 413
-        assert proxy.bytes_open == 0
-        with pytest.raises(FedForwardError, match="cannot be listened on"):
-            ReverseProxy("127.0.0.1", port, url, None, None).open()
-        proxy.close()
-        inner.shutdown()
 
 
 def test_what_is_wrong_with_a_connection_is_found_out(

@@ -19,7 +19,7 @@ from fedforward.core.errors import FedForwardError
 from fedforward.core.paths import check_new_folder, home
 from fedforward.deployment.flower import certificates, engine
 from fedforward.deployment.flower.client_app import SOCKET
-from fedforward.deployment.flower.reverse_proxy import SITES_PATH
+from fedforward.deployment.flower.site_auth import SITES_PATH
 from fedforward.deployment.supervisor import Child, Supervisor, free_port
 from fedforward.training.folder_lock import FolderLock
 

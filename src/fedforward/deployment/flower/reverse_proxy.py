@@ -3,36 +3,113 @@
 Flower serves sites, operators and app processes on one port, and the operators' part has no
 password: whoever reaches the port could register a key or submit code to be run. So the engine
 listens on the loopback device alone, and this proxy hands on the sites' part (`/v1/fleet/`). Who a
-site is, is still proven to the engine by its key in every request.
+site is, is proven by its key in every request: here before a body is read, and to the engine.
+`connections` has the bounds before that. Bodies are handed on in pieces and never kept.
 """
 
 import asyncio
+import logging
+import socket
 import ssl
 import threading
 import time
-from contextlib import suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager, suppress
 from typing import Any
 
 import httpx
 import uvicorn
-from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from fedforward.core.errors import FedForwardError
+from fedforward.deployment.flower import connections, site_auth
+from fedforward.deployment.flower.site_auth import ROUTES, SITES_PATH, PublicKeys
 
-#: Path below which requests pass: the sites' part.
-SITES_PATH = "/v1/fleet/"
+LOGGER = logging.getLogger("fedforward.deployment.server")
 #: Bytes that a request may have: a snapshot of an adapter, with room.
 MAX_BYTES = 1 << 30
-#: Bytes of all unfinished requests together: whoever reaches the port can begin one.
+#: Bytes of all unfinished requests together: the engine keeps them in memory.
 MAX_BYTES_TOGETHER = 2 << 30
-_OWN_HOP = {"host", "connection", "keep-alive", "transfer-encoding", "content-length", "upgrade"}
+#: Bytes from which a request is a big one; big ones and all of one site at a time.
+BIG_BYTES, MAX_BIG, MAX_REQUESTS = 8 << 20, 2, 32
+#: Seconds for a body to come: some, and one more for so many bytes.
+BODY_TIMEOUT_S, BODY_RATE = 20.0, 8 << 10
+#: Bytes and seconds of a refused request's body: read, so that a site also reads the answer.
+_REST_BYTES, _REST_TIMEOUT_S = 1 << 16, 2.0
+#: Headers that pass to the engine, and back.
+REQUEST_HEADERS = frozenset(
+    {
+        "accept",
+        "content-length",
+        "content-type",
+        "flwr-component-name",
+        "flwr-package-name",
+        "flwr-package-version",
+        site_auth.PUBLIC_KEY,
+        site_auth.SIGNATURE,
+        site_auth.TIMESTAMP,
+    }
+)
+ANSWER_HEADERS = frozenset(
+    {"content-length", "content-type", "flwr-version-incompatibility-message"}
+)
+_ONLY_SITES = "fedforward: only sites are served here\n"
 #: Seconds for the proxy to open, and for the engine to answer.
 TIMEOUT_S = 60.0
 #: Seconds that a request waits while the server is being started.
 START_TIMEOUT_S = 4.0
+#: Seconds after which an idle connection to the engine is not used again; it closes it after 5 s.
+_ENGINE_KEEP_ALIVE_S = 3.0
+
+
+class _Refused(Exception):  # noqa: N818 - it is an answer
+    """A request that is not handed on."""
+
+    def __init__(self, answer: Response) -> None:
+        self.answer = answer
+        # The rest of the body is not waited for.
+        answer.headers["connection"] = "close"
+
+    @classmethod
+    def because(cls, status: int, words: str) -> "_Refused":
+        """With a sentence for people."""
+        return cls(PlainTextResponse(f"fedforward: {words}\n", status))
+
+
+class _Body:
+    """A request's body as it comes.
+
+    Attributes:
+        more: whether there is more of it.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.more = True
+
+    async def part(self, timeout_s: float) -> bytes:
+        """The next part.
+
+        Raises:
+            ClientDisconnect: it broke off.
+            TimeoutError: it did not come in time.
+        """
+        async with asyncio.timeout(timeout_s):
+            message = await self._receive()
+        if message["type"] != "http.request":
+            raise ClientDisconnect
+        self.more = message.get("more_body", False)
+        return bytes(message.get("body", b""))
+
+    async def skip(self) -> None:
+        """Read a little of what is left: who is still writing does not read an answer."""
+        left, last = _REST_BYTES, time.monotonic() + _REST_TIMEOUT_S
+        with suppress(TimeoutError):
+            while self.more and left > 0:
+                left -= len(await self.part(last - time.monotonic()))
 
 
 class ReverseProxy:
@@ -41,10 +118,11 @@ class ReverseProxy:
     Attributes:
         received: bytes of requests' bodies that passed.
         sent: bytes of the answers' bodies.
-        refused: requests for what is not the sites' part.
-        bytes_open: of requests that are being read or handed on.
+        refused: requests for what is not the sites' part, or of who is not let in.
+        bytes_open: of requests that are being handed on.
         ready: whether the engine knows the sites' keys. Before that sites wait, and are then asked
             to try again, since the engine would tell them that they are not let in.
+        keys: of the sites that are let in; None lets in all.
     """
 
     def __init__(
@@ -54,40 +132,53 @@ class ReverseProxy:
         engine: str,
         trust: ssl.SSLContext | None,
         certificate: tuple[str, str] | None,
+        keys: PublicKeys | None = None,
     ) -> None:
         """Listen on `host` and `port` and hand on to `engine`, a URL.
 
         Args:
             trust: what the engine's certificate is checked with; None if it has none.
             certificate: files of the proxy's certificate and key; None is plaintext.
+            keys: see the class.
         """
         self.received = self.sent = self.refused = 0
         self.ready = False
+        self.keys = keys
         self.bytes_open = 0
+        self._requests: Counter[str] = Counter()
+        self._big: Counter[str] = Counter()
+        most, to_engine = connections.connection_limits()
+        self.connections = connections.ConnectionCount(most)
         self._client = httpx.AsyncClient(
-            base_url=engine, verify=trust or False, timeout=TIMEOUT_S, trust_env=False
+            base_url=engine,
+            verify=trust or False,
+            timeout=TIMEOUT_S,
+            trust_env=False,
+            headers={"accept-encoding": "identity", "user-agent": "fedforward"},
+            limits=httpx.Limits(max_connections=to_engine, keepalive_expiry=_ENGINE_KEEP_ALIVE_S),
         )
-        app = Starlette(
-            routes=[Route("/{path:path}", self._pass, methods=["GET", "POST"])],
-        )
+        self._server = uvicorn.Server(self._configured(certificate))
+        self._address = host, port
+        self._thread: threading.Thread | None = None
+
+    def _configured(self, certificate: tuple[str, str] | None) -> uvicorn.Config:
         options: dict[str, Any] = {}
         if certificate is not None:
             options = {"ssl_certfile": certificate[0], "ssl_keyfile": certificate[1]}
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                host=host,
-                port=port,
-                ws="none",
-                log_level="error",
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=30,
-                **options,
-            )
+        return uvicorn.Config(
+            self._serve_request,
+            http=connections.BoundedProtocol,
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            log_level="critical",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=connections.KEEP_ALIVE_S,
+            timeout_graceful_shutdown=1,
+            **options,
         )
-        self._where = f"{host}:{port}"
-        self._thread = threading.Thread(target=self._serve, name="reverse proxy", daemon=True)
 
     def open(self) -> None:
         """Begin to listen.
@@ -95,62 +186,190 @@ class ReverseProxy:
         Raises:
             FedForwardError: the address cannot be had.
         """
+        host, port = self._address
+        try:
+            listeners = connections.listen(host, port, self.connections)
+        except OSError as error:
+            raise FedForwardError(
+                f"--listen {host}:{port}: the address cannot be listened on. It may be in use, "
+                "or not be this machine's."
+            ) from error
+        self._thread = threading.Thread(
+            target=self._run, args=(listeners,), name="reverse proxy", daemon=True
+        )
         self._thread.start()
         last = time.monotonic() + TIMEOUT_S
         while not self._server.started:
             if not self._thread.is_alive() or time.monotonic() > last:
-                raise FedForwardError(
-                    f"--listen {self._where}: the address cannot be listened on. It may be in use, "
-                    "or not be this machine's."
-                )
+                raise FedForwardError(f"--listen {host}:{port}: the reverse proxy did not start.")
             time.sleep(0.05)
 
-    def _serve(self) -> None:
-        # An address that cannot be had ends the thread, which `open` then finds.
-        with suppress(SystemExit):
-            self._server.run()
+    def _run(self, listeners: Sequence[socket.socket]) -> None:
+        async def serve() -> None:
+            async with self._client:
+                await self._server.serve(sockets=list(listeners))
+
+        with asyncio.Runner(loop_factory=connections.Loop) as runner:
+            runner.run(serve())
 
     def close(self) -> None:
         """Stop listening."""
         self._server.should_exit = True
-        self._thread.join(5.0)
+        if self._thread is not None:
+            self._thread.join(5.0)
 
-    async def _pass(self, request: Request) -> Response:
-        path = request.url.path
-        if request.method != "POST" or not path.startswith(SITES_PATH) or ".." in path:
-            self.refused += 1
-            return PlainTextResponse("fedforward: only sites are served here\n", 404)
-        last = time.monotonic() + START_TIMEOUT_S
-        while not self.ready and time.monotonic() < last:
-            await asyncio.sleep(0.1)
-        if not self.ready:
-            return PlainTextResponse("fedforward: the server is being started\n", 503)
-        parts: list[bytes] = []
-        size = 0
+    async def _serve_request(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request, body = Request(scope, receive), _Body(receive)
         try:
-            async for part in request.stream():
-                size += len(part)
-                self.bytes_open += len(part)
-                if size > MAX_BYTES or self.bytes_open > MAX_BYTES_TOGETHER:
-                    return PlainTextResponse("fedforward: too much at once\n", 413)
-                parts.append(part)
-            return await self._hand_on(request, b"".join(parts))
+            async with AsyncExitStack() as stack:
+                try:
+                    answer = await self._answer(request, body, stack)
+                except _Refused as refused:
+                    await body.skip()
+                    answer = refused.answer
+                await answer(scope, receive, send)
         except ClientDisconnect:
-            return PlainTextResponse("fedforward: the request broke off\n", 400)
+            request.state.abort()
+        except Exception as error:
+            LOGGER.warning(f"the reverse proxy could not answer a request: {error!r}")
+            request.state.abort()
+
+    async def _answer(self, request: Request, body: _Body, stack: AsyncExitStack) -> Response:
+        """Hand on a request that passes all the checks; `stack` is left when it was answered.
+
+        Raises:
+            _Refused: it does not.
+        """
+        path = request.scope["raw_path"].decode("ascii")
+        # A site that cannot connect asks for the folder, to find out whether it is too early.
+        known = path in ROUTES or path == SITES_PATH
+        if request.method != "POST" or request.scope["query_string"] or not known:
+            raise self._stranger(PlainTextResponse(_ONLY_SITES, 404))
+        headers = _headers(request)
+        await self._wait_until_ready()
+        if path == SITES_PATH:
+            raise self._stranger(PlainTextResponse(_ONLY_SITES, 404))
+        if self.keys is not None and (why := site_auth.refusal(path, headers, self.keys)):
+            raise self._stranger(Response(why.content, why.status, media_type="application/json"))
+        owner = headers.get(site_auth.PUBLIC_KEY) or (request.client.host if request.client else "")
+        size = _size(headers)
+        stack.enter_context(self._room(owner, size))
+        return await self._hand_on(request, path, headers, self._parts(body, size), stack)
+
+    def _stranger(self, answer: Response) -> _Refused:
+        self.refused += 1
+        return _Refused(answer)
+
+    async def _wait_until_ready(self) -> None:
+        last = time.monotonic() + START_TIMEOUT_S
+        while not self.ready:
+            if time.monotonic() > last:
+                raise _Refused.because(503, "the server is being started")
+            await asyncio.sleep(0.1)
+
+    @contextmanager
+    def _room(self, owner: str, size: int) -> Iterator[None]:
+        """Count a request while it is handed on.
+
+        Raises:
+            _Refused: it is too big, or there are too many at a time.
+        """
+        if size > min(MAX_BYTES, MAX_BYTES_TOGETHER):
+            raise _Refused.because(413, "too much at once")
+        big = int(size >= BIG_BYTES)
+        if (
+            self.bytes_open + size > MAX_BYTES_TOGETHER
+            or self._requests[owner] >= MAX_REQUESTS
+            or (big and self._big[owner] >= MAX_BIG)
+        ):
+            raise _Refused.because(503, "too much at a time; try again")
+        self.bytes_open += size
+        self._requests[owner] += 1
+        self._big[owner] += big
+        try:
+            yield
         finally:
             self.bytes_open -= size
+            for count, less in ((self._requests, 1), (self._big, big)):
+                count[owner] -= less
+                if not count[owner]:
+                    del count[owner]
 
-    async def _hand_on(self, request: Request, body: bytes) -> Response:
-        self.received += len(body)
-        headers = {k: v for k, v in request.headers.items() if k.lower() not in _OWN_HOP}
+    async def _hand_on(
+        self,
+        request: Request,
+        path: str,
+        headers: Mapping[str, str],
+        content: AsyncIterator[bytes],
+        stack: AsyncExitStack,
+    ) -> Response:
+        asked = self._client.build_request("POST", path, headers=headers, content=content)
         try:
-            answer = await self._client.post(request.url.path, content=body, headers=headers)
+            answer = await self._client.send(asked, stream=True)
         except httpx.HTTPError:
-            return PlainTextResponse("fedforward: the engine is being started again\n", 503)
-        self.sent += len(answer.content)
-        kept = {
-            k: v
-            for k, v in answer.headers.items()
-            if k.lower() not in _OWN_HOP | {"content-encoding", "server", "date"}
-        }
-        return Response(answer.content, answer.status_code, kept)
+            raise _Refused.because(503, "the engine is being started again") from None
+        stack.push_async_callback(answer.aclose)
+        kept = {k: v for k, v in answer.headers.items() if k.lower() in ANSWER_HEADERS}
+        return StreamingResponse(self._content(request, answer), answer.status_code, kept)
+
+    async def _parts(self, body: _Body, size: int) -> AsyncIterator[bytes]:
+        """A request's body as it comes.
+
+        Raises:
+            _Refused: it comes too slowly.
+            ClientDisconnect: it broke off.
+        """
+        came, waited_s = 0, 0.0
+        while came < size:
+            # What the engine needs to take it is not the site's time.
+            began = time.monotonic()
+            try:
+                part = await body.part(BODY_TIMEOUT_S + came / BODY_RATE - waited_s)
+            except TimeoutError:
+                raise _Refused.because(408, "the request came too slowly") from None
+            waited_s += time.monotonic() - began
+            came += len(part)
+            self.received += len(part)
+            yield part
+
+    async def _content(self, request: Request, answer: httpx.Response) -> AsyncIterator[bytes]:
+        """An answer's body as it comes."""
+        try:
+            async for part in answer.aiter_raw():
+                self.sent += len(part)
+                yield part
+        except httpx.HTTPError:
+            # Half an answer must not pass for a whole one. The response ends with the connection.
+            request.state.abort()
+            await asyncio.sleep(TIMEOUT_S)
+
+
+def _headers(request: Request) -> dict[str, str]:
+    """The headers that pass to the engine.
+
+    Raises:
+        _Refused: one is there twice, of which the engine might take the other, or the body has a
+            form that Flower's sites do not use.
+    """
+    found: dict[str, str] = {}
+    for raw, value in request.scope["headers"]:
+        name = raw.decode("latin-1")
+        if name == "transfer-encoding":
+            raise _Refused.because(411, "the length of the request is missing")
+        if name not in REQUEST_HEADERS:
+            continue
+        if name in found:
+            raise _Refused.because(400, f"{name} is there twice")
+        found[name] = value.decode("latin-1")
+    return found
+
+
+def _size(headers: Mapping[str, str]) -> int:
+    """Bytes of a request's body.
+
+    Raises:
+        _Refused: it does not say.
+    """
+    if "content-length" not in headers:
+        raise _Refused.because(411, "the length of the request is missing")
+    return int(headers["content-length"])

@@ -6,7 +6,6 @@ Nothing here knows of rounds. Processes that die are started again; the coordina
 starts as its server app, goes on from the ledger each time.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -24,18 +23,19 @@ from fedforward.core.logs import PHASES
 from fedforward.core.machine import process_runs, raise_open_file_limit
 from fedforward.deployment.flower import certificates, engine
 from fedforward.deployment.flower.reverse_proxy import ReverseProxy
+from fedforward.deployment.flower.site_auth import PublicKeys
+from fedforward.deployment.flower.site_keys import SiteKeys
 from fedforward.deployment.state import CoordinatorState
 from fedforward.deployment.supervisor import Child, Supervisor, free_port
+from fedforward.deployment.transient import TransientErrors
 from fedforward.training.metrics import ProgressCallback, RoundingWatch
-from fedforward.training.run_directory import RunDirectory, write_json
+from fedforward.training.run_directory import RunDirectory
 
 LOGGER = logging.getLogger("fedforward.deployment.server")
 #: Seconds between two looks at the run.
 POLL_INTERVAL_S = 0.5
 #: Seconds between two looks at the keys of sites.
 KEYS_INTERVAL_S = 5.0
-#: Seconds after which a key that was not taken is tried again.
-RETRY_KEY_S = 60.0
 #: Seconds for the engine to start, and for the coordinator to begin or to be seen again.
 TIMEOUT_S = 90.0
 #: How often a run is begun again without getting a round further.
@@ -149,6 +149,8 @@ class _Service:
         self.rounding = RoundingWatch(config)
         self.notes: dict[str, str] = {}
         self.run_number = self.phase = ""
+        self.errors = TransientErrors(LOGGER.warning)
+        self.tries, self.round_before = 0, -1
 
     def run(self) -> dict[str, Any]:
         """Start everything, and watch it until the run is over."""
@@ -168,11 +170,12 @@ class _Service:
             flower = engine.CommandLine(self.home, f"127.0.0.1:{self.port}", authority)
             keys = SiteKeys(self.address.tls, self.home / "registered.json", flower)
             keys.look()
+            proxy.keys = keys.public
             proxy.ready = True
             app = engine.write_app(self.home / "app", self.config, self.directory.path)
             scheme = "https" if self.address.tls else "http"
             LOGGER.info(f"sites are served at {scheme}://{self.address.host}:{self.address.port}")
-            return self._watch(flower, app, keys)
+            return self._watch(flower, app, keys, proxy)
         finally:
             proxy.close()
 
@@ -190,7 +193,8 @@ class _Service:
         scheme = "http" if inner is None else "https"
         trust = None if inner is None else certificates.trust(inner)
         url = f"{scheme}://127.0.0.1:{self.port}"
-        proxy = ReverseProxy(self.address.host, self.address.port, url, trust, pair)
+        keys: PublicKeys | None = None if tls is None else {}
+        proxy = ReverseProxy(self.address.host, self.address.port, url, trust, pair, keys)
         proxy.open()
         return proxy
 
@@ -218,39 +222,54 @@ class _Service:
                     ) from None
                 time.sleep(0.1)
 
-    def _watch(self, flower: engine.CommandLine, app: Path, keys: "SiteKeys") -> dict[str, Any]:
+    def _watch(
+        self, flower: engine.CommandLine, app: Path, keys: SiteKeys, proxy: ReverseProxy
+    ) -> dict[str, Any]:
         """Begin the run, again if its coordinator dies, until it is over."""
-        tries, round_before, looked = 0, -1, 0.0
+        looked = 0.0
         self._begin(flower, app)
         while True:
             time.sleep(POLL_INTERVAL_S)
             for child in self.supervisor.keep():
                 LOGGER.info(f"{child.name} ended unexpectedly and is started again")
-            now = time.monotonic()
-            if now - looked > KEYS_INTERVAL_S:
-                looked = now
-                keys.look()
-            status = self._read_status()
-            if status is None:
-                alive = now - self.began < TIMEOUT_S
-            else:
-                self._show(status)
-                if status["state"] in ("finished", "failed", "stopped"):
-                    return self._end(status)
-                alive = process_runs(int(status["pid"])) and _age(self.status) < SILENCE_TIMEOUT_S
-                if status["round"] > round_before:
-                    tries, round_before = 0, status["round"]
-            if alive:
-                continue
-            tries += 1
-            if tries > MAX_RETRIES:
-                log = self.home / "superexec.log"
-                raise FedForwardError(
-                    f"The run was begun {tries} times and ended each time without a round. See "
-                    f"{log}; everything up to round {max(0, round_before)} is kept."
-                )
-            LOGGER.info("the coordinator ended unexpectedly; the run goes on from the ledger")
-            self._begin(flower, app)
+            if time.monotonic() - looked > KEYS_INTERVAL_S:
+                looked = time.monotonic()
+                with self.errors.noted("the sites' keys cannot be looked at"):
+                    keys.look()
+                proxy.keys = keys.public
+            with self.errors.noted("the run cannot be looked at"):
+                summary = self._look(flower, app)
+                if summary is not None:
+                    return summary
+
+    def _look(self, flower: engine.CommandLine, app: Path) -> dict[str, Any] | None:
+        """Show what is new of the run, and begin it again if its coordinator died.
+
+        Returns:
+            Its summary, once it is over.
+        """
+        status = self._read_status()
+        if status is None:
+            alive = time.monotonic() - self.began < TIMEOUT_S
+        else:
+            self._show(status)
+            if status["state"] in ("finished", "failed", "stopped"):
+                return self._end(status)
+            alive = process_runs(int(status["pid"])) and _age(self.status) < SILENCE_TIMEOUT_S
+            if status["round"] > self.round_before:
+                self.tries, self.round_before = 0, status["round"]
+        if alive:
+            return None
+        if self.tries >= MAX_RETRIES:
+            log = self.home / "superexec.log"
+            raise FedForwardError(
+                f"The run was begun {self.tries + 1} times and ended each time without a round. "
+                f"See {log}; everything up to round {max(0, self.round_before)} is kept."
+            )
+        LOGGER.info("the coordinator ended unexpectedly; the run goes on from the ledger")
+        self._begin(flower, app)
+        self.tries += 1
+        return None
 
     def _begin(self, flower: engine.CommandLine, app: Path) -> None:
         """Submit the run to the engine, in place of one that was submitted before."""
@@ -273,9 +292,14 @@ class _Service:
         self.began = time.monotonic()
 
     def _read_status(self) -> dict[str, Any] | None:
+        """What the coordinator says of itself; None if it has said nothing yet.
+
+        Raises:
+            OSError: it cannot be read at this moment, which says nothing of the coordinator.
+        """
         try:
             return dict(json.loads(self.status.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             return None
 
     def _show(self, status: dict[str, Any]) -> None:
@@ -304,74 +328,6 @@ class _Service:
         if status["state"] != "finished":
             raise FedForwardError(status["error"] or f"The run {status['state']}.")
         return dict(json.loads(self.directory.summary.read_text(encoding="utf-8")))
-
-
-class SiteKeys:
-    """The public keys of the sites that are let in: those in the folder, at any time."""
-
-    def __init__(self, tls: Path | None, record: Path, flower: engine.CommandLine) -> None:
-        self.folder = None if tls is None else tls / "sites"
-        self.record = record
-        self.flower = flower
-        self.known: dict[str, dict[str, Any]] = {}
-        if record.is_file():
-            self.known = json.loads(record.read_text(encoding="utf-8"))
-        self.complaints: dict[tuple[str, str], str] = {}
-        self.tried: dict[tuple[str, str], float] = {}
-
-    def look(self) -> None:
-        """Let in new keys, and no longer those that are gone or were replaced."""
-        if self.folder is None or not self.folder.is_dir():
-            return
-        found = self._read(self.folder)
-        for name in [n for n in self.known if found.get(n, ("", ""))[1] != self.known[n]["key"]]:
-            try:
-                self.flower.unregister(self.known[name]["node"])
-            except FedForwardError as error:
-                # Until it has worked, the site is still let in; the next look tries again.
-                self._complain(name, "", f"its key cannot be taken away: {error}")
-                continue
-            LOGGER.info(f"site {name}: its key was taken away")
-            del self.known[name]
-            self._save()
-        now = time.monotonic()
-        new = {
-            name: path
-            for name, (path, key) in found.items()
-            if name not in self.known
-            and now - self.tried.get((name, key), -RETRY_KEY_S) >= RETRY_KEY_S
-        }
-        self.tried |= {(name, found[name][1]): now for name in new}
-        try:
-            nodes = self.flower.register(new)
-        except FedForwardError as error:
-            nodes = {name: str(error) for name in new}
-        for name, node in nodes.items():
-            if isinstance(node, str):
-                self._complain(name, found[name][1], f"its key {new[name]} is not taken: {node}")
-            else:
-                self.known[name] = {"key": found[name][1], "node": node}
-        if nodes:
-            self._save()
-
-    def _read(self, folder: Path) -> dict[str, tuple[Path, str]]:
-        """The public keys that are there: file and fingerprint, by name."""
-        found = {}
-        for path in sorted(folder.glob("*.pub")):
-            try:
-                found[path.stem] = (path, hashlib.sha256(path.read_bytes()).hexdigest())
-            except OSError as error:
-                self._complain(path.stem, "", f"its key {path} cannot be read: {error.strerror}")
-        return found
-
-    def _complain(self, name: str, key: str, words: str) -> None:
-        """Say what is wrong with a site's key, once."""
-        if self.complaints.get((name, key)) != words:
-            self.complaints[name, key] = words
-            LOGGER.info(f"site {name}: {words}")
-
-    def _save(self) -> None:
-        write_json(self.record, self.known)
 
 
 def _words(site: dict[str, Any]) -> str:
