@@ -8,12 +8,16 @@ process calls `ask`; the model server answers one message after another. It know
 
 import logging
 import os
+import queue
 import socket
 import struct
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
+
+from fedforward.deployment.transient import TransientErrors
 
 LOGGER = logging.getLogger("fedforward.deployment.model_server")
 _SIZE = struct.Struct("<Q")
@@ -23,6 +27,10 @@ MAX_BYTES = 1 << 34
 TIMEOUT_S = 120.0
 #: How often a message is put to a model server that dies over it.
 MAX_RETRIES = 2
+#: Connections that are read, wait or are written at a time.
+MAX_CONNECTIONS = 8
+#: Seconds for a peer to begin a message or to read a reply, and bytes of either a second.
+PEER_TIMEOUT_S, RATE = 10.0, 1 << 22
 #: Seconds between two attempts to connect.
 POLL_INTERVAL_S = 0.2
 
@@ -47,6 +55,7 @@ def ask(path: str, data: bytes, timeout_s: float = TIMEOUT_S) -> bytes:
                 connection.connect(path)
                 tries += 1
                 _send(connection, data)
+                # The model may take any time over it.
                 return _receive(connection)
         except OSError as error:
             if tries >= MAX_RETRIES or time.monotonic() > last:
@@ -62,22 +71,92 @@ def _send(connection: socket.socket, data: bytes) -> None:
     connection.sendall(data)
 
 
-def _receive(connection: socket.socket) -> bytes:
-    (size,) = _SIZE.unpack(_exactly(connection, _SIZE.size))
+def _receive(connection: socket.socket, timeout_s: float | None = None) -> bytes:
+    """A whole message.
+
+    Args:
+        timeout_s: seconds for its size to come, and beyond `RATE` for the rest; None waits.
+
+    Raises:
+        OSError: the other side is gone, or too slow.
+    """
+    (size,) = _SIZE.unpack(_exactly(connection, _SIZE.size, timeout_s))
     if size > MAX_BYTES:
         raise ConnectionError(f"a message of {size} bytes")
-    return _exactly(connection, size)
+    return _exactly(connection, size, timeout_s)
 
 
-def _exactly(connection: socket.socket, size: int) -> bytes:
-    parts, left = [], size
-    while left:
-        part = connection.recv(min(left, 1 << 20))
+def _exactly(connection: socket.socket, size: int, timeout_s: float | None) -> bytes:
+    began = time.monotonic()
+    parts, came = [], 0
+    while came < size:
+        if timeout_s is not None:
+            left_s = began + timeout_s + came / RATE - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError("the other side is too slow")
+            connection.settimeout(left_s)
+        part = connection.recv(min(size - came, 1 << 20))
         if not part:
             raise ConnectionError("the other side is gone")
         parts.append(part)
-        left -= len(part)
+        came += len(part)
     return b"".join(parts)
+
+
+class Inbox:
+    """Whole messages from a listening socket; who sends half of one holds up nobody.
+
+    Connections are read and written in threads of their own. Only who takes the messages has to do
+    with the model, which must stay in one thread.
+    """
+
+    def __init__(self, listening: socket.socket, timeout_s: float = PEER_TIMEOUT_S) -> None:
+        """`timeout_s` is as in `_receive`, and likewise for a reply to be read."""
+        self._listening = listening
+        self._timeout_s = timeout_s
+        self._whole: queue.SimpleQueue[tuple[socket.socket, bytes]] = queue.SimpleQueue()
+        self._free = threading.Semaphore(MAX_CONNECTIONS)
+        self._errors = TransientErrors(LOGGER.warning)
+        threading.Thread(target=self._accept, name="inbox", daemon=True).start()
+
+    def take(self) -> tuple[socket.socket, bytes]:
+        """Wait for a message; the connection that it came from takes the reply."""
+        return self._whole.get()
+
+    def reply(self, connection: socket.socket, data: bytes) -> None:
+        """Send a reply, without waiting until it is read."""
+        threading.Thread(target=self._send, args=(connection, data), daemon=True).start()
+
+    def _accept(self) -> None:
+        while self._listening.fileno() >= 0:
+            self._free.acquire()
+            connection = None
+            with self._errors.noted("a connection cannot be accepted"):
+                connection, _ = self._listening.accept()
+            if connection is None:
+                self._free.release()
+                time.sleep(POLL_INTERVAL_S)
+            else:
+                threading.Thread(target=self._read, args=(connection,), daemon=True).start()
+
+    def _read(self, connection: socket.socket) -> None:
+        try:
+            data = _receive(connection, self._timeout_s)
+        except OSError:
+            self._leave(connection)
+        else:
+            self._whole.put((connection, data))
+
+    def _send(self, connection: socket.socket, data: bytes) -> None:
+        # Whoever asked may be gone; the server will ask again.
+        with suppress(OSError):
+            connection.settimeout(self._timeout_s + len(data) / RATE)
+            _send(connection, data)
+        self._leave(connection)
+
+    def _leave(self, connection: socket.socket) -> None:
+        connection.close()
+        self._free.release()
 
 
 def serve(settings: Path, path: Path) -> None:
@@ -96,16 +175,12 @@ def serve(settings: Path, path: Path) -> None:
         # The folder is its user's alone, so there is no moment at which others could connect.
         listening.bind(str(path))
         path.chmod(0o600)
-        listening.listen(8)
+        listening.listen(MAX_CONNECTIONS)
         LOGGER.info("waiting for the server")
+        inbox = Inbox(listening)
         while True:
-            connection, _ = listening.accept()
-            with connection:
-                try:
-                    _send(connection, site.answer(_receive(connection)))
-                except OSError:
-                    # Whoever asked is gone; the server will ask again.
-                    continue
+            connection, data = inbox.take()
+            inbox.reply(connection, site.answer(data))
 
 
 def _die_with(parent: int) -> None:
