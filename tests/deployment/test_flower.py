@@ -150,37 +150,6 @@ def test_an_answer_that_cannot_be_read_costs_nobody_else_theirs(
     assert "cannot be read: nothing that Flower knows" in arrived["c"].error
 
 
-def test_certificates(tmp_path: Path) -> None:
-    folder = tmp_path / "certs"
-    with pytest.raises(FedForwardError, match=r"there is no ca\.crt"):
-        certificates.check_server(folder)
-    certificates.make(folder, ["fed.example.org"], ["a", "b"])
-    certificates.check_server(folder)
-    for path in (folder / "ca.key", folder / "server.key", folder / "sites" / "a.key"):
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    certificates.check_site(folder, folder / "sites" / "a.key")
-    with pytest.raises(FedForwardError, match="is not a site's key"):
-        certificates.check_site(folder, folder / "server.crt")
-    with pytest.raises(FedForwardError, match=r"--key .*: it is a folder; give the file in it"):
-        certificates.check_site(folder, folder / "sites")
-    for check in (
-        lambda: certificates.check_site(folder / "ca.crt", folder / "sites" / "a.key"),
-        lambda: certificates.check_server(folder / "ca.crt"),
-        lambda: certificates.make(folder / "ca.crt", ["x"], []),
-    ):
-        with pytest.raises(FedForwardError, match=r"ca\.crt is a file\. Give"):
-            check()
-    before = (folder / "server.crt").read_bytes()
-    assert [p.name for p in certificates.make(folder, ["x"], ["c"])] == ["c.key", "c.pub"]
-    assert (folder / "server.crt").read_bytes() == before
-    with pytest.raises(FedForwardError, match=r"--site '\.\./x' is not allowed"):
-        certificates.make(folder, [], ["../x"])
-    (folder / "server.crt").unlink()
-    (folder / "ca.key").unlink()
-    with pytest.raises(FedForwardError, match=r"no ca\.key"):
-        certificates.make(folder, ["x"], [])
-
-
 def test_flowers_commands_together(tmp_path: Path) -> None:
     """Each by itself: what one says is not another's."""
     done = subprocess.run(

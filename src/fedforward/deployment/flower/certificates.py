@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
@@ -24,6 +25,10 @@ from fedforward.core.errors import FedForwardError
 DAYS = 825
 #: What a site may be called: it becomes a file name, and the name that the server knows it by.
 SITE_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,31}")
+#: What a host may be called, in a certificate's words.
+_HOST = re.compile(r"(\*\.)?([A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.)*[A-Za-z0-9_-]{1,63}")
+#: Characters of a certificate's common name at most; the host's whole name is beside it.
+_COMMON_NAME = 64
 
 
 def make(folder: Path, hosts: Sequence[str], sites: Sequence[str]) -> list[Path]:
@@ -43,6 +48,12 @@ def make(folder: Path, hosts: Sequence[str], sites: Sequence[str]) -> list[Path]
                 f"--site {name!r} is not allowed: it must be at most 32 letters, digits, '.', '_' "
                 "or '-', and begin with a letter or digit."
             )
+    for host in hosts:
+        if not _is_host(host):
+            raise FedForwardError(
+                f"--host {host!r} is not allowed: it must be a name in ASCII letters, as in "
+                "fed.example.org, or an address, without a port."
+            )
     if folder.is_file():
         raise FedForwardError(f"{folder} is a file. Give a folder, or the name of a new one.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,8 +62,8 @@ def make(folder: Path, hosts: Sequence[str], sites: Sequence[str]) -> list[Path]
     if not (folder / "ca.crt").exists():
         key = ec.generate_private_key(ec.SECP384R1())
         written += [
-            _write(folder / "ca.key", _pem(key), secret=True),
-            _write(folder / "ca.crt", _authority(key)),
+            write_new(folder / "ca.key", _pem(key), secret=True),
+            write_new(folder / "ca.crt", _authority(key)),
         ]
     if hosts and not (folder / "server.crt").exists():
         if not (folder / "ca.key").exists():
@@ -60,13 +71,11 @@ def make(folder: Path, hosts: Sequence[str], sites: Sequence[str]) -> list[Path]
                 f"{folder} has ca.crt and no ca.key, which a new server certificate must be signed "
                 "with. Bring the key back, or choose another folder."
             )
-        issuer = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
-        signer = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
-        assert isinstance(signer, ec.EllipticCurvePrivateKey)
+        issuer, signer = _read_authority(folder)
         key = ec.generate_private_key(ec.SECP384R1())
         written += [
-            _write(folder / "server.key", _pem(key), secret=True),
-            _write(folder / "server.crt", _server(key, hosts, issuer, signer)),
+            write_new(folder / "server.key", _pem(key), secret=True),
+            write_new(folder / "server.crt", _server(key, hosts, issuer, signer)),
         ]
     for name in sites:
         path = folder / "sites" / f"{name}.key"
@@ -81,8 +90,49 @@ def make(folder: Path, hosts: Sequence[str], sites: Sequence[str]) -> list[Path]
         public = key.public_key().public_bytes(
             serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
         )
-        written += [_write(path, secret, secret=True), _write(path.with_suffix(".pub"), public)]
+        # The public key first: where there is an old one, nothing must be written.
+        beside = write_new(path.with_suffix(".pub"), public)
+        written += [write_new(path, secret, secret=True), beside]
     return written
+
+
+def _is_host(text: str) -> bool:
+    """Whether a certificate can name it."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return len(text) <= 253 and _HOST.fullmatch(text) is not None
+    return "%" not in text
+
+
+def _read_authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """The authority's certificate and key.
+
+    Raises:
+        FedForwardError: they cannot sign.
+    """
+    try:
+        issuer = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
+        signer = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+        matching = issuer.public_key() == signer.public_key()
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion):
+        matching = False
+    if not matching or not isinstance(signer, ec.EllipticCurvePrivateKey):
+        raise FedForwardError(
+            f"{folder}: ca.crt and ca.key cannot sign a new server certificate. They must be an "
+            "authority's certificate and its elliptic-curve key in PEM form, without a passphrase."
+        )
+    return issuer, signer
+
+
+def _check_authority(folder: Path) -> None:
+    """Make sure that connections can be checked with ca.crt."""
+    try:
+        trust(folder)
+    except (OSError, ValueError) as error:
+        raise FedForwardError(
+            f"--tls {folder}: ca.crt is not a certificate in PEM form that can be used: {error}."
+        ) from error
 
 
 def check_server(folder: Path) -> None:
@@ -98,10 +148,12 @@ def check_server(folder: Path) -> None:
                 f"--tls {folder}: there is no {name}. `fedforward certs {folder} --host HOST` "
                 "makes what is needed; certificates of your own go under these names."
             )
+    _check_authority(folder)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(folder / "server.crt", folder / "server.key")
-    except (OSError, ssl.SSLError) as error:
+        # Without a password OpenSSL would ask for one at the terminal.
+        context.load_cert_chain(folder / "server.crt", folder / "server.key", password="")
+    except (OSError, ValueError) as error:
         raise FedForwardError(
             f"--tls {folder}: server.crt and server.key cannot be used together: {error}."
         ) from error
@@ -124,12 +176,13 @@ def check_site(folder: Path, key: Path) -> None:
         raise FedForwardError(
             f"--tls {folder}: there is no ca.crt. It is the server's, and says whom to trust."
         )
+    _check_authority(folder)
     if not key.is_file():
         what = "it is a folder; give the file in it" if key.is_dir() else "no such file"
         raise FedForwardError(f"--key {key}: {what}.")
     try:
         found = serialization.load_ssh_private_key(key.read_bytes(), None)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         found = None
     if not isinstance(found, ec.EllipticCurvePrivateKey):
         raise FedForwardError(
@@ -190,7 +243,7 @@ def _server(
             names.append(x509.DNSName(host))
     public = signer.public_key()
     return (
-        _builder(hosts[0], issuer.subject, key)
+        _builder(hosts[0][:_COMMON_NAME], issuer.subject, key)
         .add_extension(x509.SubjectAlternativeName(names), False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(public), False)
         .sign(signer, hashes.SHA384())
@@ -206,8 +259,20 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
-def _write(path: Path, content: bytes, *, secret: bool = False) -> Path:
-    """Write a new file; one that is secret is never readable by others, not even for a moment."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600 if secret else 0o644), "wb") as f:
-        f.write(content)
+def write_new(path: Path, content: bytes, *, secret: bool = False) -> Path:
+    """Write a new file; one that is secret is never readable by others, not even for a moment.
+
+    Raises:
+        FedForwardError: there is a file or a link of that name. Neither is written to.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        descriptor = os.open(path, flags, 0o600 if secret else 0o644)
+    except FileExistsError:
+        raise FedForwardError(
+            f"{path} is there already, and what belongs to it is not. Bring that back, or move "
+            "this file away: it is not overwritten."
+        ) from None
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
     return path

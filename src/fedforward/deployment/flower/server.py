@@ -9,6 +9,7 @@ starts as its server app, goes on from the ledger each time.
 import json
 import logging
 import os
+import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -159,8 +160,8 @@ class _Service:
         proxy = self._open_proxy(inner)
         try:
             secret = self.home / "secret"
-            secret.write_bytes(os.urandom(32))
-            secret.chmod(0o600)
+            secret.unlink(missing_ok=True)
+            certificates.write_new(secret, os.urandom(32), secret=True)
             self._start(
                 "superlink", engine.superlink(self.port, self.home / "engine.sqlite", secret, inner)
             )
@@ -184,7 +185,12 @@ class _Service:
         if self.address.tls is None:
             return None
         folder = self.home / "loopback"
-        certificates.make(folder, ["127.0.0.1"], [])
+        try:
+            certificates.check_server(folder)
+        except FedForwardError:
+            # There are none yet, or a start was cut short: nobody else has them.
+            shutil.rmtree(folder, ignore_errors=True)
+            certificates.make(folder, ["127.0.0.1"], [])
         return folder
 
     def _open_proxy(self, inner: Path | None) -> ReverseProxy:
