@@ -20,6 +20,7 @@ import httpx
 
 from fedforward.deployment.flower import certificates, engine
 from fedforward.deployment.flower.reverse_proxy import ReverseProxy
+from fedforward.deployment.flower.site_auth import read_public_key
 from fedforward.deployment.supervisor import Child, Supervisor, free_port
 
 
@@ -41,7 +42,9 @@ def measure(folder: Path, sites: int, seconds: float) -> dict[str, float]:
     port, outside = free_port(), free_port()
     trust = certificates.trust(inner)
     pair = (str(outer / "server.crt"), str(outer / "server.key"))
-    proxy = ReverseProxy("127.0.0.1", outside, f"https://127.0.0.1:{port}", trust, pair)
+    read = [read_public_key((outer / "sites" / f"{name}.pub").read_bytes()) for name in names]
+    keys = dict(key for key in read if key is not None)
+    proxy = ReverseProxy("127.0.0.1", outside, f"https://127.0.0.1:{port}", trust, pair, keys)
     environment = engine.environment(home)
     with Supervisor() as supervisor:
         command = engine.superlink(port, folder / "database", secret, inner)

@@ -1,11 +1,14 @@
 """What a terminal shows of a run: a bar for a long evaluation, and held-out figures by name."""
 
+import errno
 import io
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import typer
 from rich.console import Console
 
 from fedforward.cli import console as shown
@@ -108,3 +111,13 @@ def test_a_summary_names_each_number_once() -> None:
         "held-out loss 3.000 before, 2.500 after (-16.7 %)",
         "accuracy 50.0 % before, 75.0 % after",
     ]
+
+
+def test_what_may_pass_by_itself_has_an_exit_code_of_its_own(terminal: Any) -> None:
+    """A service manager starts again what ended for that, and not what a user must mend."""
+    text = terminal(False)
+    for number, code in ((errno.ENOSPC, 75), (errno.EMFILE, 75), (errno.EACCES, 2)):
+        with pytest.raises(typer.Exit) as ended, shown.friendly():
+            raise OSError(number, os.strerror(number), "/some/path")
+        assert ended.value.exit_code == code
+        assert f"/some/path: {os.strerror(number)}." in text.getvalue()

@@ -15,9 +15,9 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from fedforward.deployment.flower import certificates, connections, reverse_proxy
+from fedforward.deployment.flower import certificates, connections, requests, reverse_proxy
 from fedforward.deployment.supervisor import free_port
-from tests.support.proxy import PULL, Key, connected, head, proxied, until_closed
+from tests.support.proxy import PULL, Key, connected, head, proxied, soon, until_closed
 
 #: Seconds within which somebody else must have an answer, also on a busy machine.
 ANSWER_S = 1.0
@@ -123,10 +123,7 @@ def test_one_address_cannot_have_all_connections() -> None:
     with proxied() as (proxy, _, port), ExitStack() as stack:
         proxy.connections.most, proxy.connections.most_each = 12, 4
         mine = [stack.enter_context(connected(port)) for _ in range(10)]
-        last = time.monotonic() + 5
-        while proxy.connections.refused < 6 and time.monotonic() < last:
-            time.sleep(0.01)
-        assert proxy.connections.refused == 6
+        assert soon(lambda: proxy.connections.refused == 6)
         assert all(until_closed(connection)[0] == b"" for connection in mine[4:])
         if sys.platform == "linux":
             transport = httpx.HTTPTransport(local_address="127.0.0.2")
@@ -205,7 +202,7 @@ def _send(connection: socket.socket, data: bytes) -> int:
 
 
 def test_big_bodies_without_a_key_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reverse_proxy, "_REST_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(requests, "REST_TIMEOUT_S", 0.2)
     key = Key()
     with proxied(key.known) as (proxy, engine, port):
         memory = psutil.Process().memory_info
@@ -277,7 +274,7 @@ def test_tls_must_be_agreed_on_in_time(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_body_must_come_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reverse_proxy, "BODY_TIMEOUT_S", 0.3)
     monkeypatch.setattr(reverse_proxy, "BODY_RATE", 1 << 10)
-    monkeypatch.setattr(reverse_proxy, "_REST_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(requests, "REST_TIMEOUT_S", 0.1)
     with proxied() as (proxy, engine, port), connected(port) as connection:
         connection.sendall(head(size=1000))
         began = time.monotonic()
@@ -288,7 +285,7 @@ def test_a_body_must_come_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
         except OSError:
             pass
         assert time.monotonic() - began < 1.5
-        assert engine.paths == [] and proxy.bytes_open == 0
+        assert soon(lambda: proxy.bytes_open == 0) and engine.paths == []
         with connected(port) as connection:
             connection.sendall(head(size=1000) + bytes(10))
             answer, seconds = until_closed(connection)
@@ -315,11 +312,7 @@ def test_an_answer_must_be_read_in_time(size: int, monkeypatch: pytest.MonkeyPat
             connection.connect(("127.0.0.1", port))
             before = psutil.Process().memory_info().rss
             connection.sendall(head(size=0))
-            last = time.monotonic() + 5
-            while not proxy.connections.open and time.monotonic() < last:
-                time.sleep(0.01)
-            while proxy.connections.open and time.monotonic() < last:
-                time.sleep(0.01)
-            assert not proxy.connections.open
+            assert soon(lambda: proxy.connections.open == 1)
+            assert soon(lambda: proxy.connections.open == 0)
             assert psutil.Process().memory_info().rss - before < size // 2 + (8 << 20)
         assert httpx.post(f"http://127.0.0.1:{port}{PULL}").status_code == 200

@@ -118,6 +118,14 @@ def until_closed(connection: socket.socket, seconds: float = 5.0) -> tuple[bytes
     return found, time.monotonic() - began
 
 
+def soon(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    """Whether something comes true."""
+    last = time.monotonic() + seconds
+    while not condition() and time.monotonic() < last:
+        time.sleep(0.01)
+    return condition()
+
+
 class Key:
     """A site's key, which signs as Flower does."""
 

@@ -5,6 +5,7 @@ but JSON on the former. The library itself logs under the package's name and pri
 handler that shows its records is set up here and nowhere else.
 """
 
+import errno
 import logging
 import time
 from collections.abc import Iterator
@@ -31,6 +32,12 @@ from fedforward.core.logs import PHASES, PROGRESS
 out_console = Console()
 #: Progress, log records and errors.
 console = Console(stderr=True)
+
+#: Exit codes for what a user can mend, and for what may pass by itself (sysexits' EX_TEMPFAIL).
+MISTAKE, TEMPORARY = 2, 75
+_OF_THE_MACHINE = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EIO}
+)
 
 log = logging.getLogger(__name__)
 _package = logging.getLogger("fedforward")
@@ -92,7 +99,8 @@ def friendly(resume_hint: str = "") -> Iterator[None]:
         resume_hint: how to go on after an interruption.
 
     Raises:
-        typer.Exit: with code 2 for an error and 130 for Ctrl-C.
+        typer.Exit: with code 2 for an error, `TEMPORARY` for a machine that has no room or no
+            files left, and 130 for Ctrl-C.
     """
     try:
         yield
@@ -101,7 +109,8 @@ def friendly(resume_hint: str = "") -> Iterator[None]:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         words = f"{where}{error.strerror or error}. Look at the path, its rights and its room."
-        raise _refusal(words, error) from error
+        code = TEMPORARY if error.errno in _OF_THE_MACHINE else MISTAKE
+        raise _refusal(words, error, code) from error
     except UnicodeError as error:
         raise _refusal(
             f"a name or a text cannot be written in the system's encoding: {error}. Set "
@@ -121,10 +130,10 @@ def friendly(resume_hint: str = "") -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _refusal(message: str, error: Exception) -> typer.Exit:
+def _refusal(message: str, error: Exception, code: int = MISTAKE) -> typer.Exit:
     log.debug("the error below was raised here", exc_info=error)
     console.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
-    return typer.Exit(2)
+    return typer.Exit(code)
 
 
 def say(where: Console, text: str) -> None:

@@ -8,6 +8,7 @@ of Flower, and never looks at a body.
 
 import asyncio
 import ipaddress
+import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -148,7 +149,9 @@ def listen(host: str, port: int, count: ConnectionCount) -> Sequence[socket.sock
             listener = _Listener(family, kind, protocol)
             listeners.append(listener)
             listener.count = count
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if os.name == "posix":
+                # On Windows it would let others take the port.
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listener.bind(address)

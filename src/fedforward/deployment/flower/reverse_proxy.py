@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, nullcontext
 from typing import Any
 
 import httpx
@@ -26,6 +26,7 @@ from starlette.types import Receive, Scope, Send
 
 from fedforward.core.errors import FedForwardError
 from fedforward.deployment.flower import connections, site_auth
+from fedforward.deployment.flower.requests import Body, RefusedError, read_headers, read_size
 from fedforward.deployment.flower.site_auth import ROUTES, SITES_PATH, PublicKeys
 
 LOGGER = logging.getLogger("fedforward.deployment.server")
@@ -37,25 +38,11 @@ MAX_BYTES_TOGETHER = 2 << 30
 BIG_BYTES, MAX_BIG, MAX_REQUESTS = 8 << 20, 2, 32
 #: Seconds for a body to come: some, and one more for so many bytes.
 BODY_TIMEOUT_S, BODY_RATE = 20.0, 8 << 10
-#: Bytes and seconds of a refused request's body: read, so that a site also reads the answer.
-_REST_BYTES, _REST_TIMEOUT_S = 1 << 16, 2.0
-#: Headers that pass to the engine, and back.
-REQUEST_HEADERS = frozenset(
-    {
-        "accept",
-        "content-length",
-        "content-type",
-        "flwr-component-name",
-        "flwr-package-name",
-        "flwr-package-version",
-        site_auth.PUBLIC_KEY,
-        site_auth.SIGNATURE,
-        site_auth.TIMESTAMP,
-    }
-)
+#: Headers of an answer that pass back.
 ANSWER_HEADERS = frozenset(
     {"content-length", "content-type", "flwr-version-incompatibility-message"}
 )
+_TRY_AGAIN = "too much at a time; try again"
 _ONLY_SITES = "fedforward: only sites are served here\n"
 #: Seconds for the proxy to open, and for the engine to answer.
 TIMEOUT_S = 60.0
@@ -63,53 +50,6 @@ TIMEOUT_S = 60.0
 START_TIMEOUT_S = 4.0
 #: Seconds after which an idle connection to the engine is not used again; it closes it after 5 s.
 _ENGINE_KEEP_ALIVE_S = 3.0
-
-
-class _Refused(Exception):  # noqa: N818 - it is an answer
-    """A request that is not handed on."""
-
-    def __init__(self, answer: Response) -> None:
-        self.answer = answer
-        # The rest of the body is not waited for.
-        answer.headers["connection"] = "close"
-
-    @classmethod
-    def because(cls, status: int, words: str) -> "_Refused":
-        """With a sentence for people."""
-        return cls(PlainTextResponse(f"fedforward: {words}\n", status))
-
-
-class _Body:
-    """A request's body as it comes.
-
-    Attributes:
-        more: whether there is more of it.
-    """
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self.more = True
-
-    async def part(self, timeout_s: float) -> bytes:
-        """The next part.
-
-        Raises:
-            ClientDisconnect: it broke off.
-            TimeoutError: it did not come in time.
-        """
-        async with asyncio.timeout(timeout_s):
-            message = await self._receive()
-        if message["type"] != "http.request":
-            raise ClientDisconnect
-        self.more = message.get("more_body", False)
-        return bytes(message.get("body", b""))
-
-    async def skip(self) -> None:
-        """Read a little of what is left: who is still writing does not read an answer."""
-        left, last = _REST_BYTES, time.monotonic() + _REST_TIMEOUT_S
-        with suppress(TimeoutError):
-            while self.more and left > 0:
-                left -= len(await self.part(last - time.monotonic()))
 
 
 class ReverseProxy:
@@ -219,12 +159,12 @@ class ReverseProxy:
             self._thread.join(5.0)
 
     async def _serve_request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request, body = Request(scope, receive), _Body(receive)
+        request, body = Request(scope, receive), Body(receive)
         try:
             async with AsyncExitStack() as stack:
                 try:
                     answer = await self._answer(request, body, stack)
-                except _Refused as refused:
+                except RefusedError as refused:
                     await body.skip()
                     answer = refused.answer
                 await answer(scope, receive, send)
@@ -234,66 +174,57 @@ class ReverseProxy:
             LOGGER.warning(f"the reverse proxy could not answer a request: {error!r}")
             request.state.abort()
 
-    async def _answer(self, request: Request, body: _Body, stack: AsyncExitStack) -> Response:
+    async def _answer(self, request: Request, body: Body, stack: AsyncExitStack) -> Response:
         """Hand on a request that passes all the checks; `stack` is left when it was answered.
 
         Raises:
-            _Refused: it does not.
+            RefusedError: it does not.
         """
         path = request.scope["raw_path"].decode("ascii")
         # A site that cannot connect asks for the folder, to find out whether it is too early.
         known = path in ROUTES or path == SITES_PATH
         if request.method != "POST" or request.scope["query_string"] or not known:
             raise self._stranger(PlainTextResponse(_ONLY_SITES, 404))
-        headers = _headers(request)
+        headers = read_headers(request)
         await self._wait_until_ready()
         if path == SITES_PATH:
             raise self._stranger(PlainTextResponse(_ONLY_SITES, 404))
         if self.keys is not None and (why := site_auth.refusal(path, headers, self.keys)):
             raise self._stranger(Response(why.content, why.status, media_type="application/json"))
         owner = headers.get(site_auth.PUBLIC_KEY) or (request.client.host if request.client else "")
-        size = _size(headers)
-        stack.enter_context(self._room(owner, size))
-        return await self._hand_on(request, path, headers, self._parts(body, size), stack)
+        size = read_size(headers)
+        stack.enter_context(_counted(self._requests, owner, MAX_REQUESTS))
+        with self._room(owner, size):
+            return await self._hand_on(request, path, headers, self._parts(body, size), stack)
 
-    def _stranger(self, answer: Response) -> _Refused:
+    def _stranger(self, answer: Response) -> RefusedError:
         self.refused += 1
-        return _Refused(answer)
+        return RefusedError(answer)
 
     async def _wait_until_ready(self) -> None:
         last = time.monotonic() + START_TIMEOUT_S
         while not self.ready:
             if time.monotonic() > last:
-                raise _Refused.because(503, "the server is being started")
+                raise RefusedError.because(503, "the server is being started")
             await asyncio.sleep(0.1)
 
     @contextmanager
     def _room(self, owner: str, size: int) -> Iterator[None]:
-        """Count a request while it is handed on.
+        """Count a request's bytes until the engine has answered.
 
         Raises:
-            _Refused: it is too big, or there are too many at a time.
+            RefusedError: they are too many.
         """
         if size > min(MAX_BYTES, MAX_BYTES_TOGETHER):
-            raise _Refused.because(413, "too much at once")
-        big = int(size >= BIG_BYTES)
-        if (
-            self.bytes_open + size > MAX_BYTES_TOGETHER
-            or self._requests[owner] >= MAX_REQUESTS
-            or (big and self._big[owner] >= MAX_BIG)
-        ):
-            raise _Refused.because(503, "too much at a time; try again")
-        self.bytes_open += size
-        self._requests[owner] += 1
-        self._big[owner] += big
-        try:
-            yield
-        finally:
-            self.bytes_open -= size
-            for count, less in ((self._requests, 1), (self._big, big)):
-                count[owner] -= less
-                if not count[owner]:
-                    del count[owner]
+            raise RefusedError.because(413, "too much at once")
+        if self.bytes_open + size > MAX_BYTES_TOGETHER:
+            raise RefusedError.because(503, _TRY_AGAIN)
+        with _counted(self._big, owner, MAX_BIG) if size >= BIG_BYTES else nullcontext():
+            self.bytes_open += size
+            try:
+                yield
+            finally:
+                self.bytes_open -= size
 
     async def _hand_on(
         self,
@@ -307,16 +238,16 @@ class ReverseProxy:
         try:
             answer = await self._client.send(asked, stream=True)
         except httpx.HTTPError:
-            raise _Refused.because(503, "the engine is being started again") from None
+            raise RefusedError.because(503, "the engine is being started again") from None
         stack.push_async_callback(answer.aclose)
         kept = {k: v for k, v in answer.headers.items() if k.lower() in ANSWER_HEADERS}
         return StreamingResponse(self._content(request, answer), answer.status_code, kept)
 
-    async def _parts(self, body: _Body, size: int) -> AsyncIterator[bytes]:
+    async def _parts(self, body: Body, size: int) -> AsyncIterator[bytes]:
         """A request's body as it comes.
 
         Raises:
-            _Refused: it comes too slowly.
+            RefusedError: it comes too slowly.
             ClientDisconnect: it broke off.
         """
         came, waited_s = 0, 0.0
@@ -326,7 +257,7 @@ class ReverseProxy:
             try:
                 part = await body.part(BODY_TIMEOUT_S + came / BODY_RATE - waited_s)
             except TimeoutError:
-                raise _Refused.because(408, "the request came too slowly") from None
+                raise RefusedError.because(408, "the request came too slowly") from None
             waited_s += time.monotonic() - began
             came += len(part)
             self.received += len(part)
@@ -344,32 +275,19 @@ class ReverseProxy:
             await asyncio.sleep(TIMEOUT_S)
 
 
-def _headers(request: Request) -> dict[str, str]:
-    """The headers that pass to the engine.
+@contextmanager
+def _counted(count: Counter[str], owner: str, most: int) -> Iterator[None]:
+    """Count what an owner has going on.
 
     Raises:
-        _Refused: one is there twice, of which the engine might take the other, or the body has a
-            form that Flower's sites do not use.
+        RefusedError: it has too much.
     """
-    found: dict[str, str] = {}
-    for raw, value in request.scope["headers"]:
-        name = raw.decode("latin-1")
-        if name == "transfer-encoding":
-            raise _Refused.because(411, "the length of the request is missing")
-        if name not in REQUEST_HEADERS:
-            continue
-        if name in found:
-            raise _Refused.because(400, f"{name} is there twice")
-        found[name] = value.decode("latin-1")
-    return found
-
-
-def _size(headers: Mapping[str, str]) -> int:
-    """Bytes of a request's body.
-
-    Raises:
-        _Refused: it does not say.
-    """
-    if "content-length" not in headers:
-        raise _Refused.because(411, "the length of the request is missing")
-    return int(headers["content-length"])
+    if count[owner] >= most:
+        raise RefusedError.because(503, _TRY_AGAIN)
+    count[owner] += 1
+    try:
+        yield
+    finally:
+        count[owner] -= 1
+        if not count[owner]:
+            del count[owner]
