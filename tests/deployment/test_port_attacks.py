@@ -157,7 +157,7 @@ def test_what_counts_as_one_address(host: str, counted: str) -> None:
 
 @pytest.mark.parametrize(
     ("files", "limits"),
-    [(None, (512, 256)), (160, (80, 40)), (1 << 30, (2048, 256)), (-1, (2048, 256))],
+    [(None, (512, 256)), (160, (80, 40)), (1 << 30, (1024, 256)), (-1, (1024, 256))],
 )
 def test_connections_follow_from_files(
     files: int | None, limits: tuple[int, int], monkeypatch: pytest.MonkeyPatch

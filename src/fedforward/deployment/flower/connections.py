@@ -19,8 +19,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedforward.core.machine import raise_open_file_limit
 
-#: Connections at most, in total and of them from one address.
-MAX_CONNECTIONS, ONE_ADDRESS_SHARE = 2048, 4
+#: Connections at most, of which Python keeps about 0.3 MB each for TLS, and the share of them that
+#: one address can have.
+MAX_CONNECTIONS, ONE_ADDRESS_SHARE = 1024, 4
 #: Connections to the engine at most.
 MAX_ENGINE_CONNECTIONS = 256
 #: Open files where the system does not tell how many there may be.
