@@ -8,8 +8,11 @@ import json
 import os
 import shutil
 import signal
+import ssl
+import threading
 import time
-from contextlib import suppress
+from collections import Counter
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from fedforward.methods.base import Method
 from fedforward.training import assembly
 from fedforward.training.simulation import LocalRuntime
 from tests.support.cluster import MODEL, Cluster, Forwarder, peak_bytes, processes
+from tests.support.proxy import Key, connected, head
 
 #: Local steps that take some seconds, so that a round has a middle.
 LONG = 900
@@ -386,3 +390,44 @@ def test_an_altered_report_is_refused_and_the_round_unharmed(tmp_path: Path) -> 
         assert summary["rounds"] == 3 == cluster.committed
         for name in ("a", "b"):
             assert cluster.kept(name)["digest"] == summary["state_digest"]
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_a_run_goes_on_while_its_port_is_attacked(tmp_path: Path) -> None:
+    """By idle connections, many headers, big bodies, and one that reads nothing."""
+    over = threading.Event()
+    done = Counter[str]()
+
+    def attack(port: int, trust: ssl.SSLContext) -> None:
+        heads = {
+            "headers": head()[:-2] + 40_000 * b"a: b\r\n" + b"\r\n",
+            "body": head("/v1/fleet/push-object", 1 << 30, **Key().headers()) + bytes(4 << 20),
+            "slow": head()[:20],
+        }
+        while not over.is_set():
+            with ExitStack() as stack:
+                for _ in range(300):
+                    with suppress(OSError):
+                        stack.enter_context(connected(port))
+                for name, content in heads.items():
+                    with suppress(OSError):
+                        stack.enter_context(connected(port, trust)).sendall(content)
+                    done[name] += 1
+                over.wait(1.0)
+
+    with Cluster(tmp_path, "ab", federation__rounds=3) as cluster:
+        begin(cluster)
+        cluster.wait_for_round(1)
+        trust = certificates.trust(tmp_path / "certs")
+        thread = threading.Thread(target=attack, args=(cluster.port, trust), daemon=True)
+        thread.start()
+        try:
+            summary = cluster.finish()
+        finally:
+            over.set()
+            thread.join(30)
+        assert summary["rounds"] == 3 and min(done.values()) > 1
+        for name in cluster.sites:
+            assert cluster.kept(name)["digest"] == summary["state_digest"]
+        assert "Traceback" not in cluster.said("server") + cluster.said("a") + cluster.said("b")
