@@ -16,23 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from fedforward.core.errors import FedForwardError, UpdateNotFiniteError
+from fedforward.core.errors import FedForwardError, MessageError, UpdateNotFiniteError
+from fedforward.core.files import parse_json
+from fedforward.federation import ledger_file
+from fedforward.federation.ledger_head import Head, head_file, read_head, write_head
 from fedforward.messages.entry import Entry
 from fedforward.messages.report import ClientResult, decode_results
 
-_SCHEMA = """
-CREATE TABLE header (only_row INTEGER PRIMARY KEY CHECK (only_row = 0), content TEXT NOT NULL);
-CREATE TABLE rounds (
-    round INTEGER PRIMARY KEY, entry BLOB NOT NULL, origin BLOB NOT NULL, chain BLOB NOT NULL
-);
-CREATE TRIGGER header_kept BEFORE UPDATE ON header BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-CREATE TRIGGER rounds_kept BEFORE UPDATE ON rounds BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-CREATE TRIGGER rounds_new BEFORE INSERT ON rounds
-    WHEN EXISTS (SELECT 1 FROM rounds WHERE round = NEW.round)
-    BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-CREATE TRIGGER header_stays BEFORE DELETE ON header BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-CREATE TRIGGER rounds_stay BEFORE DELETE ON rounds BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-"""
+#: Rounds that are read at once: while a query runs, no other process can add a round.
+_AT_ONCE = 256
+#: The least and the largest number that a row can have.
+_FIRST, _LAST = -(2**63), 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -57,53 +51,106 @@ class Ledger:
         chain: 32 bytes, the chain hash of the last round (of the header, if there is none).
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open an existing ledger and check its chain.
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        """Open an existing ledger; check its chain, and that no round of it is gone.
+
+        Args:
+            read_only: neither make nor change anything in its folder; rounds cannot be added.
 
         Raises:
-            FedForwardError: the file is missing, damaged, or was changed afterwards.
+            FedForwardError: the file is missing, damaged, or was changed afterwards; or rounds
+                that its head names are not there.
         """
         if not path.is_file():
             raise FedForwardError(f"{path} does not exist: there is no ledger to read.")
         self.path = path
-        self._database = _connect(path)
+        # Before the rounds: one may be added in between.
+        head = read_head(path)
+        opened = ledger_file.open_to_read if read_only else ledger_file.open_to_write
+        self._database = opened(path)
         try:
-            row = self._database.execute("SELECT content FROM header").fetchone()
-            if row is None:
-                raise FedForwardError(f"{path} has no header: it is not a fedforward ledger.")
-            self.header: dict[str, Any] = json.loads(row[0])
-            self.length = 0
-            self.chain = _hash(row[0].encode())
-            for number, entry, origin, chain in self._database.execute(
-                "SELECT round, entry, origin, chain FROM rounds ORDER BY round"
-            ):
+            self._read()
+            self._check_head(head)
+            if not read_only and head != Head(self.length, self.chain):
+                # A kill came between a round and its head.
+                write_head(path, Head(self.length, self.chain))
+        except BaseException:
+            self._database.close()
+            raise
+
+    def _read(self) -> None:
+        """Read the header, and check the chain of all rounds."""
+        rows = self._query("SELECT content FROM header")
+        if not rows:
+            raise FedForwardError(f"{self.path} has no header: it is not a fedforward ledger.")
+        text = rows[0][0]
+        try:
+            header = parse_json(text) if isinstance(text, str) else None
+        except ValueError:
+            header = None
+        if not isinstance(header, dict):
+            raise FedForwardError(
+                f"{self.path}: its header is no JSON object: it is not a fedforward ledger. "
+                "Restore it from a copy."
+            )
+        self.header: dict[str, Any] = header
+        self.length = 0
+        self.chain = self._first = _hash(text.encode("utf-8", "surrogatepass"))
+        for number, entry, origin, chain in self._rows("entry, origin, chain", _FIRST):
+            whole = all(isinstance(part, bytes) for part in (entry, origin, chain))
+            if whole and number == self.length:
                 self.chain = _link(self.chain, entry, origin)
-                if number != self.length or chain != self.chain:
-                    raise FedForwardError(
-                        f"{path}: round {number} does not follow from the rounds before it. The "
-                        "ledger was damaged or changed; restore it from a copy."
-                    )
-                self.length += 1
-        except sqlite3.DatabaseError as error:
-            raise _damaged(path, error) from error
+            if not whole or number != self.length or chain != self.chain:
+                raise FedForwardError(
+                    f"{self.path}: round {number} does not follow from the rounds before it. The "
+                    "ledger was damaged or changed; restore it from a copy."
+                )
+            self.length += 1
+
+    def _check_head(self, head: Head | None) -> None:
+        """Refuse a ledger that has lost rounds, or has others than its head names."""
+        if head is None or (
+            head.rounds <= self.length and self.chain_after(head.rounds) == head.chain
+        ):
+            return
+        file = head_file(self.path)
+        if head.rounds > self.length:
+            raise FedForwardError(
+                f"{self.path} has {self.length} rounds, and {file.name} beside it is of "
+                f"{head.rounds}: rounds are missing. Copy the whole folder again while no run "
+                f"writes to it, or restore {self.path.name} from a copy."
+            )
+        raise FedForwardError(
+            f"{self.path}: its rounds up to {head.rounds} are not those of {file.name}: it is "
+            "another run's, or was changed. Restore both files from one copy."
+        )
 
     @classmethod
     def create(cls, path: Path, header: Mapping[str, Any]) -> "Ledger":
-        """A new ledger bound to `header`; the file must not exist yet."""
+        """A new ledger bound to `header`; the file must not exist yet.
+
+        Raises:
+            FedForwardError: there is one, or there was; or it cannot be written.
+        """
         if path.exists():
             raise FedForwardError(f"{path} exists already.")
-        # A kill must not leave a ledger without its header.
-        partial = path.with_name(path.name + ".partial")
-        for ending in ("", "-wal", "-shm"):
-            partial.with_name(partial.name + ending).unlink(missing_ok=True)
-        database = _connect(partial)
-        with database:
-            database.executescript("BEGIN;" + _SCHEMA)
-            content = json.dumps(dict(header), sort_keys=True)
-            database.execute("INSERT INTO header VALUES (0, ?)", (content,))
-        database.close()
-        partial.replace(path)
+        head = read_head(path)
+        if head is not None and head.rounds:
+            raise FedForwardError(
+                f"{path} is missing, and {head_file(path).name} beside it is of {head.rounds} "
+                "rounds. Restore it from a copy, or start again in a new directory."
+            )
+        content = json.dumps(dict(header), sort_keys=True)
+        ledger_file.make(path, content)
+        # It may be that of a ledger without rounds that is gone.
+        head_file(path).unlink(missing_ok=True)
         return cls(path)
+
+    def chain_after(self, rounds: int) -> bytes:
+        """The chain hash when the ledger had so many rounds, at most `length`; 32 bytes."""
+        if not rounds:
+            return self._first
+        return bytes(self._query("SELECT chain FROM rounds WHERE round = ?", rounds - 1)[0][0])
 
     def check(self, record: Round) -> None:
         """Whether a round can follow.
@@ -128,6 +175,7 @@ class Ledger:
             FedForwardError: the update is not finite.
             sqlite3.OperationalError: the disk is full or the file cannot be written. Nothing is
                 lost: the ledger then ends with the round before.
+            OSError: likewise for its head alone; the ledger then ends with this round.
         """
         self.check(record)
         entry = record.entry.encode()
@@ -145,44 +193,59 @@ class Ledger:
             ) from error
         self.length += 1
         self.chain = chain
+        write_head(self.path, Head(self.length, chain))
 
-    def entries(self, begin: int = 0) -> Iterator[Entry]:
-        """The entries from round `begin` on, oldest first."""
-        for (entry,) in self._database.execute(
-            "SELECT entry FROM rounds WHERE round >= ? ORDER BY round", (begin,)
-        ):
-            yield Entry.decode(entry)
+    def entries(self, begin: int = 0, end: int | None = None) -> Iterator[Entry]:
+        """The entries from round `begin` on and before `end`, oldest first.
 
-    def rounds(self, begin: int = 0) -> Iterator[Round]:
-        """Entries with what they were made from, from round `begin` on, oldest first."""
-        for entry, origin in self._database.execute(
-            "SELECT entry, origin FROM rounds WHERE round >= ? ORDER BY round", (max(0, begin),)
-        ):
-            yield Round(Entry.decode(entry), tuple(decode_results(origin)))
+        Raises:
+            FedForwardError: one cannot be read.
+        """
+        for number, entry in self._rows("entry", max(0, begin), end):
+            yield self._decoded(number, entry, b"").entry
+
+    def rounds(self, begin: int = 0, end: int | None = None) -> Iterator[Round]:
+        """Entries with what they were made from; see `entries`."""
+        for number, entry, origin in self._rows("entry, origin", max(0, begin), end):
+            yield self._decoded(number, entry, origin)
+
+    def _decoded(self, number: int, entry: bytes, origin: bytes) -> Round:
+        try:
+            record = Round(Entry.decode(entry), tuple(decode_results(origin)))
+            if record.entry.round != number:
+                raise MessageError(f"It says that it is round {record.entry.round}.")
+        except MessageError as error:
+            raise FedForwardError(
+                f"{self.path}: round {number} cannot be read. {error} Restore the ledger from a "
+                "copy."
+            ) from error
+        return record
+
+    def _rows(self, columns: str, begin: int, end: int | None = None) -> Iterator[tuple[Any, ...]]:
+        """The number of each round and the columns of its row, some rounds at a time."""
+        place, last = begin, _LAST if end is None else end - 1
+        while True:
+            rows = self._query(
+                f"SELECT round, {columns} FROM rounds WHERE round >= ? AND round <= ? "
+                "ORDER BY round LIMIT ?",
+                place,
+                last,
+                _AT_ONCE,
+            )
+            yield from rows
+            if len(rows) < _AT_ONCE:
+                return
+            place = rows[-1][0] + 1
+
+    def _query(self, statement: str, *values: int) -> list[tuple[Any, ...]]:
+        try:
+            return self._database.execute(statement, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise ledger_file.damaged(self.path, error) from error
 
     def close(self) -> None:
-        """Fold the write-ahead log into the file and close it."""
+        """Close the file."""
         self._database.close()
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    # The read-only look at a finished run must not need write access to it.
-    database = sqlite3.connect(path, timeout=10.0)
-    try:
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = FULL")
-    except sqlite3.DatabaseError as error:
-        database.close()
-        raise _damaged(path, error) from error
-    return database
-
-
-def _damaged(path: Path, error: Exception) -> FedForwardError:
-    reason = str(error).split(" with text ")[0]
-    return FedForwardError(
-        f"{path} cannot be read as a ledger: {reason}. Restore it from a copy, or start again in a "
-        "new directory."
-    )
 
 
 def _hash(data: bytes) -> bytes:

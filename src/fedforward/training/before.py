@@ -6,6 +6,7 @@ from typing import Any
 from fedforward.config.schema import Config
 from fedforward.config.site import AT_SITES
 from fedforward.core.errors import FedForwardError
+from fedforward.core.files import write_bytes
 from fedforward.core.paths import home
 from fedforward.data.corpus import Corpus
 from fedforward.data.public import public_reader
@@ -13,7 +14,6 @@ from fedforward.models.base import CausalModel
 from fedforward.models.loading import longest_sequence
 from fedforward.models.pinned_files import PinnedFile
 from fedforward.training import build
-from fedforward.training.run_directory import write_bytes
 
 
 def make_initial_a(config: Config, out: Path) -> PinnedFile:

@@ -16,6 +16,7 @@ from fedforward.config import paths
 from fedforward.config.schema import Config
 from fedforward.core.batches import AnswerBatch
 from fedforward.core.errors import FedForwardError
+from fedforward.core.files import write_bytes
 from fedforward.core.logs import PHASES
 from fedforward.core.machine import peak_resident_bytes
 from fedforward.core.paths import absolute_text
@@ -36,7 +37,7 @@ from fedforward.training import activation_cache, assembly, build, summary
 from fedforward.training.loop import Loop
 from fedforward.training.metrics import ProgressCallback, RoundOutcome
 from fedforward.training.plots import draw
-from fedforward.training.run_directory import RunDirectory, errors_of_the_disk, write_bytes
+from fedforward.training.run_directory import RunDirectory, errors_of_the_disk
 from fedforward.training.simulation import LocalRuntime
 from fedforward.training.summary import Lines, RunSummary, SimulationSummary
 

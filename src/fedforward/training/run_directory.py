@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +25,7 @@ from fedforward.config.paths import PATH_KEYS, absolute
 from fedforward.config.schema import Config
 from fedforward.config.template import to_toml
 from fedforward.core.errors import FedForwardError
+from fedforward.core.files import parse_json, write_bytes
 from fedforward.core.machine import processor_name
 from fedforward.core.paths import check_new_folder, home
 from fedforward.core.steps import ProbePlan
@@ -232,17 +233,52 @@ class RunDirectory:
         return lines
 
     def check_length(self, rounds: int) -> None:
-        """Refuse a ledger of fewer rounds than the metrics, which are written after it.
+        """Refuse a ledger of fewer rounds than the metrics or the summary, written after it.
 
         Raises:
             FedForwardError: rounds of the ledger are gone.
         """
-        known = self._rounds_measured()
-        if known > rounds:
-            raise FedForwardError(
-                f"{self.path}: its metrics are of {known} rounds, and its ledger has {rounds}. "
-                "Restore ledger.sqlite, or start again in another --out."
-            )
+        done = self._summary().get("rounds")
+        known = {
+            "metrics are": self._rounds_measured(),
+            "summary is": done if type(done) is int else 0,
+        }
+        for what, count in known.items():
+            if count > rounds:
+                raise FedForwardError(
+                    f"{self.path}: its {what} of {count} rounds, and its ledger has {rounds}: "
+                    "rounds are missing. Copy the whole folder again while no run writes to it, "
+                    "or restore ledger.sqlite from a copy."
+                )
+
+    def _summary(self) -> dict[str, Any]:
+        """The content of summary.json; empty where there is none, or it is damaged."""
+        with suppress(OSError, ValueError):
+            content = parse_json(self.summary.read_bytes())
+            return content if isinstance(content, dict) else {}
+        return {}
+
+    def compare_summary(self, rounds: int, found: Mapping[str, str]) -> tuple[bool, list[str]]:
+        """Compare digests after so many rounds with those of the summary.
+
+        A run that was resumed after its summary has more rounds, and an adapter of the time before.
+
+        Returns:
+            Whether the summary is of so many rounds; and a sentence for each difference.
+        """
+        if not self.summary.is_file():
+            return False, []
+        content = self._summary()
+        if type(content.get("rounds")) is not int or not found.keys() <= content.keys():
+            return False, ["summary.json is damaged (--resume writes it again)"]
+        if content["rounds"] != rounds:
+            return False, []
+        return True, [
+            f"summary.json has {name} {content[name]}, rebuilt is {value}"
+            for name, value in found.items()
+            # Where no site gave its state, there is none.
+            if content[name] != value and (name != "state_digest" or content[name] is not None)
+        ]
 
     def _rounds_measured(self) -> int:
         return len(self.read_metrics(sys.maxsize - 1)) - 1
@@ -287,20 +323,6 @@ def _flat(config: Config) -> dict[str, Any]:
 def write_text(path: Path, text: str) -> None:
     """Write a file as a whole or not at all."""
     write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file as a whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def write_json(path: Path, content: Any) -> None:
