@@ -6,7 +6,6 @@ server that was killed goes on from the file. It imports no PyTorch.
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,18 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedforward.core.errors import MessageError
-from fedforward.core.layout import Layout
 from fedforward.core.seeds import generator
-from fedforward.directions import Distribution
 from fedforward.federation.agreement import QuorumError, majority
-from fedforward.federation.learning_rates import WINDOW, RateSettings, rates, update_differences
 from fedforward.federation.ledger import Ledger, Round
 from fedforward.federation.rate_search import SCALES, RateSearch
-from fedforward.federation.server_optimizer import PLAIN, ServerOptimizer
+from fedforward.federation.round_maker import RoundMaker, RoundSettings, weights_of
 from fedforward.federation.snapshots import Snapshots
 from fedforward.federation.state_file import read_state, write_state
 from fedforward.messages.entry import Entry
-from fedforward.messages.report import ClientResult, Report
+from fedforward.messages.report import Report
 from fedforward.messages.snapshot import Snapshot
 from fedforward.messages.task import Task
 from fedforward.methods.base import Method
@@ -40,38 +36,24 @@ SEARCH_SHARE = 0.2
 Allocate = Callable[[Sequence[int]], NDArray[np.bool_]]
 
 
-@dataclass(frozen=True)
-class ServerSettings:
-    """What the server must know of a run.
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings(RoundSettings):
+    """What the server must know of a run, beside what an entry depends on.
 
     Attributes:
-        run_seed: of every derived choice.
         examples: training examples of each client at the start; clients are numbered from 0.
         participation: share of the clients in each round, in (0, 1].
-        weights: "equal" or "examples".
-        rates: how learning rates are chosen.
-        layout: of the tunable space.
-        distribution: of the directions.
         quorum: reports without which a round cannot be closed.
         deadline: seconds after which a round is closed with the reports that are there.
-        optimizer: what is done to a round's steps before they are written.
         allocate: which blocks each participant perturbs; None is all.
-        search: finds learning rates where they are "auto"; `rates` then multiply what it finds.
         state_bytes: of the tuned tensors, which a snapshot carries.
     """
 
-    run_seed: int
     examples: tuple[int, ...]
     participation: float
-    weights: str
-    rates: RateSettings
-    layout: Layout
-    distribution: Distribution
     quorum: int = 1
     deadline: float = math.inf
-    optimizer: ServerOptimizer = PLAIN
     allocate: Allocate | None = None
-    search: RateSearch | None = None
     state_bytes: int = 0
 
 
@@ -84,7 +66,6 @@ class Server:
         refused: reports that were refused since the server was built, late ones included.
         reset: clients whose state was refused, and that start again from the base next time.
         snapshots: of clients.
-        state: what the method remembers.
     """
 
     def __init__(self, settings: ServerSettings, method: Method, ledger: Ledger) -> None:
@@ -101,12 +82,7 @@ class Server:
         self.refused = 0
         self.reset: set[int] = set()
         self.snapshots = Snapshots(settings.state_bytes)
-        self.state: Any = method.new_state()
-        self.search = copy(settings.search)
-        self._window = max(WINDOW, settings.optimizer.window)
-        self._first: Round | None = None
-        self._history: list[Round] = []
-        self._payload_before = b""
+        self._maker = RoundMaker(settings, method)
         self._rates: dict[int, float] = {}
         self._multipliers: dict[int, float] = {}
         self._blocks: dict[int, NDArray[np.bool_]] = {}
@@ -115,7 +91,7 @@ class Server:
         self._own: tuple[int, bytes] = (-1, b"")
         self._read: tuple[int, dict[int, tuple[Entry, ...]]] = (0, {})
         for record in ledger.rounds():
-            self._observe(record)
+            self._maker.observe(record)
             self._remember(record)
         if not method.capabilities.replayable:
             read_state(ledger, self.state)
@@ -125,19 +101,21 @@ class Server:
         """The number of the round that is open or comes next."""
         return self.ledger.length
 
-    def _observe(self, record: Round) -> None:
-        """Take a round into what the method remembers."""
-        self._payload_before = self.method.task_payload(self.state)
-        self.method.observe(record.entry, record.results, self.state)
+    @property
+    def state(self) -> Any:
+        """What the method remembers."""
+        return self._maker.state
+
+    @property
+    def search(self) -> RateSearch | None:
+        """Of the learning rate; None where it is given."""
+        return self._maker.search
 
     def _remember(self, record: Round) -> None:
         """Take in a round that is in the ledger."""
         for result in record.results:
             self.held[result.report.client] = record.entry.round
-        if self.search is not None:
-            self.search.observe(record)
-        self._first = self._first or record
-        self._history = [*self._history, record][-self._window :]
+        self._maker.remember(record)
 
     def participants(self, available: Sequence[int] | None = None) -> list[int]:
         """The coming round's clients, ascending: a function of run seed, round, and who is there.
@@ -166,7 +144,8 @@ class Server:
             self._blocks = dict(zip(participants, matrix, strict=True))
             participants = [client for client in participants if self._blocks[client].any()]
         self._reports = {}
-        self._rates = self._learning_rates(participants)
+        self._multipliers = self._maker.multipliers(participants)
+        self._rates = self._maker.task_rates(self._multipliers)
         lacking = {client: self._lacking(client) for client in participants}
         # Whoever catches up proves that it has arrived where the others are.
         behind = any(len(entries) > 1 or start for start, entries in lacking.values())
@@ -231,22 +210,6 @@ class Server:
             # It holds rounds that this ledger has not, so what it holds is another run's.
             self.reset.add(client)
 
-    def _learning_rates(self, participants: Sequence[int]) -> dict[int, float]:
-        factor = self.settings.optimizer.rate_factor(self._first, self._history)
-        self._multipliers = chosen = rates(
-            self.settings.rates,
-            self.round,
-            participants,
-            self._history[-WINDOW:],
-            self.settings.run_seed,
-            self._differences,
-        )
-        if self.search is not None:
-            # Known only when the first round's projected gradients are; that round stays where
-            # it begins.
-            factor *= self.search.factor(1.0) / max(1, len(participants))
-        return {client: factor * rate for client, rate in chosen.items()}
-
     @property
     def _search_batches(self) -> int:
         """Batches on which clients of the open round measure the update before; 0 is none."""
@@ -273,7 +236,7 @@ class Server:
 
     def _measured(self) -> tuple[Entry, ...]:
         """The last round, for clients that have it in a snapshot and measure along its update."""
-        return (self._history[-1].entry,) if self._search_batches else ()
+        return (self._maker.history[-1].entry,) if self._search_batches else ()
 
     def _own_snapshot(self) -> bytes:
         """What the method remembers, where it is the tuned state; empty otherwise."""
@@ -318,24 +281,11 @@ class Server:
     @property
     def entry_bytes(self) -> int:
         """The last round's ledger entry; 0 before there is one."""
-        return len(self._history[-1].entry.encode()) if self._history else 0
+        return len(self._maker.history[-1].entry.encode()) if self._maker.history else 0
 
     def break_even(self) -> int | None:
         """Missed rounds beyond which a snapshot is fewer bytes; None before the first round."""
         return -(-self.snapshot_bytes // self.entry_bytes) if self.entry_bytes else None
-
-    def _differences(self) -> dict[int, float]:
-        record = self._history[-1]
-        updates = {
-            part.report.client: self.method.own_update(
-                record.entry.round, part, self._payload_before
-            )
-            for part in record.results
-        }
-        weights = [part.weight for part in record.results]
-        return update_differences(
-            updates, weights, self.settings.layout, self.settings.distribution
-        )
 
     def receive(self, data: bytes, sender: int | None = None) -> None:
         """Take one encoded report.
@@ -435,12 +385,19 @@ class Server:
                 f"Round {self.round} cannot be closed: {len(reports)} of {len(self._rates)} "
                 f"clients have reported, and federation.quorum is {self.settings.quorum}."
             )
-        results = self._results(reports)
-        entry = self._entry(results)
+        examples = [self.examples[report.client] for report in reports]
+        results = self._maker.results(
+            reports,
+            weights_of(self.settings.weights, examples),
+            self._multipliers,
+            self._blocks,
+            last=self.round + 1 >= self.settings.rates.rounds,
+        )
+        entry = self._maker.entry(results)
         kept = tuple(replace(part, report=self.method.kept(part.report)) for part in results)
         record = Round(entry, kept)
         self.ledger.check(record)
-        self._observe(record)
+        self._maker.observe(record)
         if not self.method.capabilities.replayable:
             write_state(self.ledger.path.parent, self.round + 1, self.state.encode())
         self.ledger.append(record)
@@ -448,28 +405,6 @@ class Server:
         self.reset -= {report.client for report in reports}
         self._reports, self._rates = {}, {}
         return record
-
-    def _results(self, reports: Sequence[Report]) -> list[ClientResult]:
-        """The reports with their weights, rates and blocks."""
-        results = [
-            ClientResult(
-                weight, self._rates[report.client], report, self._blocks.get(report.client)
-            )
-            for weight, report in zip(self._weights(reports), reports, strict=True)
-        ]
-        if self.search is None:
-            return results
-        last = self.round + 1 >= self.settings.rates.rounds
-        return self.search.rated(results, self._multipliers, last)
-
-    def _entry(self, results: Sequence[ClientResult]) -> Entry:
-        """The round's update, or the one that takes back the last, if the loss has risen by it."""
-        decay = self.settings.optimizer.decay
-        if self.search is not None and self.search.takes_back(results):
-            before = self._history[-1].entry
-            return replace(self.method.taken_back(self.round, before), decay=decay)
-        entry = self.method.aggregate(self.round, results, self.state)
-        return self.settings.optimizer.apply(entry, self._history)
 
     def _agreeing(self, reports: Sequence[Report]) -> list[Report]:
         """The reports from the state that most clients hold; the others' clients are to reset."""
@@ -503,9 +438,3 @@ class Server:
             self.snapshots.invalidate(client)
             self.reset.add(client)
             self.held[client] = 0
-
-    def _weights(self, reports: Sequence[Report]) -> list[float]:
-        if self.settings.weights == "equal":
-            return [1.0 / len(reports)] * len(reports)
-        counts = [self.examples[report.client] for report in reports]
-        return [count / sum(counts) for count in counts]
