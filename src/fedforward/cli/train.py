@@ -53,6 +53,14 @@ BaseOption = Annotated[
         show_default=False,
     ),
 ]
+RoundOption = Annotated[
+    int | None,
+    typer.Option(
+        "--round",
+        help="the state after so many rounds, 0 for the base model; the last if left out",
+        show_default=False,
+    ),
+]
 
 
 def run(
@@ -318,6 +326,7 @@ def verify(
     adapter: AdapterOption = None,
     init_file: InitFileOption = None,
     mask_file: MaskFileOption = None,
+    rounds: RoundOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Rebuild the tuned parameters from base and ledger, and say whether every bit agrees."""
@@ -329,21 +338,31 @@ def verify(
 
         from fedforward.training import replay
 
-        result = replay.verify(run, model, progress.count, adapter, init_file, mask_file)
+        result = replay.verify(run, model, progress.count, adapter, init_file, mask_file, rounds)
     if as_json:
         print(json.dumps(asdict(result), indent=2))
     elif not result.differences:
-        how = "rebuilt from base and ledger" if result.replayed else "state file and ledger"
-        checked = ["the saved tensors"] if result.saved else []
-        checked += [f"{result.proofs} state digests in reports"] if result.proofs else []
-        say(
-            out_console,
-            f"bit-identical: {result.rounds} rounds, {how}, agree with "
-            f"{' and '.join(checked) or 'each other (nothing else was saved yet)'}\n"
-            f"state digest   {result.state_digest}\nledger digest  {result.ledger_digest}",
-        )
+        say(out_console, "\n".join(_verified(result)))
     if result.differences:
         raise FedForwardError(f"{run} does not verify: " + "; ".join(result.differences) + ".")
+
+
+def _verified(result: Any) -> list[str]:
+    """The lines for a run that verifies."""
+    of = f" of {result.length}" if result.rounds != result.length else ""
+    how = "rebuilt from base and ledger" if result.replayed else "state file and ledger"
+    checked = ["summary.json"] if result.recorded else []
+    checked += ["the saved tensors"] if result.saved else []
+    checked += [f"{result.proofs} state digests in reports"] if result.proofs else []
+    lines = [
+        f"bit-identical: {result.rounds} rounds{of}, {how}, agree with "
+        f"{' and '.join(checked) or 'each other (nothing else was saved of this round)'}",
+        f"state digest   {result.state_digest}",
+        f"ledger digest  {result.ledger_digest}",
+    ]
+    if result.unchecked:
+        lines.append(f"not made again from the reports: {'; '.join(result.unchecked)}")
+    return lines
 
 
 def export(
@@ -354,6 +373,7 @@ def export(
     adapter: AdapterOption = None,
     init_file: InitFileOption = None,
     mask_file: MaskFileOption = None,
+    rounds: RoundOption = None,
 ) -> None:
     """Write the adapter (PEFT format) or a merged model, rebuilt from the ledger."""
     with display("rebuilding from base and ledger") as progress:
@@ -371,5 +391,6 @@ def export(
             adapter=adapter,
             init_file=init_file,
             mask_file=mask_file,
+            rounds=rounds,
         )
     say(out_console, f"wrote {out}")

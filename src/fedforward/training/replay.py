@@ -3,14 +3,15 @@
 Both rebuild the tuned state from the base model and the ledger alone.
 """
 
-import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedforward.config.schema import Config
 from fedforward.config.site import AT_SITES
 from fedforward.core.errors import FedForwardError
+from fedforward.core.identity import ModelIdentity
 from fedforward.core.paths import (
     absolute_text,
     as_path,
@@ -19,20 +20,31 @@ from fedforward.core.paths import (
     home,
     is_path,
 )
+from fedforward.federation.audit import Audit
 from fedforward.federation.client import Replica
-from fedforward.federation.ledger import Ledger
+from fedforward.federation.ledger import Ledger, Round
 from fedforward.federation.state_file import read_state
-from fedforward.messages.report import DIGEST_BYTES
+from fedforward.messages.entry import Entry
 from fedforward.messages.snapshot import Snapshot
-from fedforward.methods.base import method_class
+from fedforward.methods.base import Method, method_class
 from fedforward.models.base import CausalModel
 from fedforward.models.folders import copy_processor
 from fedforward.models.gguf_files import is_gguf
 from fedforward.models.lora import LoraModel
 from fedforward.training import build as experiment
-from fedforward.training.assembly import build_method, check_header, ledger_header
-from fedforward.training.run_directory import RunDirectory
+from fedforward.training.assembly import (
+    build_method,
+    check_header,
+    ledger_header,
+    server_settings,
+)
+from fedforward.training.metrics import RoundOutcome, round_line
+from fedforward.training.run_directory import RunDirectory, strict
 from fedforward.training.saved import compare
+from fedforward.training.summary import Lines
+
+#: Rounds that are committed at once: a model may join them.
+_AT_ONCE = 64
 
 #: Called with the rounds that are rebuilt and all there are.
 RoundCallback = Callable[[int, int], None]
@@ -48,20 +60,26 @@ class Verification:
 
     Attributes:
         rounds: replayed.
+        length: rounds in the ledger.
         state_digest: of the rebuilt tuned state, hexadecimal.
-        ledger_digest: the chain hash, hexadecimal.
+        ledger_digest: the chain hash after these rounds, hexadecimal.
         proofs: state digests in clients' reports that were checked.
+        recorded: whether summary.json has digests after these rounds, which were compared.
         saved: whether a saved adapter or model was compared.
         replayed: False for a run whose clients send tensors: its state is no list of steps.
+        unchecked: what of the rounds could not be made again from their reports, in words.
         differences: a sentence for each thing that does not agree; empty if all bits do.
     """
 
     rounds: int
+    length: int
     state_digest: str
     ledger_digest: str
     proofs: int
+    recorded: bool
     saved: bool
     replayed: bool
+    unchecked: list[str]
     differences: list[str]
 
     @property
@@ -72,12 +90,24 @@ class Verification:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """A model brought to the end of a run's ledger."""
+    """A model brought to a round of a run's ledger.
+
+    Attributes:
+        rounds: that are in the model.
+        length: rounds in the ledger.
+        chain: 32 bytes, the ledger's chain hash after `rounds` rounds.
+        proofs: state digests in clients' reports that were compared.
+        unchecked: see `Verification`.
+        differences: a sentence for what does not agree.
+    """
 
     model: CausalModel
     tokenizer: object
-    ledger: Ledger
+    rounds: int
+    length: int
+    chain: bytes
     proofs: int
+    unchecked: tuple[str, ...]
     differences: list[str]
 
 
@@ -88,8 +118,12 @@ def rebuild(
     adapter: str | None = None,
     init_file: str | None = None,
     mask_file: str | None = None,
+    rounds: int | None = None,
 ) -> Rebuilt:
-    """Base model plus ledger; checks on the way the digests that clients proved.
+    """Base model plus ledger; nothing in the run directory is made or changed.
+
+    On the way each entry is made again from its reports, and the digests that clients proved are
+    compared.
 
     Args:
         base: folder or hub name of the base model, where it has moved since the run was started.
@@ -99,15 +133,58 @@ def rebuild(
             directory of a server needs it as well.
         init_file: with the A that aligned adapters began with, where it has moved; likewise.
         mask_file: that says which weights move, where it has moved; likewise.
+        rounds: after which the state is wanted; None is all.
 
     Raises:
-        FedForwardError: no base model, adapter or file, or another one than the ledger's.
+        FedForwardError: no base model, adapter or file, or another one than the ledger's; rounds
+            of the ledger are missing, or it has fewer than are wanted.
     """
-    config = _with_base(directory, directory.config(), base)
-    # A server has no plan.
-    planned = base is None or (directory.path / "plan.json").is_file()
-    plan = directory.load()[1] if planned else experiment.resolve_plan(config)
-    ledger = Ledger(directory.ledger)
+    kept = directory.config()
+    with closing(Ledger(directory.ledger, read_only=True)) as ledger:
+        directory.check_length(ledger.length)
+        count = _chosen(rounds, ledger.length)
+        config = _with_base(directory, kept, base)
+        config = _with_files(directory, config, ledger, adapter, init_file, mask_file)
+        model, tokenizer = _base_model(directory, config, ledger, base)
+        identity = experiment.identity(model)
+        check_header(ledger, ledger_header(config, identity))
+        method = build_method(config)
+        audit = _audit(config, identity, method, at_sites=kept.model.path == AT_SITES)
+        replay = _Replay(ledger, count, Replica(model, method), audit)
+        replay.run(directory.read_metrics(count), on_round)
+        return Rebuilt(
+            model,
+            tokenizer,
+            rounds=count,
+            length=ledger.length,
+            chain=ledger.chain_after(count),
+            proofs=replay.proofs,
+            unchecked=audit.unchecked,
+            differences=replay.differences,
+        )
+
+
+def _chosen(rounds: int | None, length: int) -> int:
+    """How many rounds are wanted of a ledger of that length."""
+    if rounds is None:
+        return length
+    if not 0 <= rounds <= length:
+        raise FedForwardError(
+            f"--round {rounds} is not allowed: the ledger has {length} rounds. Give a number from "
+            f"0, the base model, to {length}."
+        )
+    return rounds
+
+
+def _with_files(
+    directory: RunDirectory,
+    config: Config,
+    ledger: Ledger,
+    adapter: str | None,
+    init_file: str | None,
+    mask_file: str | None,
+) -> Config:
+    """The configuration of a run with the files that its model needs where they are now."""
     if adapter is not None:
         config = config.model_copy(
             update={"model": config.model.model_copy(update={"adapter": adapter})}
@@ -133,34 +210,117 @@ def rebuild(
             f"{directory.path} is of a server, whose sites have a mask in a file. Give --mask-file "
             "FILE, the one that they have as method.mask_file."
         )
+    return config
+
+
+def _base_model(
+    directory: RunDirectory, config: Config, ledger: Ledger, base: str | None
+) -> tuple[CausalModel, object]:
+    """The model of a run before its first round, and its tokenizer."""
+    # A server has no plan.
+    planned = base is None or (directory.path / "plan.json").is_file()
+    plan = directory.load()[1] if planned else experiment.resolve_plan(config)
     # The data need not be there any more.
     classes = ledger.header.get("classes") or ()
     model, tokenizer = experiment.build_model(config, plan, classes)
     if config.lora.init == "aligned" and config.lora.init_file is None:
         assert isinstance(model, LoraModel)
         model.begin_with(experiment.initial_a_of(directory))
-    check_header(ledger, ledger_header(config, experiment.identity(model)))
-    proofs, differences = 0, []
-    method = build_method(config)
-    replica = Replica(model, method)
-    if not method.capabilities.replayable:
-        read_state(ledger, replica.state)
-        if ledger.length:
-            replica.restore(Snapshot(ledger.length, b"", b"", replica.state.encode()))
-        return Rebuilt(model, tokenizer, ledger, 0, [])
-    for record in ledger.rounds():
-        claimed = {r.report.digest for r in record.results if r.report.digest}
-        if claimed:
-            proofs += len(claimed)
-            if claimed != {model.digest()[:DIGEST_BYTES]}:
-                differences.append(
-                    f"round {record.entry.round}: the clients' state was "
-                    f"{' and '.join(sorted(d.hex() for d in claimed))}, the rebuilt one is "
-                    f"{model.digest()[:DIGEST_BYTES].hex()}"
+    return model, tokenizer
+
+
+def _audit(config: Config, identity: ModelIdentity, method: Method, *, at_sites: bool) -> Audit:
+    return Audit(server_settings(config, identity, ()), method, examples_told=not at_sites)
+
+
+class _Replay:
+    """Brings a replica to a round of a ledger, and compares on the way.
+
+    Attributes:
+        proofs: state digests in clients' reports that were compared.
+        differences: a sentence on the first round that does not agree with its reports, with its
+            metrics, and with the state that clients had.
+    """
+
+    def __init__(self, ledger: Ledger, count: int, replica: Replica, audit: Audit) -> None:
+        self.ledger = ledger
+        self.count = count
+        self.replica = replica
+        self.audit = audit
+        self.proofs = 0
+        self._agreed = 0
+        self._wrong_state = self._wrong_line = ""
+
+    @property
+    def differences(self) -> list[str]:
+        """See the class."""
+        found = (self.audit.difference, self._wrong_line, self._wrong_state)
+        return [words for words in found if words]
+
+    def run(self, lines: Lines, on_round: RoundCallback) -> None:
+        """Come to `count` rounds.
+
+        Args:
+            lines: of metrics, as far as there are any.
+            on_round: called after each round.
+        """
+        replayable = self.replica.method.capabilities.replayable
+        due: list[Entry] = []
+        # The reports of the round after prove the state that is wanted.
+        for record in self.ledger.rounds(0, self.count + 1):
+            claimed = {r.report.digest for r in record.results if r.report.digest}
+            if replayable and (claimed or len(due) == _AT_ONCE):
+                self.replica.catch_up(due)
+                due = []
+                self._compare(record.entry.round, claimed)
+            if record.entry.round == self.count:
+                break
+            self.audit.take(record)
+            self._compare_line(record, lines)
+            if replayable:
+                due.append(record.entry)
+            on_round(record.entry.round + 1, self.count)
+        if replayable:
+            self.replica.catch_up(due)
+            return
+        self._restore()
+
+    def _compare_line(self, record: Round, lines: Lines) -> None:
+        """Compare a round with its line of metrics, if there is one."""
+        after = record.entry.round + 1
+        if self._wrong_line or after >= len(lines):
+            return
+        wanted = strict(round_line(RoundOutcome(record), 0.0))
+        # JSON has no numbers for names.
+        wanted["learning_rates"] = {str(n): rate for n, rate in wanted["learning_rates"].items()}
+        for name in ("training_loss", "skipped_steps", "learning_rates"):
+            if lines[after].get(name) != wanted[name]:
+                self._wrong_line = (
+                    f"metrics.jsonl has {name} {lines[after].get(name)} after {after} rounds, the "
+                    f"ledger {wanted[name]}"
                 )
-        replica.catch_up([record.entry])
-        on_round(record.entry.round + 1, ledger.length)
-    return Rebuilt(model, tokenizer, ledger, proofs, differences)
+
+    def _compare(self, round_number: int, claimed: set[bytes]) -> None:
+        """Compare the replica with what clients had at the beginning of a round."""
+        if not claimed:
+            return
+        self.proofs += len(claimed)
+        own = self.replica.digest()
+        if claimed == {own}:
+            self._agreed = round_number
+        elif not self._wrong_state:
+            self._wrong_state = (
+                f"round {round_number}: the clients' state was "
+                f"{' and '.join(sorted(d.hex() for d in claimed))}, the rebuilt one is {own.hex()}"
+                f" (they agreed up to round {self._agreed})"
+            )
+
+    def _restore(self) -> None:
+        """Take over the state of a method whose entries are no list of steps."""
+        replica = self.replica
+        read_state(self.ledger, replica.state, self.count)
+        if self.count:
+            replica.restore(Snapshot(self.count, b"", b"", replica.state.encode()))
 
 
 def _with_base(directory: RunDirectory, config: Config, base: str | None) -> Config:
@@ -196,6 +356,7 @@ def verify(
     adapter: str | None = None,
     init_file: str | None = None,
     mask_file: str | None = None,
+    rounds: int | None = None,
 ) -> Verification:
     """Rebuild the tuned state and compare it, bit for bit, with all that the run left.
 
@@ -209,51 +370,35 @@ def verify(
         adapter: see `rebuild`.
         init_file: see `rebuild`.
         mask_file: see `rebuild`.
+        rounds: see `rebuild`.
 
     Raises:
         FedForwardError: this is not a run, or its ledger or base model cannot be used.
     """
     directory = RunDirectory(Path(path))
     config = directory.config()
-    rebuilt = rebuild(directory, base, on_round, adapter, init_file, mask_file)
+    rebuilt = rebuild(directory, base, on_round, adapter, init_file, mask_file, rounds)
     differences = list(rebuilt.differences)
     digest = rebuilt.model.digest().hex()
-    current = False
-    if directory.summary.is_file():
-        wanted = {"state_digest": digest, "ledger_digest": rebuilt.ledger.chain.hex()}
-        try:
-            summary = json.loads(directory.summary.read_text(encoding="utf-8"))
-            claimed = {name: summary[name] for name in wanted}
-            # A run that was resumed after its summary has a longer ledger than the summary, and
-            # an adapter of the time before.
-            current = summary["rounds"] == rebuilt.ledger.length
-            if summary["rounds"] > rebuilt.ledger.length:
-                differences.append(
-                    f"summary.json has {summary['rounds']} rounds, the ledger only "
-                    f"{rebuilt.ledger.length}"
-                )
-        except (OSError, ValueError, KeyError, TypeError):
-            current, claimed = False, {}
-            differences.append("summary.json is damaged (--resume writes it again)")
-        differences += [
-            f"summary.json has {name} {claimed[name]}, rebuilt is {value}"
-            for name, value in wanted.items()
-            if current and claimed[name] != value
-        ]
+    found = {"state_digest": digest, "ledger_digest": rebuilt.chain.hex()}
+    recorded, words = directory.compare_summary(rebuilt.rounds, found)
+    differences += words
     folder = directory.tuned(config)
-    saved = current and folder.is_dir()
+    saved = recorded and folder.is_dir()
     if saved:
         differences += compare(rebuilt.model, folder)
-    elif current and config.model.path != AT_SITES:
+    elif recorded and config.model.path != AT_SITES:
         differences.append(f"{folder.name}/ is missing (--resume writes it again)")
-    rebuilt.ledger.close()
     return Verification(
-        rounds=rebuilt.ledger.length,
+        rounds=rebuilt.rounds,
+        length=rebuilt.length,
         state_digest=digest,
-        ledger_digest=rebuilt.ledger.chain.hex(),
+        ledger_digest=rebuilt.chain.hex(),
         proofs=rebuilt.proofs,
+        recorded=recorded,
         saved=saved,
         replayed=method_class(config.method.name).capabilities.replayable,
+        unchecked=list(rebuilt.unchecked),
         differences=differences,
     )
 
@@ -268,6 +413,7 @@ def export(
     adapter: str | None = None,
     init_file: str | None = None,
     mask_file: str | None = None,
+    rounds: int | None = None,
 ) -> Path:
     """Write the adapter, or with `merge` (or full tuning) a whole model, rebuilt from the ledger.
 
@@ -280,6 +426,7 @@ def export(
         adapter: see `rebuild`.
         init_file: see `rebuild`.
         mask_file: see `rebuild`.
+        rounds: see `rebuild`.
 
     Raises:
         FedForwardError: `out` is in use, or the run cannot be rebuilt.
@@ -288,8 +435,7 @@ def export(
     check_new_folder(out, "--out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FedForwardError(f"--out {out} exists and is not an empty folder. Choose another.")
-    rebuilt = rebuild(RunDirectory(path), base, on_round, adapter, init_file, mask_file)
-    rebuilt.ledger.close()
+    rebuilt = rebuild(RunDirectory(path), base, on_round, adapter, init_file, mask_file, rounds)
     if rebuilt.differences:
         raise FedForwardError(
             f"{path} does not agree with its ledger: {rebuilt.differences[0]}. See `fedforward "
