@@ -17,7 +17,9 @@ from fedforward.cli.train import (
     RunArgument,
 )
 from fedforward.core.errors import FedForwardError
+from fedforward.core.files import read_object
 from fedforward.core.registry import RUNTIMES
+from fedforward.deployment.status import is_status
 
 if TYPE_CHECKING:
     from fedforward.deployment.runtime import Runtime
@@ -177,10 +179,13 @@ def stop(run: RunArgument) -> None:
 
 def _read_status(run: Path) -> dict[str, Any]:
     path = run / "status.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    if not path.is_file():
         raise FedForwardError(
             f"{run} has no status: it is not the --out folder of a `fedforward server` that has "
             "begun its run."
-        ) from error
+        )
+    advice = "A server that runs, or that goes on with --resume, writes it again."
+    content = read_object(path, advice)
+    if not is_status(content):
+        raise FedForwardError(f"{path} is damaged: it is not what a server writes. {advice}")
+    return content

@@ -5,7 +5,6 @@ status.json      what is going on, for `fedforward status`; never read by the co
 stop             its being there asks the coordinator to stop
 """
 
-import json
 import os
 from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 
 from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
+from fedforward.core.files import parse_json
 from fedforward.messages.envelope import RUN_BYTES, Enrollment
 from fedforward.planning.allocator import ClientBlocks
 from fedforward.training import run_directory
@@ -33,6 +33,11 @@ class SiteRecord:
     number: int
     examples: int
     active_blocks: int | None = None
+
+
+def _is_record(site: SiteRecord) -> bool:
+    counts = (site.number, site.examples, site.active_blocks or 0)
+    return all(type(count) is int and 0 <= count < 2**32 for count in counts)
 
 
 @dataclass
@@ -82,12 +87,18 @@ class CoordinatorState:
 
     def _read(self) -> None:
         try:
-            content = json.loads(self._federation.read_text(encoding="utf-8"))
+            content = parse_json(self._federation.read_bytes())
             self.run = bytes.fromhex(content["run"])
             self.sites = {str(name): SiteRecord(**site) for name, site in content["sites"].items()}
-            self.reset = {int(number) for number in content["reset"]}
+            self.reset = set(content["reset"])
+            if len(self.run) != RUN_BYTES:
+                raise ValueError(f"the run's name has {len(self.run)} bytes, not {RUN_BYTES}")
             if sorted(site.number for site in self.sites.values()) != [*range(len(self.sites))]:
                 raise ValueError("the sites' numbers are not 0, 1, 2, …")
+            if not self.reset <= {site.number for site in self.sites.values()}:
+                raise ValueError("who must start again is no site")
+            if not all(map(_is_record, self.sites.values())):
+                raise ValueError("a site's numbers are no whole numbers")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise FedForwardError(
                 f"{self._federation} cannot be read: {error}. It has the numbers of the sites; "

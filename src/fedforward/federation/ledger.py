@@ -240,7 +240,7 @@ class Ledger:
     def _query(self, statement: str, *values: int) -> list[tuple[Any, ...]]:
         try:
             return self._database.execute(statement, values).fetchall()
-        except sqlite3.DatabaseError as error:
+        except ledger_file.ERRORS as error:
             raise ledger_file.damaged(self.path, error) from error
 
     def close(self) -> None:

@@ -25,6 +25,8 @@ CREATE TRIGGER rounds_new BEFORE INSERT ON rounds
 CREATE TRIGGER header_stays BEFORE DELETE ON header BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER rounds_stay BEFORE DELETE ON rounds BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 """
+#: What a damaged file raises: sqlite3 reads names in a damaged schema as text.
+ERRORS = (sqlite3.Error, UnicodeError)
 #: Seconds that a commit waits for readers, each of which reads some rounds at a time.
 TIMEOUT_S = 60.0
 #: What SQLite keeps beside a database whose last commit was cut short, or that has a log.
@@ -79,7 +81,7 @@ def open_to_write(path: Path) -> sqlite3.Connection:
         # FULL would not wait until the folder has forgotten the journal, so that a power failure
         # could take back a round that others have been told of.
         database.execute("PRAGMA synchronous = EXTRA")
-    except sqlite3.Error as error:
+    except ERRORS as error:
         database.close()
         raise damaged(path, error) from error
     return database
@@ -104,7 +106,7 @@ def open_to_read(path: Path) -> sqlite3.Connection:
             if error.sqlite_errorname == "SQLITE_READONLY_ROLLBACK":
                 return _copy(path)
             raise
-    except (sqlite3.Error, OSError) as error:
+    except (*ERRORS, OSError) as error:
         raise damaged(path, error) from error
 
 
@@ -114,7 +116,7 @@ def _read_only(path: Path, more: str = "") -> sqlite3.Connection:
     )
     try:
         database.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-    except sqlite3.Error:
+    except ERRORS:
         database.close()
         raise
     return database
@@ -129,7 +131,7 @@ def _copy(path: Path) -> sqlite3.Connection:
         whole = sqlite3.connect(Path(folder) / path.name)
         try:
             whole.backup(copy)
-        except sqlite3.Error:
+        except ERRORS:
             copy.close()
             raise
         finally:

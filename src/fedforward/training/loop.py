@@ -16,6 +16,7 @@ from fedforward.core.errors import UpdateNotFiniteError
 from fedforward.federation.ledger import Ledger
 from fedforward.training import metrics
 from fedforward.training.metrics import DivergenceError, ProgressCallback, RoundOutcome
+from fedforward.training.metrics_lines import with_metrics
 from fedforward.training.run_directory import RunDirectory, write_json
 from fedforward.training.summary import (
     DeploymentSummary,
@@ -111,7 +112,9 @@ class Loop:
 
     def _restore(self) -> None:
         """Make the metrics agree with the ledger, and begin them if there are none."""
-        self.lines = self.directory.read_metrics(self.ledger.length)
+        self.lines = with_metrics(
+            self.directory.read_metrics(self.ledger.length), self.config.metrics
+        )
         while not self.lines:
             figures = self.runner.evaluate(0)
             if "heldout_loss" in figures:

@@ -3,7 +3,6 @@
 Both rebuild the tuned state from the base model and the ledger alone.
 """
 
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,7 @@ from fedforward.core.paths import (
 )
 from fedforward.federation.audit import Audit
 from fedforward.federation.client import Replica
-from fedforward.federation.ledger import Ledger, Round
-from fedforward.federation.state_file import read_state
-from fedforward.messages.entry import Entry
-from fedforward.messages.snapshot import Snapshot
+from fedforward.federation.ledger import Ledger
 from fedforward.methods.base import Method, method_class
 from fedforward.models.base import CausalModel
 from fedforward.models.folders import copy_processor
@@ -38,16 +34,9 @@ from fedforward.training.assembly import (
     ledger_header,
     server_settings,
 )
-from fedforward.training.metrics import RoundOutcome, round_line
-from fedforward.training.run_directory import RunDirectory, strict
+from fedforward.training.round_replay import RoundCallback, RoundReplay
+from fedforward.training.run_directory import RunDirectory
 from fedforward.training.saved import compare
-from fedforward.training.summary import Lines
-
-#: Rounds that are committed at once: a model may join them.
-_AT_ONCE = 64
-
-#: Called with the rounds that are rebuilt and all there are.
-RoundCallback = Callable[[int, int], None]
 
 
 def _ignore(done: int, total: int) -> None:
@@ -150,7 +139,7 @@ def rebuild(
         check_header(ledger, ledger_header(config, identity))
         method = build_method(config)
         audit = _audit(config, identity, method, at_sites=kept.model.path == AT_SITES)
-        replay = _Replay(ledger, count, Replica(model, method), audit)
+        replay = RoundReplay(ledger, count, Replica(model, method), audit)
         replay.run(directory.read_metrics(count), on_round)
         return Rebuilt(
             model,
@@ -222,6 +211,11 @@ def _base_model(
     plan = directory.load()[1] if planned else experiment.resolve_plan(config)
     # The data need not be there any more.
     classes = ledger.header.get("classes") or ()
+    if not isinstance(classes, list | tuple) or not all(isinstance(c, str) for c in classes):
+        raise FedForwardError(
+            f"{ledger.path}: its header has classes {classes!r}, which are no list of texts. "
+            "Restore the ledger from a copy."
+        )
     model, tokenizer = experiment.build_model(config, plan, classes)
     if config.lora.init == "aligned" and config.lora.init_file is None:
         assert isinstance(model, LoraModel)
@@ -231,96 +225,6 @@ def _base_model(
 
 def _audit(config: Config, identity: ModelIdentity, method: Method, *, at_sites: bool) -> Audit:
     return Audit(server_settings(config, identity, ()), method, examples_told=not at_sites)
-
-
-class _Replay:
-    """Brings a replica to a round of a ledger, and compares on the way.
-
-    Attributes:
-        proofs: state digests in clients' reports that were compared.
-        differences: a sentence on the first round that does not agree with its reports, with its
-            metrics, and with the state that clients had.
-    """
-
-    def __init__(self, ledger: Ledger, count: int, replica: Replica, audit: Audit) -> None:
-        self.ledger = ledger
-        self.count = count
-        self.replica = replica
-        self.audit = audit
-        self.proofs = 0
-        self._agreed = 0
-        self._wrong_state = self._wrong_line = ""
-
-    @property
-    def differences(self) -> list[str]:
-        """See the class."""
-        found = (self.audit.difference, self._wrong_line, self._wrong_state)
-        return [words for words in found if words]
-
-    def run(self, lines: Lines, on_round: RoundCallback) -> None:
-        """Come to `count` rounds.
-
-        Args:
-            lines: of metrics, as far as there are any.
-            on_round: called after each round.
-        """
-        replayable = self.replica.method.capabilities.replayable
-        due: list[Entry] = []
-        # The reports of the round after prove the state that is wanted.
-        for record in self.ledger.rounds(0, self.count + 1):
-            claimed = {r.report.digest for r in record.results if r.report.digest}
-            if replayable and (claimed or len(due) == _AT_ONCE):
-                self.replica.catch_up(due)
-                due = []
-                self._compare(record.entry.round, claimed)
-            if record.entry.round == self.count:
-                break
-            self.audit.take(record)
-            self._compare_line(record, lines)
-            if replayable:
-                due.append(record.entry)
-            on_round(record.entry.round + 1, self.count)
-        if replayable:
-            self.replica.catch_up(due)
-            return
-        self._restore()
-
-    def _compare_line(self, record: Round, lines: Lines) -> None:
-        """Compare a round with its line of metrics, if there is one."""
-        after = record.entry.round + 1
-        if self._wrong_line or after >= len(lines):
-            return
-        wanted = strict(round_line(RoundOutcome(record), 0.0))
-        # JSON has no numbers for names.
-        wanted["learning_rates"] = {str(n): rate for n, rate in wanted["learning_rates"].items()}
-        for name in ("training_loss", "skipped_steps", "learning_rates"):
-            if lines[after].get(name) != wanted[name]:
-                self._wrong_line = (
-                    f"metrics.jsonl has {name} {lines[after].get(name)} after {after} rounds, the "
-                    f"ledger {wanted[name]}"
-                )
-
-    def _compare(self, round_number: int, claimed: set[bytes]) -> None:
-        """Compare the replica with what clients had at the beginning of a round."""
-        if not claimed:
-            return
-        self.proofs += len(claimed)
-        own = self.replica.digest()
-        if claimed == {own}:
-            self._agreed = round_number
-        elif not self._wrong_state:
-            self._wrong_state = (
-                f"round {round_number}: the clients' state was "
-                f"{' and '.join(sorted(d.hex() for d in claimed))}, the rebuilt one is {own.hex()}"
-                f" (they agreed up to round {self._agreed})"
-            )
-
-    def _restore(self) -> None:
-        """Take over the state of a method whose entries are no list of steps."""
-        replica = self.replica
-        read_state(self.ledger, replica.state, self.count)
-        if self.count:
-            replica.restore(Snapshot(self.count, b"", b"", replica.state.encode()))
 
 
 def _with_base(directory: RunDirectory, config: Config, base: str | None) -> Config:

@@ -379,7 +379,10 @@ class Run:
         self.model.save(self.directory.tuned(self.config))
         shares = [line["changed_share"] for line in lines if "changed_share" in line]
         zeros = [line["zero_gradients"] for line in lines if "zero_gradients" in line]
-        example = lines[0]["example"]
+        asked = self.corpus.example
+        # The line may have lost it, and the base model's answer with it.
+        unknown = {"prompt": asked.text, "expected": asked.expected, "before": ""}
+        example = lines[0]["example"] or unknown
         return SimulationSummary(
             model=absolute_text(self.config.model.path),
             classes=list(self.model.classes) or None,

@@ -31,6 +31,7 @@ from fedforward.core.paths import check_new_folder, home
 from fedforward.core.steps import ProbePlan
 from fedforward.core.version import __version__
 from fedforward.training.folder_lock import HOLDER, LOCK, FolderLock
+from fedforward.training.metrics_lines import read_line
 
 #: Keys that may change on resume: no committed step depends on them.
 FREE_KEYS = {"run.patience", "run.evaluate_every", "run.activation_cache"}
@@ -46,6 +47,8 @@ _FIRST_FILES = {LOCK, HOLDER} | {
     )
     for ending in ("", ".partial")
 }
+#: No plan has larger numbers, and no machine more threads.
+_LARGEST_COUNT, _MOST_THREADS = 2**31, 4096
 _PACKAGES = ("torch", "transformers", "peft", "numba", "numpy", "datasets")
 
 
@@ -177,7 +180,7 @@ class RunDirectory:
         """
         config = self.config()
         try:
-            content = json.loads((self.path / "plan.json").read_text(encoding="utf-8"))
+            content = parse_json((self.path / "plan.json").read_bytes())
             plan = ProbePlan(**content)
             if moved := renamed("run.trajectory", plan.trajectory):
                 raise FedForwardError(f"{self.path / 'plan.json'}: {moved.removeprefix('run.')}.")
@@ -219,16 +222,9 @@ class RunDirectory:
         if self.metrics.is_file():
             text = self.metrics.read_text(encoding="utf-8", errors="replace")
             for number, raw in enumerate(text.split("\n")[: rounds + 1]):
-                try:
-                    line = json.loads(raw)
-                except json.JSONDecodeError:
+                line = read_line(raw, number)
+                if line is None:
                     break
-                if not _is_metrics(line, number):
-                    break
-                if line.get("heldout_loss", 0.0) is None:
-                    line["heldout_loss"] = math.nan
-                for name, value in line.get("metrics", {}).items():
-                    line["metrics"][name] = math.nan if value is None else value
                 lines.append(line)
         return lines
 
@@ -295,21 +291,16 @@ class RunDirectory:
 
 def _is_plan(plan: ProbePlan) -> bool:
     counts = (plan.probes_per_call, plan.threads, plan.evaluation_rows)
-    whole = all(type(count) is int and count > 0 for count in counts)
+    whole = all(type(count) is int and 0 < count < _LARGEST_COUNT for count in counts)
+    # Libraries end the process where they cannot start their threads.
+    whole = whole and plan.threads <= _MOST_THREADS
     zeros = (plan.tokens_per_call, plan.most_branching)
-    whole = whole and all(type(count) is int and count >= 0 for count in zeros)
-    words = (plan.placement, plan.alone, plan.left_out, plan.not_kept)
+    whole = whole and all(type(count) is int and 0 <= count < _LARGEST_COUNT for count in zeros)
+    words = (plan.device, plan.placement, plan.alone, plan.left_out, plan.not_kept)
     whole = whole and all(type(word) is str for word in words)
     switches = (plan.shares_prefix, plan.joins_choices, plan.keeps_activations)
     whole = whole and all(type(switch) is bool for switch in switches)
     return whole and plan.trajectory in ("recompute", "cache")
-
-
-def _is_metrics(line: Any, number: int) -> bool:
-    needed = {"seconds", "training_loss"} if number else {"seconds", "heldout_loss", "example"}
-    if not isinstance(line, dict) or not isinstance(line.get("metrics", {}), dict):
-        return False
-    return line.get("round") == number and needed <= line.keys()
 
 
 def _flat(config: Config) -> dict[str, Any]:
