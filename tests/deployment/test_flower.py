@@ -23,7 +23,7 @@ from fedforward.core.errors import FedForwardError
 from fedforward.deployment import model_server
 from fedforward.deployment.flower import certificates, engine
 from fedforward.deployment.flower.server import ListenAddress
-from fedforward.deployment.flower.server_app import config_of, run_config
+from fedforward.deployment.flower.server_app import carry_out, config_of, run_config
 from fedforward.deployment.flower.transport import GridTransport, unwrap, wrap
 from fedforward.deployment.supervisor import Child, Supervisor, free_port
 from tests.support.sites import run_toml, site_config
@@ -45,6 +45,26 @@ def test_a_configuration_in_flowers_words(tmp_path: Path) -> None:
     assert config_of(get_fused_config_from_dir(app, {}))[0] == settings
     changed = get_fused_config_from_dir(app, {"federation.rounds": 7})
     assert config_of(changed)[0].federation.rounds == 7
+
+
+def test_a_folder_has_one_coordinator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one ends with a sentence, and writes nothing; a lock that a kill left is free."""
+    out, began = tmp_path / "out", []
+
+    class Coordinator:
+        def __init__(self, config: Any, path: Path, transport: Any, resume: bool) -> None:
+            began.append(sorted(file.name for file in path.iterdir()))
+
+        def run(self) -> None:
+            if len(began) == 1:
+                with pytest.raises(FedForwardError, match="in use by another fedforward process"):
+                    carry_out(settings, out, transport)
+
+    monkeypatch.setattr("fedforward.deployment.flower.server_app.Coordinator", Coordinator)
+    settings, transport = run_toml(tmp_path), GridTransport(FakeGrid())
+    carry_out(settings, out, transport)
+    carry_out(settings, out, transport)
+    assert began == [["coordinator.lock", "coordinator.lock.json"]] * 2
 
 
 def test_the_client_app_imports_little() -> None:

@@ -36,7 +36,7 @@ from fedforward.planning.allocator import BlockAllotment
 from fedforward.training import assembly
 from fedforward.training.loop import Loop
 from fedforward.training.metrics import Attendance, RoundOutcome, Traffic
-from fedforward.training.run_directory import RunDirectory
+from fedforward.training.run_directory import RunDirectory, errors_of_the_disk
 from fedforward.training.summary import DeploymentSummary, Lines, RunSummary, mean_traffic
 
 LOGGER = logging.getLogger("fedforward.deployment.coordinator")
@@ -215,7 +215,8 @@ class Coordinator:
         for attempt in range(MAX_ROUND_RETRIES):
             asked = self._ask_for_reports()
             try:
-                record = self._server.close_round()
+                with errors_of_the_disk(self.directory.path):
+                    record = self._server.close_round()
                 break
             except QuorumError:
                 if attempt == MAX_ROUND_RETRIES - 1:

@@ -7,6 +7,7 @@ no PyTorch.
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import Any
 
 from fedforward.config.schema import Config
@@ -18,7 +19,7 @@ from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import Server
 from fedforward.messages.envelope import Enrollment, deviation, difference
 from fedforward.training import assembly
-from fedforward.training.run_directory import RunDirectory
+from fedforward.training.run_directory import RunDirectory, errors_of_the_disk
 
 
 class Admission:
@@ -109,11 +110,11 @@ class Admission:
     def _pinned(self) -> dict[str, Any] | None:
         """The header of the ledger, if there is one."""
         if not self.directory.ledger.is_file():
+            self.directory.check_length(0)
             return None
-        ledger = Ledger(self.directory.ledger)
-        header = ledger.header
-        ledger.close()
-        return header
+        with closing(Ledger(self.directory.ledger, read_only=True)) as ledger:
+            self.directory.check_length(ledger.length)
+            return ledger.header
 
     def header(self, model: ModelIdentity) -> dict[str, Any]:
         """What the ledger of this run is bound to with a model."""
@@ -127,12 +128,8 @@ class Admission:
     def open_ledger(self, identity: ModelIdentity) -> Ledger:
         """The run's ledger; a new one is bound to the model."""
         path = self.directory.ledger
-        if not path.is_file():
-            self.directory.check_length(0)
-            return Ledger.create(path, self.header(identity))
-        ledger = Ledger(path)
-        self.directory.check_length(ledger.length)
-        return ledger
+        with errors_of_the_disk(self.directory.path):
+            return Ledger(path) if path.is_file() else Ledger.create(path, self.header(identity))
 
 
 def agreed(enrollments: Mapping[str, Enrollment]) -> ModelIdentity:

@@ -19,6 +19,8 @@ from fedforward.core.machine import process_runs
 
 LOCK = "lock"
 HOLDER = "lock.json"
+#: Of the coordinator of a run across machines, whose `lock` the process has that started it.
+COORDINATOR_LOCK = "coordinator.lock"
 #: Seconds that another process has between locking a folder and saying that it did.
 _NOTE_TIMEOUT_S = 0.5
 
@@ -26,12 +28,13 @@ _NOTE_TIMEOUT_S = 0.5
 class FolderLock:
     """The lock of one folder, which must exist when it is acquired."""
 
-    def __init__(self, folder: Path, key: str) -> None:
-        """`key`: what names the folder, such as "--out"."""
+    def __init__(self, folder: Path, key: str, name: str = LOCK) -> None:
+        """`key`: what names the folder, such as "--out"; `name`: of the file."""
         self.folder = folder
         self.key = key
+        self._file, self._note_file = folder / name, folder / f"{name}.json"
         # One thread may build a run and another carry it out.
-        self._lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
+        self._lock = FileLock(self._file, timeout=0, thread_local=False)
 
     def acquire(self) -> None:
         """Keep other processes out until `release`; nothing happens if it is held already.
@@ -50,7 +53,7 @@ class FolderLock:
             ) from error
         except (OSError, NotImplementedError) as error:
             raise FedForwardError(
-                f"{self.folder / LOCK} cannot be locked: "
+                f"{self._file} cannot be locked: "
                 f"{getattr(error, 'strerror', None) or error}. Look at the rights of the folder, "
                 f"or choose another {self.key}."
             ) from error
@@ -61,7 +64,7 @@ class FolderLock:
         }
         # The lock holds without the note.
         with suppress(OSError):
-            (self.folder / HOLDER).write_text(json.dumps(note) + "\n", encoding="utf-8")
+            self._note_file.write_text(json.dumps(note) + "\n", encoding="utf-8")
 
     def release(self, *, remove: bool = False) -> None:
         """Let others in.
@@ -71,11 +74,11 @@ class FolderLock:
         """
         if self._lock.is_locked:
             with suppress(OSError):
-                (self.folder / HOLDER).unlink()
+                self._note_file.unlink()
             if remove:
                 # Windows does not remove a file that is open; an empty one does no harm.
                 with suppress(OSError):
-                    (self.folder / LOCK).unlink()
+                    self._file.unlink()
         self._lock.release(force=True)
 
     def _holder(self) -> str:
@@ -87,7 +90,7 @@ class FolderLock:
 
     def _note(self) -> str:
         try:
-            content = json.loads((self.folder / HOLDER).read_text(encoding="utf-8"))
+            content = json.loads(self._note_file.read_text(encoding="utf-8"))
             pid, host, since = int(content["pid"]), str(content["host"]), str(content["since"])
             here = host == platform.node()
             if here and not process_runs(pid):

@@ -5,6 +5,7 @@ initial_a.safetensors   where adapters are aligned: what they began with, unless
 plan.json         the probe plan                    loss.png        the loss curve
 environment.json  versions and machine              summary.json    the result
 ledger.sqlite     the source of truth               adapter/ or model/   what was tuned
+ledger.head       how many rounds it must have
 lock, lock.json   held by the process that writes here, and which one that is
 """
 
@@ -30,13 +31,13 @@ from fedforward.core.machine import processor_name
 from fedforward.core.paths import check_new_folder, home
 from fedforward.core.steps import ProbePlan
 from fedforward.core.version import __version__
-from fedforward.training.folder_lock import HOLDER, LOCK, FolderLock
+from fedforward.training.folder_lock import COORDINATOR_LOCK, HOLDER, LOCK, FolderLock
 from fedforward.training.metrics_lines import read_line
 
 #: Keys that may change on resume: no committed step depends on them.
 FREE_KEYS = {"run.patience", "run.evaluate_every", "run.activation_cache"}
 #: What a start that was cut short may leave behind; nothing has been computed yet.
-_FIRST_FILES = {LOCK, HOLDER} | {
+_FIRST_FILES = {LOCK, HOLDER, COORDINATOR_LOCK, f"{COORDINATOR_LOCK}.json"} | {
     name + ending
     for name in (
         "plan.json",

@@ -13,6 +13,9 @@ from fedforward.config.template import toml_value
 from fedforward.core.errors import FedForwardError
 from fedforward.deployment.coordinator import Coordinator
 from fedforward.deployment.flower.transport import GridTransport
+from fedforward.deployment.transport import Transport
+from fedforward.training.folder_lock import COORDINATOR_LOCK, FolderLock
+from fedforward.training.run_directory import RunDirectory
 
 #: In front of lists and tables, which Flower's configuration does not have.
 _TOML = "toml:"
@@ -62,7 +65,24 @@ def main(grid: Any, context: Context) -> None:
     """Carry out the run, or go on with it. What it has to say is in the run directory."""
     config, out = config_of(dict(context.run_config))
     try:
-        Coordinator(config, out, GridTransport(grid), resume=True).run()
+        carry_out(config, out, GridTransport(grid))
     except FedForwardError as error:
         # It is in status.json; a traceback would tell nobody more.
         print(f"error: {error}", flush=True)
+
+
+def carry_out(config: Config, out: Path, transport: Transport) -> None:
+    """Carry out a run unless another coordinator does: nothing is written then.
+
+    Raises:
+        FedForwardError: another one does, or the run cannot go on.
+    """
+    directory = RunDirectory(out)
+    if not directory.started:
+        directory.claim()
+    lock = FolderLock(directory.path, "out", COORDINATOR_LOCK)
+    lock.acquire()
+    try:
+        Coordinator(config, directory.path, transport, resume=True).run()
+    finally:
+        lock.release()
