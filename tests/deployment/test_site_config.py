@@ -168,7 +168,14 @@ def test_no_key_is_forgotten() -> None:
         optional |= {
             "lora": {"alignment", "init"},
             "data": {"chat", "classes", "loss_on"},
-            "federation": {"partition", "field", "alpha"},
+            "federation": {
+                "partition",
+                "field",
+                "alpha",
+                "weight_ratio",
+                "weight_share",
+                "start_deadline",
+            },
             "method": {"mask", "density", "aggregator", "report_filters", "parameters"},
             "planning": {"weights"},
         }

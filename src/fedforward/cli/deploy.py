@@ -19,6 +19,7 @@ from fedforward.cli.train import (
 from fedforward.core.errors import FedForwardError
 from fedforward.core.files import read_object
 from fedforward.core.registry import RUNTIMES
+from fedforward.deployment.state import leave_out
 from fedforward.deployment.status import is_status
 
 if TYPE_CHECKING:
@@ -42,6 +43,12 @@ def server(
     runtime: RuntimeOption = "flower",
     out: OutOption = None,
     resume: ResumeOption = False,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--without", help="leave a site out of a run that goes on; its past rounds stay"
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Carry out a run over sites on other machines; needs no model and no data."""
@@ -51,8 +58,12 @@ def server(
     again = ["fedforward", "server", str(config), *(overrides or []), "--listen", listen]
     again += ["--tls", str(tls)] if tls else ["--insecure"]
     again += ["--out", str(out), "--resume"]
+    for name in without or []:
+        again += ["--without", name]
     with friendly(f"Continue with: {shlex.join(again)}"):
         settings = load_terms(config, overrides or [])
+        if resume or without:
+            leave_out(out, without or [])
         engine: Runtime = RUNTIMES.get(runtime)
         with display() as progress:
             progress.objective = settings.objective

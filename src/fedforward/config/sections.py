@@ -304,6 +304,14 @@ class FederationSection(Section):
     rounds: Count = Field(100, description="T")
     participation: Share = Field(1.0, description="share of the clients in each round")
     weights: Literal["equal", "examples"] = Field("examples", description="of the average")
+    weight_ratio: Annotated[float, Field(ge=1.0)] = Field(
+        10.0,
+        description="most that a client's examples count in the average, as a multiple of the "
+        "median client's in the round",
+    )
+    weight_share: Share = Field(
+        0.5, description="most that one client of three or more weighs in the average"
+    )
     partition: Literal["iid", "dirichlet", "by-field"] = Field(
         "iid", description='"dirichlet" and "by-field" divide by the field below'
     )
@@ -312,6 +320,11 @@ class FederationSection(Section):
     quorum: Count = Field(1, description="reports without which a round is not closed")
     deadline: Positive | None = Field(
         None, description="seconds after which a round is closed with the reports that are there"
+    )
+    start_deadline: Positive = Field(
+        600.0,
+        description="across machines: seconds for a connected site to enrol; those that have not "
+        "by then are not waited for, as long as there is a quorum",
     )
 
     @model_validator(mode="after")

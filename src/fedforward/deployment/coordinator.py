@@ -223,7 +223,13 @@ class Coordinator:
                     raise
             finally:
                 self.state.note_reset(self._server.reset)
+                self._note_disbelieved()
         return self._outcome(record, asked)
+
+    def _note_disbelieved(self) -> None:
+        for participant in self.participants.all():
+            if participant.number in self._server.disbelieved:
+                participant.note = "its report was left out: numbers far larger than the others'"
 
     def _outcome(self, record: Round, asked: int) -> RoundOutcome:
         count, late, self._late = self.participants.byte_count, self._late, 0

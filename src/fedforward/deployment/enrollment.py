@@ -80,9 +80,11 @@ class Admission:
         wanted = config.quorum if pinned else max(config.clients, config.quorum)
         identity = None
         here: dict[str, Enrollment] = {}
+        since: dict[str, float] = {}
         while identity is None or len(here) < config.quorum:
             identity = None
             wait(f"waiting for sites: {len(here)} of {wanted} are ready")
+            late = self._late(since)
             here = {
                 name: enrollment
                 for name, enrollment in self.candidates.items()
@@ -91,7 +93,7 @@ class Admission:
             for name in list(here):
                 if words := deviation(self.header(here[name].model), pinned):
                     self._reject(name, here, words)
-            if len(here) < wanted:
+            if len(here) < max(config.quorum, wanted - late):
                 continue
             identity = agreed(here)
             for name in list(here):
@@ -102,6 +104,21 @@ class Admission:
             self.participants[name].ready = False
         self.identity, self.candidates = identity, here
         return identity
+
+    def _late(self, since: dict[str, float]) -> int:
+        """Sites that are there and have not enrolled for so long that nobody waits for them.
+
+        Args:
+            since: when each was first seen like that; brought up to date.
+        """
+        now = self.participants.clock()
+        waiting = {p.name for p in self.participants.all() if p.present and not p.ready}
+        for name in since.keys() - waiting:
+            del since[name]
+        for name in waiting - since.keys():
+            since[name] = now
+        deadline = self.config.federation.start_deadline
+        return sum(now - began >= deadline for began in since.values())
 
     def _reject(self, name: str, here: dict[str, Enrollment], words: str) -> None:
         del here[name], self.candidates[name]

@@ -1,7 +1,7 @@
 """The sites as the coordinator knows them, and the messages between it and them.
 
 What is wrong with a reply becomes a note on the site, and the others go on. What is well-formed
-is believed: a site that is let in can report numbers that harm the tuning, or end it as diverged.
+is believed, unless `federation.plausibility` says that the others' numbers speak against it.
 """
 
 from collections.abc import Callable, Sequence
@@ -223,6 +223,9 @@ class Participants:
             self._take(reply, accept)
         now = self.clock()
         for participant in self._members.values():
+            if participant.name in self.state.without:
+                participant.ready, participant.note = False, "left out by --without"
+                continue
             rejected = (
                 participant.refused is not None and now - participant.refused < RETRY_REFUSED_S
             )

@@ -4,11 +4,17 @@ import math
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
+from statistics import median_low
 from typing import Any
 
 import numpy as np
 
 from fedforward.core.errors import MessageError
+from fedforward.federation.plausibility import plausible_losses
+
+#: A site's held-out data count for at most so many times what those of the median site do.
+FAR_WEIGHT = 10
 
 
 @dataclass(frozen=True)
@@ -77,12 +83,14 @@ def combined(answers: Sequence[SiteMetrics]) -> dict[str, Any]:
     """`heldout_loss` and `metrics` of several sites together; empty where nothing was measured.
 
     Losses are weighted by answer tokens and other metrics by examples; perplexity is that of the
-    combined loss. A site whose loss is not finite is left out as long as another's is.
+    combined loss. A site whose loss is not finite is left out as long as another's is, and one
+    whose loss is far from most is. None counts for more than some times what the median does.
     """
     measured = [(answer.loss, answer) for answer in answers if answer.loss is not None]
     sound = [(loss, answer) for loss, answer in measured if math.isfinite(loss)] or measured
     if not sound:
         return {}
+    sound = list(compress(sound, plausible_losses([loss for loss, _ in sound])))
     loss = weighted_mean([loss for loss, _ in sound], [answer.tokens for _, answer in sound])
     figures: dict[str, Any] = {"heldout_loss": loss}
     metrics = {}
@@ -99,7 +107,9 @@ def combined(answers: Sequence[SiteMetrics]) -> dict[str, Any]:
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:
-    """Σ w v / Σ w in float64; NaN where nothing weighs anything."""
+    """Σ w v / Σ w in float64, no w above a multiple of the median; NaN where all are 0."""
     if not any(weights):
         return math.nan
+    most = FAR_WEIGHT * median_low([weight for weight in weights if weight])
+    weights = [min(weight, most) for weight in weights]
     return float(np.average(np.array(values, np.float64), weights=np.array(weights, np.float64)))

@@ -2,11 +2,12 @@
 
 federation.json  the run's random name and the sites' numbers: read again after a kill
 status.json      what is going on, for `fedforward status`; never read by the coordinator
+without.json     sites that the operator leaves out, by name; read when a coordinator begins
 stop             its being there asks the coordinator to stop
 """
 
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from fedforward.messages.envelope import RUN_BYTES, Enrollment
 from fedforward.planning.allocator import ClientBlocks
 from fedforward.training import run_directory
 from fedforward.training.run_directory import RunDirectory
+
+_WITHOUT = "without.json"
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,14 @@ class CoordinatorState:
         run: the run's random name.
         sites: that were ever admitted, by name.
         reset: numbers of sites whose state was refused, and that have not started again yet.
+        without: names of sites that the operator leaves out.
     """
 
     directory: RunDirectory
     run: bytes = b""
     sites: dict[str, SiteRecord] = field(default_factory=dict)
     reset: set[int] = field(default_factory=set)
+    without: frozenset[str] = frozenset()
 
     @property
     def _federation(self) -> Path:
@@ -76,6 +81,7 @@ class CoordinatorState:
         directory = self.directory
         if directory.continues(config, resume):
             self._read()
+            self.without = read_without(directory.path)
             config = config.with_objective(directory.config().objective)
         else:
             self.run = os.urandom(RUN_BYTES)
@@ -143,3 +149,45 @@ class CoordinatorState:
     def write_status(self, content: dict[str, Any]) -> None:
         """Replace `status.json`."""
         run_directory.write_json(self.directory.path / "status.json", content)
+
+
+def read_without(run: Path) -> frozenset[str]:
+    """The names of the sites that are left out of a run.
+
+    Raises:
+        FedForwardError: the file does not hold names.
+    """
+    path = run / _WITHOUT
+    if not path.is_file():
+        return frozenset()
+    names = parse_json(path.read_bytes())
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FedForwardError(
+            f"{path} holds no list of names. Remove it, and give --without again."
+        )
+    return frozenset(names)
+
+
+def leave_out(run: Path, names: Sequence[str]) -> None:
+    """Leave sites out of a run from its next start on, and no others.
+
+    Raises:
+        FedForwardError: there is no run, or it has never admitted such a site.
+    """
+    if not names:
+        (run / _WITHOUT).unlink(missing_ok=True)
+        return
+    if not (run / "federation.json").is_file():
+        raise FedForwardError(
+            f"--without {names[0]}: {run} holds no run yet. To let nobody in with that key, remove "
+            f"{names[0]}.pub from the folder of keys."
+        )
+    state = CoordinatorState(RunDirectory(run))
+    state._read()
+    unknown = [name for name in names if name not in state.sites]
+    if unknown:
+        raise FedForwardError(
+            f"--without {unknown[0]}: the run has no such site. Its sites are "
+            f"{', '.join(sorted(state.sites)) or 'none yet'}."
+        )
+    run_directory.write_json(run / _WITHOUT, sorted(set(names)))

@@ -79,7 +79,7 @@ class Audit:
         clients = [part.report.client for part in results]
         if self._weights:
             examples = [part.report.examples for part in results]
-            wanted = weights_of(self.settings.weights, examples)
+            wanted = weights_of(self.settings, examples)
             found = [part.weight for part in results]
             if words := _differing("weight", clients, found, wanted):
                 return words

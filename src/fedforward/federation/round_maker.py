@@ -4,6 +4,7 @@ The server closes rounds with it, and `audit` makes the entries of a ledger agai
 follows from the settings and the ledger. It knows scalars and seeds, and no weights.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from fedforward.core.layout import Layout
 from fedforward.directions import Distribution
 from fedforward.federation.learning_rates import WINDOW, RateSettings, rates, update_differences
 from fedforward.federation.ledger import Round
+from fedforward.federation.plausibility import capped_weights
 from fedforward.federation.rate_search import RateSearch
 from fedforward.federation.server_optimizer import PLAIN, ServerOptimizer
 from fedforward.messages.entry import Entry
@@ -30,6 +32,7 @@ class RoundSettings:
     Attributes:
         run_seed: of every derived choice.
         weights: "equal" or "examples".
+        weight_ratio, weight_share: see `plausibility.capped_weights`.
         rates: how learning rates are chosen.
         layout: of the tunable space.
         distribution: of the directions.
@@ -44,6 +47,8 @@ class RoundSettings:
     distribution: Distribution
     optimizer: ServerOptimizer = PLAIN
     search: RateSearch | None = None
+    weight_ratio: float = math.inf
+    weight_share: float = 1.0
 
 
 class RoundMaker:
@@ -154,13 +159,8 @@ class RoundMaker:
         )
 
 
-def weights_of(weights: str, examples: Sequence[int]) -> list[float]:
-    """p_i of clients with so many training examples each; they sum to one.
-
-    Args:
-        weights: "equal" or "examples".
-    """
-    if weights == "equal":
+def weights_of(settings: RoundSettings, examples: Sequence[int]) -> list[float]:
+    """p_i of clients with so many training examples each; they sum to one."""
+    if settings.weights == "equal":
         return [1.0 / len(examples)] * len(examples)
-    total = sum(examples)
-    return [count / total for count in examples]
+    return capped_weights(examples, settings.weight_ratio, settings.weight_share)

@@ -16,6 +16,7 @@ from fedforward.core.errors import MessageError
 from fedforward.core.seeds import generator
 from fedforward.federation.agreement import QuorumError, majority
 from fedforward.federation.ledger import Ledger, Round
+from fedforward.federation.plausibility import plausible_sizes, size_of
 from fedforward.federation.rate_search import SCALES, RateSearch
 from fedforward.federation.round_maker import RoundMaker, RoundSettings, weights_of
 from fedforward.federation.snapshots import Snapshots
@@ -64,6 +65,8 @@ class Server:
         examples: training examples of each client.
         held: for each client, how many ledger rounds it has shown to hold.
         refused: reports that were refused since the server was built, late ones included.
+        disbelieved: clients whose projected gradients were too large to be believed in the last
+            round that was to be closed.
         reset: clients whose state was refused, and that start again from the base next time.
         snapshots: of clients.
     """
@@ -80,6 +83,7 @@ class Server:
         self.examples = list(settings.examples)
         self.held = dict.fromkeys(range(len(settings.examples)), 0)
         self.refused = 0
+        self.disbelieved: set[int] = set()
         self.reset: set[int] = set()
         self.snapshots = Snapshots(settings.state_bytes)
         self._maker = RoundMaker(settings, method)
@@ -380,6 +384,7 @@ class Server:
                 majority tells who is right.
         """
         reports = self._agreeing([self._reports[client] for client in sorted(self._reports)])
+        reports = self._believed(reports)
         if len(reports) < max(1, min(self.settings.quorum, len(self._rates))):
             raise QuorumError(
                 f"Round {self.round} cannot be closed: {len(reports)} of {len(self._rates)} "
@@ -388,7 +393,7 @@ class Server:
         examples = [self.examples[report.client] for report in reports]
         results = self._maker.results(
             reports,
-            weights_of(self.settings.weights, examples),
+            weights_of(self.settings, examples),
             self._multipliers,
             self._blocks,
             last=self.round + 1 >= self.settings.rates.rounds,
@@ -411,6 +416,18 @@ class Server:
         wrong = self.agree({report.client: report.digest for report in reports})
         self.refused += len(wrong)
         return [report for report in reports if report.client not in wrong]
+
+    def _believed(self, reports: Sequence[Report]) -> list[Report]:
+        """The reports whose projected gradients are of a size that those of others have."""
+        sizes = [size_of(report.gradients) for report in reports]
+        parts = [part for record in self._maker.history for part in record.results]
+        before = [size_of(part.report.gradients) for part in parts]
+        kept = plausible_sizes(sizes, before)
+        self.disbelieved = {
+            report.client for report, sound in zip(reports, kept, strict=True) if not sound
+        }
+        self.refused += len(self.disbelieved)
+        return [report for report in reports if report.client not in self.disbelieved]
 
     def agree(self, digests: Mapping[int, bytes]) -> set[int]:
         """The clients whose state is not that of most; they start again from the base.

@@ -114,6 +114,8 @@ def server_settings(
         examples=tuple(examples),
         participation=config.federation.participation,
         weights=config.federation.weights,
+        weight_ratio=config.federation.weight_ratio,
+        weight_share=config.federation.weight_share,
         rates=RateSettings(
             base=1.0 if method.learning_rate == "auto" else method.learning_rate,
             spread=method.alpha,

@@ -7,6 +7,7 @@ the same reasons. Imports no PyTorch.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import compress
 from statistics import fmean
 from typing import Any
 
@@ -14,6 +15,7 @@ from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
 from fedforward.evaluation.text_metrics import LOSSES
 from fedforward.federation.ledger import Round
+from fedforward.federation.plausibility import plausible_losses
 from fedforward.messages.report import Report
 
 #: So many projected gradients that are 0, and such a share of all, are said to be too many.
@@ -99,6 +101,8 @@ def round_line(outcome: RoundOutcome, seconds: float) -> dict[str, Any]:
     record, attendance = outcome.record, outcome.attendance
     reports = [result.report for result in record.results]
     losses = [report.loss for report in reports if math.isfinite(report.loss)]
+    # One client's number neither ends a run nor hides that it diverges.
+    losses = list(compress(losses, plausible_losses(losses)))
     line: dict[str, Any] = {
         "round": record.entry.round + 1,
         "training_loss": sum(losses) / len(losses) if losses else None,
