@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from fedforward.cli import main as cli
@@ -67,6 +69,48 @@ def test_every_byte_is_listed_once(kind: MessageKind) -> None:
         assert field.place == place and field.data
         place += len(field.data)
     assert values(fields)[f"envelope: kind ({kind.name})"] == str(int(kind))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(list(MessageKind)),
+    begin=st.sampled_from(list(BODIES.values())),
+    changes=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), max_size=4),
+    cut=st.integers(0, 400),
+)
+def test_a_message_of_any_content_is_listed_or_a_sentence(
+    kind: MessageKind, begin: bytes, changes: list[tuple[int, int]], cut: int
+) -> None:
+    body = bytearray(begin[cut:] if cut % 2 else begin)
+    for place, value in changes:
+        if body:
+            body[place % len(body)] = value
+    data = Envelope(kind, RUN, bytes(body)).encode()
+    try:
+        found = listing(data)
+    except MessageError:
+        return
+    assert b"".join(field.data for field in found) == data
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 100_000,
+        b'{"a":' * 900 + b"1" + b"}" * 900,
+        b'{"a":' + b"9" * 5000 + b"}",
+        b'{"a":1e999}',
+        b'{"a":"\\ud800"}',
+        b'{"a":NaN}',
+        b"\xff\xfe",
+    ],
+)
+def test_json_of_any_kind_is_listed_or_a_sentence(body: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "message"
+    path.write_bytes(Envelope(MessageKind.METRICS, RUN, body).encode())
+    for more in ([], ["--json"]):
+        result = CliRunner().invoke(cli.app, ["inspect-message", str(path), *more])
+        assert result.exit_code in (0, 2), result.exception
 
 
 def test_values_are_what_was_written() -> None:

@@ -68,6 +68,26 @@ def _no_map(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("{}")
 
 
+def _leads_out(name: str) -> Callable[[Path], Any]:
+    """An index that names an existing file elsewhere."""
+
+    def damage(folder: Path) -> None:
+        shard(folder)
+        index = folder / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        first = min(content["weight_map"])
+        moved = folder.parent / "elsewhere.safetensors"
+        shutil.move(folder / content["weight_map"][first], moved)
+        old = content["weight_map"][first]
+        place = name.replace("{}", str(folder.parent))
+        content["weight_map"] = {
+            key: place if part == old else part for key, part in content["weight_map"].items()
+        }
+        index.write_text(json.dumps(content))
+
+    return damage
+
+
 def _cut(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -146,6 +166,8 @@ def _config(**changes: Any) -> Callable[[Path], Any]:
         (_absent_shard, "names 1 files that are not there, such as model-00002"),
         (_broken_index, "model.safetensors.index.json is damaged"),
         (_no_map, "has no weight_map"),
+        (_leads_out("../elsewhere.safetensors"), "which is outside of the folder"),
+        (_leads_out("{}/elsewhere.safetensors"), "which is outside of the folder"),
         (_bad_bin, "pytorch_model.bin is no file of PyTorch's"),
         (_no_tokenizer, "the folder has no tokenizer"),
         (_sentencepiece, "the tokenizer cannot be loaded"),

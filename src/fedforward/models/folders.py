@@ -6,7 +6,7 @@ load (see `loading`).
 
 import json
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fedforward.core.errors import FedForwardError
@@ -116,7 +116,14 @@ def _check_weights(folder: Path, given: str) -> None:
         parts = _read_json(index, given).get("weight_map")
         if not isinstance(parts, dict):
             raise FedForwardError(f"{given}: {index.name} has no weight_map.")
-        files = [folder / str(name) for name in sorted(set(parts.values()))]
+        names = sorted(set(map(str, parts.values())))
+        for name in names:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise FedForwardError(
+                    f"{given}: {index.name} names {name!r}, which is outside of the folder. Give a "
+                    "model whose files are all in its folder."
+                )
+        files = [folder / name for name in names]
         absent = [file.name for file in files if not file.is_file()]
         if absent:
             raise FedForwardError(

@@ -42,14 +42,16 @@ def compare_model(network: Any, folder: Path) -> list[str]:
     """
     try:
         # Several kinds of model may share a network's class, and not its configuration's.
-        config = type(network.config).from_pretrained(str(folder), local_files_only=True)
+        own = {"local_files_only": True, "trust_remote_code": False}
+        config = type(network.config).from_pretrained(str(folder), **own)
         with load_report_hidden():
             saved, loading = type(network).from_pretrained(
                 str(folder),
                 config=config,
                 dtype="auto",
                 output_loading_info=True,
-                local_files_only=True,
+                use_safetensors=True,
+                **own,
             )
     except MemoryError:
         raise
