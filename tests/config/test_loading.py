@@ -53,7 +53,7 @@ from tests.support.configurations import content, refusal
         ({"method__name": 3}, ["method.name = 3", "text in quotes. Allowed are 'fedmezo'"]),
         ({"method__name": "a.b:c"}, ["method.name = 'a.b:c' is not known"]),
         ({"method__estimator": "fzo"}, ["method.estimator = 'fzo'", "Did you mean 'fzoo'?"]),
-        ({"method__aggregator": "krum"}, ["method.aggregator = 'krum'", "Allowed are 'mean'"]),
+        ({"method__aggregator": "bulyan"}, ["method.aggregator = 'bulyan'", "Allowed are 'mean'"]),
         (
             {"method__report_filters": ["clop:2"]},
             ["method.report_filters: 'clop:2' is not known", "Did you mean 'clip'?"],

@@ -22,6 +22,15 @@ REGISTRIES: dict[str, registry.Registry] = {
     "report-filter": registry.REPORT_FILTERS,
 }
 #: Something of each kind that fits where the kind is asked for.
+RULES = (
+    "mean",
+    "clipped-mean",
+    "median",
+    "trimmed-mean",
+    "geometric-median",
+    "krum",
+    "multi-krum",
+)
 THINGS: dict[str, Any] = {
     "method": FedMeZO,
     "estimator": registry.ESTIMATORS.get("two-point"),
@@ -39,7 +48,7 @@ def nothing_stays_registered() -> Iterator[None]:
 
 def test_every_kind_has_its_built_in_names() -> None:
     assert names.known("estimator") == ("two-point", "one-sided", "fzoo")
-    assert names.known("aggregator") == ("mean", "median")
+    assert names.known("aggregator") == RULES
     assert names.known("report-filter") == ("clip", "withhold-loss")
     assert names.known("metric") == (*names.known("objective"), "perplexity")
     for kind in get_args(names.Kind):
@@ -50,8 +59,8 @@ def test_every_kind_has_its_built_in_names() -> None:
 def test_a_registered_name_comes_last_and_once() -> None:
     for _ in range(2):
         registry.AGGREGATORS.register("mine-1")(THINGS["aggregator"])
-    assert names.known("aggregator") == ("mean", "median", "mine-1")
-    with pytest.raises(ValueError, match=r"Did you mean 'mine-1'\? Allowed are 'mean', 'median'"):
+    assert names.known("aggregator") == (*RULES, "mine-1")
+    with pytest.raises(ValueError, match=r"Did you mean 'mine-1'\? Allowed are 'mean', 'clipped"):
         names.check("aggregator", "mine")
 
 

@@ -63,6 +63,32 @@ FEDAVG = {"method__name": "fedavg"}
             ["method.aggregator = 'median'", "'fedmezo' multiply different", "'decomfl', 'zorba'"],
         ),
         (
+            {"method__name": "fedkseed", "method__aggregator": "clipped-mean"},
+            ["method.aggregator = 'clipped-mean' shortens", "'fedmezo', 'fedmezo-auto', 'decomfl'"],
+        ),
+        (
+            {"method__tolerated": 1},
+            ["method.tolerated = 1 is a number for", "'krum'", "it is 'mean'; leave it out"],
+        ),
+        (
+            {
+                "method__name": "decomfl",
+                "method__aggregator": "krum",
+                "method__tolerated": 2,
+                "federation__clients": 6,
+            },
+            ["'krum' with method.tolerated = 2 needs 7 clients in each round, and there are 6"],
+        ),
+        (
+            {
+                "method__name": "decomfl",
+                "method__aggregator": "trimmed-mean",
+                "federation__clients": 10,
+                "federation__participation": 0.2,
+            },
+            ["'trimmed-mean' with method.tolerated = 1 needs 3 clients", "there are 2"],
+        ),
+        (
             {"method__name": "fedkseed", "method__candidates": 0},
             ["method.candidates = 0 is not allowed", "a whole number, at least 1"],
         ),

@@ -68,7 +68,7 @@ RUN: dict[str, dict[str, Any]] = {
 LOCAL: dict[str, dict[str, Any]] = {
     "model": {"path": "somewhere", "adapter": "begun", "device_map": "auto", "offload": "host"},
     "lora": {"init_file": "a.safetensors"},
-    "method": {"mask_file": "m.safetensors"},
+    "method": {"mask_file": "m.safetensors", "aggregator": "median", "tolerated": 2},
     "data": {
         "source": "rows.jsonl",
         "public": "public.jsonl",
@@ -176,7 +176,7 @@ def test_no_key_is_forgotten() -> None:
                 "weight_share",
                 "start_deadline",
             },
-            "method": {"mask", "density", "aggregator", "report_filters", "parameters"},
+            "method": {"mask", "density", "report_filters", "parameters"},
             "planning": {"weights"},
         }
         assert set(part.model_fields) == known | optional.get(section, set()), section

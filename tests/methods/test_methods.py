@@ -18,7 +18,7 @@ from fedforward.federation.server_optimizer import ServerOptimizer
 from fedforward.messages.entry import Contribution, Entry
 from fedforward.messages.report import ClientResult, Report
 from fedforward.messages.task import Task
-from fedforward.methods.aggregation import median
+from fedforward.methods.aggregation import clipped_mean, median, trimmed_mean
 from fedforward.methods.base import Method
 from fedforward.methods.decomfl import DeComFL
 from fedforward.methods.estimators import FZOO, TwoPoint
@@ -442,6 +442,37 @@ def test_the_median_is_of_shared_directions_and_refused_elsewhere() -> None:
     for kind in (FedMeZO, FedKSeed, FedAvg):
         with pytest.raises(FedForwardError, match="multiply different directions"):
             kind(local_steps=2, aggregator=median)
+
+
+def test_own_directions_are_clipped_to_the_median_length() -> None:
+    gradients = np.array([[3.0, 4.0], [0.0, 1.0], [0.0, 500.0]], np.float32)
+    results = [
+        ClientResult(1 / 3, RATE, Report(0, c, 1, 1.0, 0, own)) for c, own in enumerate(gradients)
+    ]
+    entry = FedMeZO(local_steps=2, aggregator=clipped_mean).aggregate(0, results, None)
+    found = [part.coefficients for part in entry.contributions]
+    wanted = -RATE / 3 * np.array([[3.0, 4.0], [0.0, 1.0], [0.0, 5.0]])
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    with pytest.raises(FedForwardError, match="joins them in its own way"):
+        FedKSeed(local_steps=2, aggregator=clipped_mean)
+
+
+def test_blocks_that_too_few_clients_have_do_not_move() -> None:
+    """Of three blocks the first is on three clients, of which one may lie; the others on two."""
+    shares = [[True, True, False], [True, False, True], [True, True, True]]
+    results = [
+        ClientResult(
+            1 / 3,
+            RATE,
+            Report(0, c, 1, 1.0, 0, np.full(1, c + 1.0, np.float32)),
+            np.array(blocks),
+        )
+        for c, blocks in enumerate(shares)
+    ]
+    entry = ZorBA(local_steps=1, aggregator=trimmed_mean).aggregate(0, results, None)
+    (part,) = entry.contributions
+    assert part.blocks is not None and part.blocks.tolist() == [True, False, False]
+    np.testing.assert_allclose(part.coefficients, [-RATE * 2.0], rtol=1e-6)
 
 
 def test_filters_change_what_leaves_and_nothing_else() -> None:

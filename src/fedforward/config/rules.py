@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from fedforward.config.sections import (
+    FederationSection,
     MethodSection,
     ModelSection,
     PlanningSection,
@@ -45,6 +46,11 @@ class SectionsRead(Protocol):
     @property
     def server(self) -> ServerSection:
         """The section `[server]`."""
+        ...
+
+    @property
+    def federation(self) -> FederationSection:
+        """The section `[federation]`."""
         ...
 
     @property
@@ -125,6 +131,8 @@ def rules(config: SectionsRead) -> Iterator[str]:
             f"of method.name = {method.name!r} multiply different directions; use "
             f"{able(shared_directions=True)}, or method.aggregator = 'mean'"
         )
+    else:
+        yield from _aggregator_fits(config, aggregator)
     try:
         build_estimator(method.estimator, method.directions, method.mu)
         check_parameters(method_class(method.name), method.parameters)
@@ -206,6 +214,32 @@ def _sends_tensors(config: SectionsRead) -> Iterator[str]:
         yield (
             "the [simulation] section is for methods whose clients send scalars; with "
             f"{found} leave it out"
+        )
+
+
+def _aggregator_fits(config: SectionsRead, aggregator: Aggregator) -> Iterator[str]:
+    """What a rule needs of the method and of the number of clients."""
+    method, federation = config.method, config.federation
+    named = f"method.aggregator = {method.aggregator!r}"
+    if aggregator.scales is not None and not capabilities(method.name).scales:
+        yield (
+            f"{named} shortens clients' updates, and method.name = {method.name!r} joins them in "
+            f"its own way; use {able(scales=True)}, or method.aggregator = 'mean'"
+        )
+    if aggregator.tolerating is None:
+        if method.tolerated is not None:
+            yield (
+                f"method.tolerated = {method.tolerated} is a number for method.aggregator = "
+                f"'trimmed-mean', 'krum' or 'multi-krum', and it is {method.aggregator!r}; leave "
+                "it out"
+            )
+        return
+    tolerated = 1 if method.tolerated is None else method.tolerated
+    needed, clients = aggregator.clients_for(tolerated), federation.clients_of_a_round
+    if clients < needed:
+        yield (
+            f"{named} with method.tolerated = {tolerated} needs {needed} clients in each round, "
+            f"and there are {clients}; lower method.tolerated, or raise federation.clients"
         )
 
 

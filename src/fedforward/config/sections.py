@@ -327,9 +327,14 @@ class FederationSection(Section):
         "by then are not waited for, as long as there is a quorum",
     )
 
+    @property
+    def clients_of_a_round(self) -> int:
+        """How many clients are asked in a round in which all are there."""
+        return max(1, round(self.participation * self.clients))
+
     @model_validator(mode="after")
     def _quorum_can_be_reached(self) -> "FederationSection":
-        most = max(1, round(self.participation * self.clients))
+        most = self.clients_of_a_round
         if self.quorum > most:
             raise ValueError(
                 f"quorum = {self.quorum} cannot be reached: clients = {self.clients} and "
@@ -387,6 +392,11 @@ class MethodSection(Section):
         "references; default choice with data.label_words, else loss",
     )
     aggregator: Aggregator = Field("mean", description="how the clients' reports become one update")
+    tolerated: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="f, clients of a round that may report wrong numbers, for trimmed-mean (of at "
+        "least 2f + 1 clients), krum and multi-krum (of 2f + 3); default 1",
+    )
     report_filters: ReportFilters = Field(
         [], description="what every client does to a report before it is sent, in this order"
     )

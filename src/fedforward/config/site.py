@@ -29,11 +29,12 @@ from fedforward.core.errors import FedForwardError
 
 #: Stands in a server's configuration for what only sites have.
 AT_SITES = "(each site's own)"
-#: Keys that never travel: they are a site's own, or mean nothing across machines.
+#: Keys that never travel: they are a site's own, the server's alone, or mean nothing across
+#: machines.
 _LOCAL = {
     "model": {"path", "adapter", "device_map", "offload"},
     "lora": {"init_file"},
-    "method": {"mask_file"},
+    "method": {"mask_file", "aggregator", "tolerated"},
     "data": {
         "source",
         "public",

@@ -146,7 +146,12 @@ AGGREGATORS = Registry(
     "fedforward.aggregators",
     {
         "mean": "fedforward.methods.aggregation:mean",
+        "clipped-mean": "fedforward.methods.aggregation:clipped_mean",
         "median": "fedforward.methods.aggregation:median",
+        "trimmed-mean": "fedforward.methods.aggregation:trimmed_mean",
+        "geometric-median": "fedforward.methods.aggregation:geometric_median",
+        "krum": "fedforward.methods.aggregation:krum",
+        "multi-krum": "fedforward.methods.aggregation:multi_krum",
     },
 )
 REPORT_FILTERS = Registry(

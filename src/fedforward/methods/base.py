@@ -53,6 +53,7 @@ class Capabilities:
             decay.
         masks: a mask may keep some weights from moving.
         from_base: every state is a sum on top of the base weights, which are kept beside it.
+        scales: the server may shorten each client's update before it joins them.
     """
 
     forward_only: bool = True
@@ -62,6 +63,7 @@ class Capabilities:
     contributions: bool = True
     masks: bool = True
     from_base: bool = False
+    scales: bool = False
 
     @property
     def state_is_whole(self) -> bool:
@@ -185,6 +187,11 @@ class Method(ABC):
                 f"method.aggregator compares the scalars of clients, and those of method.name = "
                 f"{self.name!r} multiply different directions. Use a method whose clients share "
                 "directions ('decomfl', 'zorba'), or aggregator = 'mean'."
+            )
+        if self.aggregator.scales is not None and not self.capabilities.scales:
+            raise FedForwardError(
+                f"method.aggregator shortens clients' updates, and method.name = {self.name!r} "
+                "joins them in its own way. Use aggregator = 'mean'."
             )
 
     @property

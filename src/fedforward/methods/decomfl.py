@@ -33,7 +33,7 @@ class DeComFL(Method):
         np.True_
     """
 
-    capabilities: ClassVar[Capabilities] = Capabilities(shared_directions=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(shared_directions=True, scales=True)
 
     def seeds(self, round_number: int, client: int, payload: bytes = b"") -> NDArray[np.uint64]:
         """s_h, the same for every client."""

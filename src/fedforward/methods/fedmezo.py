@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fedforward.messages.entry import Contribution, Entry
 from fedforward.messages.report import ClientResult
-from fedforward.methods.base import Method, coefficients, round_seeds
+from fedforward.methods.base import Capabilities, Method, coefficients, round_seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,18 +29,33 @@ class FedMeZO(Method):
         (3,)
     """
 
+    capabilities: ClassVar[Capabilities] = Capabilities(scales=True)
+
     def seeds(self, round_number: int, client: int, payload: bytes = b"") -> NDArray[np.uint64]:
         """s_ih, new for each client and step."""
         return round_seeds(self.run_seed, round_number, client, self.local_steps, self.directions)
 
     def aggregate(self, round_number: int, results: Sequence[ClientResult], state: Any) -> Entry:
-        """-p_i (η_i / n) g_ih, computed in float64 and rounded to float32 once."""
+        """-p_i (η_i / n) g_ih, computed in float64 and rounded to float32 once.
+
+        An aggregator may shorten what a client adds; directions are about as long as each other.
+        """
         parts = []
-        for part in results:
-            rate = -part.weight * (part.learning_rate / self.directions)
+        for part, scale in zip(results, self._scales(results), strict=True):
+            rate = -scale * part.weight * (part.learning_rate / self.directions)
             values = rate * part.report.gradients.astype(np.float64)
             parts.append(Contribution(part.report.client, coefficients(values)))
         return Entry(round_number, tuple(parts))
+
+    def _scales(self, results: Sequence[ClientResult]) -> Sequence[float]:
+        """What the aggregator multiplies each client's update with."""
+        if self.aggregator.scales is None:
+            return [1.0] * len(results)
+        updates = [
+            part.learning_rate * part.report.gradients.astype(np.float64) for part in results
+        ]
+        scales: list[float] = self.aggregator.scales(np.array(updates)).tolist()
+        return scales
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,14 +33,19 @@ class ZorBA(Method):
         True
     """
 
-    capabilities: ClassVar[Capabilities] = Capabilities(shared_directions=True, blocks=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        shared_directions=True, scales=True, blocks=True
+    )
 
     def seeds(self, round_number: int, client: int, payload: bytes = b"") -> NDArray[np.uint64]:
         """s_h, the same for every client."""
         return round_seeds(self.run_seed, round_number, SHARED, self.local_steps, self.directions)
 
     def aggregate(self, round_number: int, results: Sequence[ClientResult], state: Any) -> Entry:
-        """One contribution for each set of blocks that were active on the same clients."""
+        """One contribution for each set of blocks that were active on the same clients.
+
+        A set that fewer clients have than the aggregator needs has none.
+        """
         width = max((len(part.blocks) for part in results if part.blocks is not None), default=1)
         every = np.ones(width, np.bool_)
         matrix = np.array([every if part.blocks is None else part.blocks for part in results])
@@ -50,7 +55,8 @@ class ZorBA(Method):
         contributions = []
         for blocks in groups.values():
             rows = np.flatnonzero(matrix[:, blocks[0]]).tolist()
-            if rows:
+            # Where fewer clients have a block than the rule needs, nobody moves it.
+            if len(rows) >= self.aggregator.least:
                 moved = np.isin(np.arange(width), blocks)
                 contributions.append(
                     shared_contribution(

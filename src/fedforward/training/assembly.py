@@ -17,6 +17,7 @@ from fedforward.federation.ledger import Ledger
 from fedforward.federation.rate_search import RateSearch
 from fedforward.federation.server import Allocate, ServerSettings
 from fedforward.federation.server_optimizer import ServerOptimizer
+from fedforward.methods.aggregation import Aggregator
 from fedforward.methods.base import Method, method_class
 from fedforward.methods.estimators import build_estimator
 from fedforward.methods.parameters import check_parameters
@@ -35,10 +36,17 @@ def build_method(config: Config) -> Method:
         run_seed=config.run.seed,
         local_steps=method.local_steps,
         estimator=estimator,
-        aggregator=AGGREGATORS.get(method.aggregator),
+        aggregator=aggregator_of(config),
         **check_parameters(kind, method.parameters),
     )
     return built
+
+
+def aggregator_of(config: Config) -> Aggregator:
+    """How the clients' reports become one update."""
+    rule: Aggregator = AGGREGATORS.get(config.method.aggregator)
+    tolerated = config.method.tolerated
+    return rule.for_tolerated(1 if tolerated is None else tolerated)
 
 
 def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
@@ -50,8 +58,8 @@ def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
         else None
     )
     return {
-        # 5: reports may carry what was measured along the last update.
-        "format": 5,
+        # 6: weights are capped, and a found rate follows from averages of other weights.
+        "format": 6,
         "direction_version": VERSION,
         "distribution": config.method.distribution,
         "directions": config.method.directions,
@@ -127,7 +135,8 @@ def server_settings(
         ),
         layout=model.layout,
         distribution=Distribution(method.distribution),
-        quorum=config.federation.quorum,
+        # Fewer reports than the aggregator needs are no round.
+        quorum=max(config.federation.quorum, aggregator_of(config).least),
         deadline=config.federation.deadline or math.inf,
         optimizer=ServerOptimizer(
             learning_rate=config.server.learning_rate,
