@@ -12,6 +12,7 @@ import pytest
 from fedforward.config import site
 from fedforward.config.loading import load, validate
 from fedforward.config.schema import Config, sections_of
+from fedforward.deployment.limits import refusals
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +29,7 @@ def test_the_federation_example_is_a_run_and_three_sites_within_their_limits() -
     assert len(names) == terms["federation"]["clients"] == 3
     for path in names:
         settings = site.load_site(path)
-        assert site.refusals(terms, settings.limits) == []
+        assert refusals(terms, settings) == []
         joined = site.join(terms, settings)
         assert joined.data.source == f"{path.stem}.jsonl" and settings.site.out == path.stem
         assert joined.method.local_steps == terms["method"]["local_steps"]

@@ -13,6 +13,7 @@ import pytest
 from fedforward.core.errors import MessageError
 from fedforward.core.steps import Evaluation, Probe
 from fedforward.directions import Distribution
+from fedforward.federation import rate_search
 from fedforward.federation.client import Client, Replica, along_update
 from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.ledger import Round
@@ -564,6 +565,17 @@ def test_chance_does_not_drive_a_rate_away(noise: float, start: float, seed: int
     assert rates.max() < 0.4, rates.max()
     if noise < 1.0:
         assert 0.08 < typical < 0.12, typical
+
+
+def test_a_rate_that_lies_drive_up_stays_finite() -> None:
+    search = RateSearch(0.1, 1)
+    search.mean_square = 1.0
+    for number in range(700):
+        search.applied = search.rate
+        told = np.array([1.0, 0.5, 0.1, 0.0], np.float32)
+        report = replace(Report(number, 0, 1, 1.0, 0, np.ones(1, np.float32)), line_search=told)
+        search.observe(Round(Entry(number, ()), (ClientResult(1.0, search.rate, report),)))
+    assert search.rate == rate_search.LARGEST_RATE
 
 
 def test_no_rate_is_0_or_infinite_in_noise_alone() -> None:

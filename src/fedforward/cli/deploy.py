@@ -19,7 +19,6 @@ from fedforward.cli.train import (
 from fedforward.core.errors import FedForwardError
 from fedforward.core.files import read_object
 from fedforward.core.registry import RUNTIMES
-from fedforward.deployment.state import leave_out
 from fedforward.deployment.status import is_status
 
 if TYPE_CHECKING:
@@ -53,6 +52,7 @@ def server(
 ) -> None:
     """Carry out a run over sites on other machines; needs no model and no data."""
     from fedforward.config.site import load_terms
+    from fedforward.deployment.state import leave_out
 
     out = out or Path("runs") / config.stem
     again = ["fedforward", "server", str(config), *(overrides or []), "--listen", listen]

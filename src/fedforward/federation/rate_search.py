@@ -46,6 +46,8 @@ LEAST_CLIENTS = 4
 LARGEST_LOSS = 1e30
 #: How much of the logarithm of the projected gradients' mean square a new round replaces.
 FRESH_SQUARE = 0.4
+#: A rate above this is of no use, and its square would not be finite much longer.
+LARGEST_RATE = 1e6
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ class RateSearch:
         most = sure if found.has_fallen or low > self.rate else DOUBTFUL_GROWTH
         least = SHRINKAGE if high < self.rate else 1.0 / DOUBTFUL_GROWTH
         floor = max(least * self.rate, min(self._least, self.rate, high))
-        self.rate = min(max(best, floor), most * self.rate)
+        self.rate = min(max(best, floor), most * self.rate, LARGEST_RATE)
 
     def _best(self) -> tuple[float, float, float]:
         """The rate at which the averages are best, and what it lies between beyond doubt."""

@@ -58,7 +58,7 @@ def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
         else None
     )
     return {
-        # 6: weights are capped, and a found rate follows from averages of other weights.
+        # 6: weights are capped.
         "format": 6,
         "direction_version": VERSION,
         "distribution": config.method.distribution,
