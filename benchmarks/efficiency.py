@@ -37,8 +37,7 @@ from fedforward.config.loading import assign, parse_override, validate
 from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
 from fedforward.evaluation import heldout as evaluation
-from fedforward.federation.rate_search import SCALES
-from fedforward.federation.server import SEARCH_SHARE
+from fedforward.federation.rate_search import SCALES, line_search_batches
 from fedforward.models.loading import longest_sequence
 from fedforward.training import build
 from fedforward.training.metrics import DivergenceError, ProgressCallback, heldout_objective
@@ -281,7 +280,7 @@ def rounds_within(given: argparse.Namespace, config: Config, budget: float) -> i
         return int(budget * given.batch / (BACKPROPAGATION * clients * steps * method.batch_size))
     lower = (min(config.model.tuned_blocks) if config.model.tuned_blocks else 0) / given.depth
     probes = steps * method.probes_per_step
-    searched = max(1, round(SEARCH_SHARE * probes / len(SCALES)))
+    searched = line_search_batches(probes)
     if method.learning_rate != "auto":
         searched = 0
     rows = clients * method.batch_size

@@ -77,7 +77,7 @@ def test_quiet_and_verbose_exclude_each_other(tmp_path: Path) -> None:
 def test_an_error_has_its_traceback_with_v_alone(tmp_path: Path) -> None:
     shown = command("status", tmp_path, "-v")
     assert shown.code == 2
-    assert "Traceback" in shown.error and "FileNotFoundError" in shown.error
+    assert "Traceback" in shown.error and "FedForwardError" in shown.error
     message = command("status", tmp_path).refused("has no status")
     assert shown.error.endswith(f"error:{message}")
     command("status", tmp_path, "-q").refused("has no status")

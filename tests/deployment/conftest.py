@@ -1,6 +1,7 @@
 """Sites whose models are loaded once, and a run that nothing disturbs."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,7 @@ def models() -> Callable[..., Tuning]:
             replica=Replica(old.model, method),
             method=method,
             clients={},
+            answered=Counter(),
         )
 
     return again

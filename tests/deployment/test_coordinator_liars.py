@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -14,6 +15,7 @@ from fedforward.deployment.state import leave_out
 from fedforward.federation.ledger import Ledger
 from fedforward.messages.envelope import Enrollment, Envelope, MessageKind, encode_json
 from fedforward.messages.report import Report
+from fedforward.training.metrics import DivergenceError
 from tests.support.coordinator import ALL, KilledError, number
 
 pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
@@ -141,13 +143,13 @@ def test_a_run_goes_on_without_a_site(world: Any) -> None:
     found.transport.hook = dies
     found.killed()
     with pytest.raises(FedForwardError, match=r"--without x: the run has no such site\. Its sites"):
-        leave_out(found.out, ["x"])
-    leave_out(found.out, ["c"])
+        leave_out(found.out, ["x"], found.config)
+    leave_out(found.out, ["c"], found.config)
     summary = found.run(resume=True)
     assert found.clients() == [ALL] * 2 + [[0, 1]] * 3
     assert found.of("c")["note"] == "left out by --without"
     assert summary["rounds"] == 5
-    leave_out(found.out, [])
+    leave_out(found.out, [], found.config)
     assert not (found.out / "without.json").exists()
 
 
@@ -157,10 +159,99 @@ def test_without_on_the_command_line(tmp_path: Path) -> None:
     out = str(tmp_path / "run")
     given = ["server", str(config), "--insecure", "--out", out, "--without", "north"]
     result = CliRunner().invoke(cli.app, given)
+    assert result.exit_code == 2 and "give --resume as well" in result.stderr.replace("\n", " ")
+    given.append("--resume")
+    result = CliRunner().invoke(cli.app, given)
     assert result.exit_code == 2
     assert "--without north" in result.stderr.replace("\n", " ")
     assert "holds no run yet" in result.stderr.replace("\n", " ")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"federation__quorum": 3}, "leaves 2 of the run's sites, and federation.quorum is 3"),
+        ({"evaluation__site": "c"}, "that site evaluates"),
+    ],
+)
+def test_a_run_that_cannot_go_on_without_a_site_says_so(
+    world: Any, changes: Any, words: str
+) -> None:
+    found = world(**changes)
+    found.run()
+    with pytest.raises(FedForwardError, match=words):
+        leave_out(found.out, ["c"], found.config)
+    assert not (found.out / "without.json").exists()
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        lambda round_number: 5.0 if round_number else None,
+        lambda round_number: None if round_number else 0.0,
+        lambda round_number: -1e300,
+        lambda round_number: -1.7e308,
+    ],
+    ids=["more later", "nothing at first", "below 0", "far below 0"],
+)
+def test_a_plausible_heldout_lie_does_not_end_a_run(world: Any, told: Any) -> None:
+    """A run stops by the sites' median."""
+    found = world()
+
+    def claim(envelope: Envelope, message: Envelope) -> bytes:
+        loss = told(number(message))
+        content = {**envelope.json(), "tokens": 2**52}
+        return encode_json(content if loss is None else {**content, "heldout_loss": loss})
+
+    lying(found, MessageKind.EVALUATION, claim)
+    assert found.run()["rounds"] == 5
+
+
+def test_one_finite_loss_does_not_hide_that_most_are_not(world: Any) -> None:
+    found = world()
+
+    def hook(who: str, message: Envelope, answer: Any) -> bytes:
+        data: bytes = answer()
+        if message.kind is not MessageKind.EVALUATION or who == "c" or not number(message):
+            return data
+        envelope = Envelope.decode(data)
+        content = {**envelope.json(), "heldout_loss": None}
+        return Envelope(envelope.kind, envelope.run, encode_json(content)).encode()
+
+    found.transport.hook = hook
+    with pytest.raises(DivergenceError):
+        found.run()
+
+
+def test_a_gradient_fifty_times_as_large_is_left_out(world: Any) -> None:
+    found = world(federation__quorum=2)
+
+    def change(envelope: Envelope, _: Envelope) -> bytes:
+        report = Report.decode(envelope.body)
+        return replace(report, gradients=report.gradients * np.float32(1000.0)).encode()
+
+    lying(found, MessageKind.TASK, change)
+    assert found.run()["rounds"] == 5 and found.clients() == [[0, 1]] * 5
+
+
+def test_late_sites_do_not_let_one_begin_alone(world: Any) -> None:
+    """Two are late and the third is there: it is no majority, whatever the quorum is."""
+    found = world(federation__start_deadline=5.0, federation__quorum=1)
+    found.transport.hook = lambda name, message, answer: answer() if name == "c" else None
+    with pytest.raises(AssertionError, match="waits for ever"):
+        found.run()
+
+
+def test_blocks_beyond_any_model_do_not_block_a_resume(world: Any) -> None:
+    found = world()
+
+    def claim(envelope: Envelope, _: Envelope) -> bytes:
+        return replace(Enrollment.decode(envelope.json()), active_blocks=2**62).encode()
+
+    lying(found, MessageKind.HELLO, claim)
+    found.run()
+    assert found.run(resume=True)["rounds"] == 5
 
 
 def test_names_that_are_none_are_a_sentence(tmp_path: Path) -> None:

@@ -368,8 +368,11 @@ def test_every_reason_is_given_at_once() -> None:
         ({"answer": "{name.first}"}, ["name.first"]),
         ({"answer": "{answers[0]}"}, ["answers[0]"]),
         ({"answer": "{answer_other}"}, ["answer_other"]),
-        ({"chat": "messages"}, ["messages"]),
-        ({"chat": "prompt-completion"}, ["prompt", "completion"]),
+        ({"chat": "messages"}, ["messages", "system", "tools", "functions"]),
+        (
+            {"chat": "prompt-completion"},
+            ["prompt", "completion", "system", "tools", "functions"],
+        ),
     ],
 )
 def test_terms_name_only_fields_that_the_site_has_released(data: Any, closed: list[str]) -> None:

@@ -62,8 +62,12 @@ def server(
         again += ["--without", name]
     with friendly(f"Continue with: {shlex.join(again)}"):
         settings = load_terms(config, overrides or [])
-        if resume or without:
-            leave_out(out, without or [])
+        if without and not resume:
+            raise FedForwardError(
+                f"--without {without[0]} is for a run that goes on: give --resume as well."
+            )
+        if resume:
+            leave_out(out, without or [], settings)
         engine: Runtime = RUNTIMES.get(runtime)
         with display() as progress:
             progress.objective = settings.objective

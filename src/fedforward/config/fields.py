@@ -30,9 +30,11 @@ def no_repeats(names: list[str]) -> list[str]:
     Raises:
         ValueError: one is there twice.
     """
-    for place, name in enumerate(names):
-        if name in names[:place]:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
             raise ValueError(f"{name!r} is there twice; leave one of them out")
+        seen.add(name)
     return names
 
 

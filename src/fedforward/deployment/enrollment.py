@@ -93,7 +93,8 @@ class Admission:
             for name in list(here):
                 if words := deviation(self.header(here[name].model), pinned):
                     self._reject(name, here, words)
-            if len(here) < max(config.quorum, wanted - late):
+            # However many are late: a run begins with most of the sites that it counts on.
+            if len(here) < max(config.quorum, wanted - late, wanted // 2 + 1):
                 continue
             identity = agreed(here)
             for name in list(here):
@@ -106,19 +107,17 @@ class Admission:
         return identity
 
     def _late(self, since: dict[str, float]) -> int:
-        """Sites that are there and have not enrolled for so long that nobody waits for them.
+        """Sites that were seen and have not enrolled for so long that nobody waits for them.
 
         Args:
-            since: when each was first seen like that; brought up to date.
+            since: when each was first seen like that, whether it left meanwhile or not.
         """
         now = self.participants.clock()
-        waiting = {p.name for p in self.participants.all() if p.present and not p.ready}
-        for name in since.keys() - waiting:
-            del since[name]
+        waiting = {p.name for p in self.participants.all() if not p.ready}
         for name in waiting - since.keys():
             since[name] = now
         deadline = self.config.federation.start_deadline
-        return sum(now - began >= deadline for began in since.values())
+        return sum(now - since[name] >= deadline for name in waiting)
 
     def _reject(self, name: str, here: dict[str, Enrollment], words: str) -> None:
         del here[name], self.candidates[name]

@@ -4,6 +4,7 @@ Terms are another party's. Nothing in them has been checked when they are looked
 no PyTorch.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,19 @@ from fedforward.data.readers import begins
 from fedforward.data.templates import Template
 
 Terms = Mapping[str, Any]
+#: Most entries of lists and tables that terms may have.
+_LONGEST = {
+    "data.classes": 1000,
+    "data.label_words": 1000,
+    "evaluation.metrics": 20,
+    "lora.targets": 100,
+    "method.parameters": 100,
+    "method.report_filters": 20,
+    "model.blocks": 10_000,
+}
+#: Characters of a refusal in the site's log.
+_MOST_SHOWN = 1000
+_NAME = re.compile(r"[\w.-]{1,200}")
 #: A key of the terms, and what is wrong with its value.
 Refused = tuple[str, str]
 
@@ -32,8 +46,9 @@ def refusals(given: Terms, settings: SiteConfig) -> list[Refused]:
         [('lora.rank', "lora.rank = 1000 is above this site's limits.rank = 64")]
     """
     found = [*_too_much(given, settings), *_not_allowed(given, settings)]
+    found += _too_long(given)
     found += _unreleased(given, settings)
-    return [(key, f"{key} = {words}") for key, words in found]
+    return [(key, f"{key} = {_shown(words)}") for key, words in found]
 
 
 def _too_much(given: Terms, settings: SiteConfig) -> Iterator[Refused]:
@@ -70,6 +85,18 @@ def _not_allowed(given: Terms, settings: SiteConfig) -> Iterator[Refused]:
         yield "federation.partition", f"{partition!r} divides a site's rows by a field of theirs"
 
 
+def _too_long(given: Terms) -> Iterator[Refused]:
+    """Lists that would take a site long to look at, and patterns that may never end."""
+    for key, most in _LONGEST.items():
+        value = _value(given, key)
+        if isinstance(value, list | dict) and len(value) > most:
+            yield key, f"a list of {len(value)}, and a site looks at {most} at most"
+    targets = _value(given, "lora.targets")
+    names = targets if isinstance(targets, list) else [targets]
+    if targets is not None and not all(isinstance(n, str) and _NAME.fullmatch(n) for n in names):
+        yield "lora.targets", "a pattern; a site takes 'all-linear' and names of modules"
+
+
 def _unreleased(given: Terms, settings: SiteConfig) -> Iterator[Refused]:
     """Keys of the terms that name fields which the site has not released."""
     released = {*settings.limits.fields, *(settings.data.fields or {})}
@@ -99,7 +126,8 @@ def _fields_of(key: str, given: Terms, settings: SiteConfig) -> list[str]:
     if key == "data.chat":
         if value is None or own_chat:
             return []
-        return list(chat.paths(_text(value))[0])
+        wanted, more = chat.paths(_text(value))
+        return [*wanted, *more]
     if own_chat or _value(given, "data.chat") is not None:
         # A conversation is read in place of what the templates name.
         return []
@@ -117,3 +145,8 @@ def _value(content: Terms, key: str) -> Any:
     section, _, name = key.partition(".")
     part = content.get(section)
     return part.get(name) if isinstance(part, dict) else None
+
+
+def _shown(words: str) -> str:
+    """Words with a value of the terms in front, as long as a log can bear."""
+    return words if len(words) <= _MOST_SHOWN else f"{words[: _MOST_SHOWN // 2]} … {words[-200:]}"

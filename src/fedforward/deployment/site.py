@@ -7,6 +7,7 @@ nothing on disk but what was tuned at the end: a site that starts again is sent 
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,9 +20,11 @@ from fedforward.core.identity import ModelIdentity
 from fedforward.core.paths import home
 from fedforward.data.corpus import Corpus, CorpusReader
 from fedforward.data.sampler import Batches, Collate
+from fedforward.data.templates import Template
 from fedforward.deployment.limits import refusals
 from fedforward.evaluation import heldout as evaluation
 from fedforward.federation.client import Client, Replica
+from fedforward.federation.rate_search import line_search_batches
 from fedforward.messages.envelope import (
     RUN_BYTES,
     Enrollment,
@@ -40,6 +43,10 @@ from fedforward.training.assembly import build_method
 from fedforward.training.run_directory import strict, write_json
 
 LOGGER = logging.getLogger("fedforward.deployment.site")
+#: Messages of a kind that a run may have: so many a round, and some more.
+RETRIES, SPARE = 2, 20
+#: Bytes of a HELLO.
+MAX_HELLO_BYTES = 1 << 18
 #: Names of keys that a refusal may have; values of any of them stay here.
 _KEYS = sorted(
     {
@@ -67,7 +74,8 @@ class Tuning:
     Attributes:
         run: the run's random name.
         terms: as the server sent them.
-        clients: by number; a site has one, unless the server was set up anew.
+        clients: the one that this site is, by the number that the server gave it.
+        answered: how often each kind of message was answered that measures something.
     """
 
     run: bytes
@@ -81,6 +89,7 @@ class Tuning:
     identity: ModelIdentity
     filters: tuple[ReportFilter, ...] = ()
     clients: dict[int, Client] = field(default_factory=dict)
+    answered: Counter[MessageKind] = field(default_factory=Counter)
 
     @property
     def model(self) -> CausalModel:
@@ -90,6 +99,11 @@ class Tuning:
     def client(self, number: int) -> Client:
         """This site under the number that the server knows it by."""
         if number not in self.clients:
+            if self.clients:
+                raise MessageError(
+                    f"A task of client {number} was refused: this site is "
+                    f"{next(iter(self.clients))}."
+                )
             method = self.config.method
             batches = Batches(
                 self.corpus.clients[0],
@@ -119,6 +133,7 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
         _check_classes(config)
     with _refusing(RefusalCode.DATA):
         _check_conversation(config, reader, settings)
+        _check_columns(config, reader, settings)
         classes = experiment.read_classes(config, reader)
     with _refusing(RefusalCode.MODEL):
         model, tokenizer = experiment.build_model(config, plan, classes)
@@ -188,6 +203,24 @@ def _check_conversation(config: Config, reader: CorpusReader, settings: SiteConf
         )
 
 
+def _check_columns(config: Config, reader: CorpusReader, settings: SiteConfig) -> None:
+    """Refuse a path that is a column of its own: its name begins like that of a released one."""
+    if reader.chat is not None:
+        return
+    released = {*settings.limits.fields, *(settings.data.fields or {})}
+    named = {
+        path
+        for key in ("prompt", "answer")
+        for path in Template.parse(getattr(config.data, key), f"data.{key}").paths
+    }
+    columns = {name for source in reader.sources for name in source.columns()}
+    if closed := sorted(named & columns - released):
+        raise FedForwardError(
+            f"The terms name {closed[0]!r}, which is a field of the data that this site has not "
+            "released. Name it with limits.fields in site.toml if it may be used."
+        )
+
+
 class Site:
     """Replies to messages; see the module.
 
@@ -199,6 +232,7 @@ class Site:
     def __init__(self, settings: SiteConfig) -> None:
         self.settings = settings
         self.loads = 0
+        self._kept = 0
         self.tuning: Tuning | None = None
 
     def answer(self, data: bytes) -> bytes:
@@ -211,15 +245,24 @@ class Site:
         except Exception as error:
             kind, body = MessageKind.REFUSAL, _refusal(error).encode()
         answer = Envelope(kind, run, body).encode()
-        if self.settings.site.keep_messages:
+        if not self.settings.site.keep_messages:
+            return answer
+        try:
             self._keep_messages(data, answer, kind)
+        except OSError as error:
+            # What cannot be kept does not leave.
+            return Envelope(MessageKind.REFUSAL, run, _refusal(error).encode()).encode()
         return answer
 
     def _keep_messages(self, data: bytes, answer: bytes, kind: MessageKind) -> None:
         """Write down what came in and what goes out, before it goes."""
         folder = home(self.settings.site.out) / "messages"
         folder.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((int(path.name[:6]) for path in folder.glob("??????-*")), default=0)
+        if not self._kept:
+            names = (path.name.partition("-")[0] for path in folder.glob("*-in"))
+            self._kept = max((int(name) for name in names if name.isdecimal()), default=0)
+        self._kept += 1
+        number = self._kept
         (folder / f"{number:06}-in").write_bytes(data)
         (folder / f"{number:06}-out-{kind.name.lower()}").write_bytes(answer)
 
@@ -242,6 +285,7 @@ class Site:
         if envelope.kind not in answers:
             raise MessageError(f"A message of kind {envelope.kind.name} was refused by a site.")
         task = Task.decode(envelope.body)
+        _check_bounds(task, envelope.kind, tuning)
         if _first_missing(task, tuning.replica.rounds) > tuning.replica.rounds:
             return MessageKind.OUT_OF_SYNC, encode_json({"rounds": tuning.replica.rounds})
         return answers[envelope.kind](tuning, task, envelope.body)
@@ -252,6 +296,10 @@ class Site:
         Raises:
             RefusedError: the terms are beyond this site's limits, or cannot be built.
         """
+        if len(envelope.body) > MAX_HELLO_BYTES:
+            raise MessageError(
+                f"A HELLO of {len(envelope.body)} bytes was refused; {MAX_HELLO_BYTES} are allowed."
+            )
         terms = envelope.json().get("terms")
         if not isinstance(terms, dict):
             raise MessageError("A HELLO without terms was refused.")
@@ -288,9 +336,6 @@ class Site:
         )
 
     def _report(self, tuning: Tuning, task: Task, body: bytes) -> tuple[MessageKind, bytes]:
-        agreed = tuning.config.federation.rounds
-        if task.round >= agreed:
-            raise MessageError(f"Round {task.round + 1} was refused: the terms have {agreed}.")
         began = time.monotonic()
         steps = tuning.client(task.client).answer(body)
         try:
@@ -343,6 +388,34 @@ def _refusal(error: Exception) -> Refusal:
         return Refusal(RefusalCode.MESSAGE)
     LOGGER.error("an error that was not foreseen", exc_info=error)
     return Refusal(RefusalCode.UNFORESEEN)
+
+
+def _check_bounds(task: Task, kind: MessageKind, tuning: Tuning) -> None:
+    """Refuse what measures more than the terms have.
+
+    Every loss at weights of the server's choice answers a question about the data.
+
+    Raises:
+        MessageError: it is a later round than the terms have, one question too many, or a line
+            search that a server does not need.
+    """
+    config = tuning.config
+    agreed, method = config.federation.rounds, config.method
+    last = agreed - 1 if kind is MessageKind.TASK else agreed
+    if task.round > last:
+        raise MessageError(f"Round {task.round + 1} was refused: the terms have {agreed}.")
+    probes = method.local_steps * method.probes_per_step
+    most = line_search_batches(probes) if method.learning_rate == "auto" else 0
+    if task.line_search > most:
+        raise MessageError(
+            f"A line search on {task.line_search} batches was refused: the terms make it {most}."
+        )
+    tuning.answered[kind] += 1
+    if tuning.answered[kind] > RETRIES * agreed + SPARE:
+        raise MessageError(
+            f"The {tuning.answered[kind]}th {kind.name} was refused: the terms have {agreed} "
+            "rounds. Start this site again if its server was set up anew."
+        )
 
 
 def _first_missing(task: Task, rounds: int) -> int:

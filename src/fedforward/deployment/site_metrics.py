@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedforward.core.errors import MessageError
-from fedforward.federation.plausibility import plausible_losses
+from fedforward.federation.plausibility import LEAST_TELLERS, plausible_losses
 
 #: A site's held-out data count for at most so many times what those of the median site do.
 FAR_WEIGHT = 10
@@ -54,7 +54,7 @@ class SiteMetrics:
                 digest=bytes.fromhex(content["digest"]).hex(),
                 examples=_count(content["examples"]),
                 tokens=_count(content["tokens"]),
-                loss=_real(content["heldout_loss"]) if "heldout_loss" in content else None,
+                loss=_loss(content["heldout_loss"]) if "heldout_loss" in content else None,
                 metrics={str(name): _real(value) for name, value in metrics.items()},
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -79,17 +79,31 @@ def _real(value: Any) -> float:
     return float(value)
 
 
+def _loss(value: Any) -> float:
+    """A mean cross-entropy, which is never below 0."""
+    loss = _real(value)
+    if loss < 0.0:
+        raise ValueError(f"{loss:g} is not a loss")
+    return loss
+
+
 def combined(answers: Sequence[SiteMetrics]) -> dict[str, Any]:
     """`heldout_loss` and `metrics` of several sites together; empty where nothing was measured.
+
+    From three sites on there are `medians` of both beside them, which decide when a run stops.
 
     Losses are weighted by answer tokens and other metrics by examples; perplexity is that of the
     combined loss. A site whose loss is not finite is left out as long as another's is, and one
     whose loss is far from most is. None counts for more than some times what the median does.
     """
     measured = [(answer.loss, answer) for answer in answers if answer.loss is not None]
-    sound = [(loss, answer) for loss, answer in measured if math.isfinite(loss)] or measured
+    sound = [(loss, answer) for loss, answer in measured if math.isfinite(loss)]
+    if 2 * len(sound) < len(measured):
+        # One that is finite does not hide that most are not.
+        sound = measured
     if not sound:
         return {}
+    tellers = [answer for _, answer in sound]
     sound = list(compress(sound, plausible_losses([loss for loss, _ in sound])))
     loss = weighted_mean([loss for loss, _ in sound], [answer.tokens for _, answer in sound])
     figures: dict[str, Any] = {"heldout_loss": loss}
@@ -103,7 +117,19 @@ def combined(answers: Sequence[SiteMetrics]) -> dict[str, Any]:
             metrics["perplexity"] = float(np.exp(loss))
     if metrics:
         figures["metrics"] = metrics
+    if len(tellers) >= LEAST_TELLERS:
+        figures["medians"] = _medians(tellers)
     return figures
+
+
+def _medians(answers: Sequence[SiteMetrics]) -> dict[str, float]:
+    """What a run is stopped by: one site of several does not move these far."""
+    found = {"heldout_loss": median_low([a.loss for a in answers if a.loss is not None])}
+    for name in answers[0].metrics:
+        values = [a.metrics[name] for a in answers if math.isfinite(a.metrics.get(name, math.nan))]
+        if values:
+            found[name] = median_low(values)
+    return found
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:

@@ -168,11 +168,12 @@ def read_without(run: Path) -> frozenset[str]:
     return frozenset(names)
 
 
-def leave_out(run: Path, names: Sequence[str]) -> None:
+def leave_out(run: Path, names: Sequence[str], config: Config) -> None:
     """Leave sites out of a run from its next start on, and no others.
 
     Raises:
-        FedForwardError: there is no run, or it has never admitted such a site.
+        FedForwardError: there is no run, it has never admitted such a site, or cannot go on
+            without it.
     """
     if not names:
         (run / _WITHOUT).unlink(missing_ok=True)
@@ -189,5 +190,16 @@ def leave_out(run: Path, names: Sequence[str]) -> None:
         raise FedForwardError(
             f"--without {unknown[0]}: the run has no such site. Its sites are "
             f"{', '.join(sorted(state.sites)) or 'none yet'}."
+        )
+    left, quorum = len(state.sites) - len(set(names)), config.federation.quorum
+    if left < quorum:
+        raise FedForwardError(
+            f"--without {' --without '.join(names)}: that leaves {left} of the run's sites, and "
+            f"federation.quorum is {quorum}."
+        )
+    if config.evaluation.site in names:
+        raise FedForwardError(
+            f"--without {config.evaluation.site}: that site evaluates (evaluation.site), so the "
+            "run cannot go on without it."
         )
     run_directory.write_json(run / _WITHOUT, sorted(set(names)))

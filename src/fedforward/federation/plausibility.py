@@ -16,7 +16,7 @@ LEAST_TELLERS = 3
 #: A loss beyond so many times the median, and so many nats, is not believed.
 FAR_LOSS, NATS = 10.0, 1.0
 #: Projected gradients whose root mean square is beyond so many times the median are not believed.
-FAR_GRADIENTS = 1e4
+FAR_GRADIENTS = 30.0
 
 
 def plausible_losses(losses: Sequence[float]) -> list[bool]:

@@ -50,6 +50,15 @@ FRESH_SQUARE = 0.4
 LARGEST_RATE = 1e6
 
 
+#: The probes along the last update, as a share of a round's.
+SEARCH_SHARE = 0.2
+
+
+def line_search_batches(probes: int) -> int:
+    """Batches on which a client measures along the last update, from the probes of its round."""
+    return max(1, round(SEARCH_SHARE * probes / len(SCALES)))
+
+
 @dataclass(frozen=True)
 class LineSearch:
     """What the clients of a round measured along the update before it.

@@ -17,7 +17,7 @@ from fedforward.core.seeds import generator
 from fedforward.federation.agreement import QuorumError, majority
 from fedforward.federation.ledger import Ledger, Round
 from fedforward.federation.plausibility import plausible_sizes, size_of
-from fedforward.federation.rate_search import SCALES, RateSearch
+from fedforward.federation.rate_search import RateSearch, line_search_batches
 from fedforward.federation.round_maker import RoundMaker, RoundSettings, weights_of
 from fedforward.federation.snapshots import Snapshots
 from fedforward.federation.state_file import read_state, write_state
@@ -29,9 +29,6 @@ from fedforward.methods.base import Method
 
 #: Clients prove their tuned state in every round whose number this divides.
 DIGEST_EVERY = 10
-
-#: The probes along the last update, as a share of a round's.
-SEARCH_SHARE = 0.2
 
 #: From the participants of a round to the blocks that each perturbs, bool [participants, B].
 Allocate = Callable[[Sequence[int]], NDArray[np.bool_]]
@@ -220,7 +217,7 @@ class Server:
         if self.search is None or not self.search.applied:
             return 0
         spent = self.method.local_steps * self.method.estimator.probes_per_step
-        return max(1, round(SEARCH_SHARE * spent / len(SCALES)))
+        return line_search_batches(spent)
 
     def _lacking(self, client: int) -> tuple[bytes, tuple[Entry, ...]]:
         """What brings a client to the coming round: a snapshot or nothing, and ledger entries."""

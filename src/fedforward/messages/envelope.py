@@ -24,6 +24,8 @@ ENVELOPE_VERSION = 1
 MAX_SENTENCE_BYTES = 2000
 #: Training examples that a site can have, and axes of a tuned tensor.
 MAX_EXAMPLES, MAX_AXES = 2**31, 8
+#: Blocks that a site can say it perturbs; no model has more.
+MAX_BLOCKS = 2**20
 #: Characters of a site's name for itself.
 MAX_NAME_CHARACTERS = 64
 #: Bytes of a run's random name.
@@ -226,7 +228,7 @@ class Enrollment:
                 examples=_examples(content["examples"]),
                 heldout=_count(content["heldout"]),
                 rounds=_count(content["rounds"]),
-                active_blocks=None if active is None else max(1, _count(active)),
+                active_blocks=None if active is None else max(1, min(_count(active), MAX_BLOCKS)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise MessageError(f"An enrollment was refused: {error!r} in it.") from error

@@ -225,7 +225,7 @@ def _persists(
 
 def _training_diverged(config: Config, lines: Sequence[dict[str, Any]]) -> str:
     """Why a run has diverged by its last line's training loss, or nothing."""
-    line, start = lines[-1], lines[0]["heldout_loss"]
+    line, start = lines[-1], _decisive(lines[0], "heldout_loss")
     steps = config.method.local_steps * len(line["learning_rates"])
     if line["skipped_steps"] >= steps:
         return "diverged: no step of the last round had a finite loss"
@@ -245,10 +245,16 @@ def _training_diverged(config: Config, lines: Sequence[dict[str, Any]]) -> str:
 
 def _heldout_diverged(config: Config, lines: Sequence[dict[str, Any]]) -> str:
     """Why a run has diverged by its last line's held-out figures, or nothing."""
-    found, start = lines[-1]["heldout_loss"], lines[0]["heldout_loss"]
+    found, start = (_decisive(line, "heldout_loss") for line in (lines[-1], lines[0]))
     if not found <= _limit(config) * start:
         return f"diverged: the held-out loss is {found:.3f}, from {start:.3f}"
     return _worse_than_guessing(config, lines)
+
+
+def _decisive(line: Mapping[str, Any], name: str) -> float:
+    """A held-out figure that decides: over sites their median, where there are several."""
+    figures = {"heldout_loss": line["heldout_loss"], **line.get("metrics", {})}
+    return float(line.get("medians", {}).get(name, figures[name]))
 
 
 def _limit(config: Config) -> float:
@@ -265,8 +271,8 @@ def heldout_objective(objective: str, line: Mapping[str, Any]) -> float:
     Lower is better: scores have their sign changed.
     """
     if objective == "loss":
-        return float(line["heldout_loss"])
-    value = float(line["metrics"][objective])
+        return _decisive(line, "heldout_loss")
+    value = _decisive(line, objective)
     return value if objective in LOSSES else -value
 
 
@@ -277,7 +283,7 @@ def _worse_than_guessing(config: Config, lines: Sequence[Mapping[str, Any]]) -> 
     """
     if config.objective != "choice" or config.data.label_words is None:
         return ""
-    start, found = (line["metrics"]["choice"] for line in (lines[0], lines[-1]))
+    start, found = (_decisive(line, "choice") for line in (lines[0], lines[-1]))
     if found <= DIVERGED * max(start, math.log(len(config.data.label_words))):
         return ""
     return f"diverged: the held-out choice is {found:.3f}, from {start:.3f}"
