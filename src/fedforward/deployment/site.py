@@ -44,7 +44,7 @@ from fedforward.training.run_directory import strict, write_json
 
 LOGGER = logging.getLogger("fedforward.deployment.site")
 #: Messages of a kind that a run may have: so many a round, and some more.
-RETRIES, SPARE = 2, 20
+RETRIES, SPARE = 2, 50
 #: Bytes of a HELLO.
 MAX_HELLO_BYTES = 1 << 18
 #: Names of keys that a refusal may have; values of any of them stay here.

@@ -104,7 +104,8 @@ def combined(answers: Sequence[SiteMetrics]) -> dict[str, Any]:
     if not sound:
         return {}
     tellers = [answer for _, answer in sound]
-    sound = list(compress(sound, plausible_losses([loss for loss, _ in sound])))
+    if all(math.isfinite(loss) for loss, _ in sound):
+        sound = list(compress(sound, plausible_losses([loss for loss, _ in sound])))
     loss = weighted_mean([loss for loss, _ in sound], [answer.tokens for _, answer in sound])
     figures: dict[str, Any] = {"heldout_loss": loss}
     metrics = {}

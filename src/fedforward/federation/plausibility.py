@@ -49,7 +49,9 @@ def plausible_sizes(sizes: Sequence[float], before: Sequence[float]) -> list[boo
     if len(known) < LEAST_TELLERS:
         return [True] * len(sizes)
     most = FAR_GRADIENTS * median(known)
-    return [size <= most for size in sizes]
+    believed = [size <= most for size in sizes]
+    # Where most have become large together, none of them is alone.
+    return believed if 2 * sum(believed) >= len(sizes) else [True] * len(sizes)
 
 
 def capped_weights(examples: Sequence[int], ratio: float, share: float) -> list[float]:
