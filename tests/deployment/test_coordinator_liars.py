@@ -1,6 +1,5 @@
 """A site that is let in and lies: it neither spoils a round, ends the run, nor holds it up."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,7 +170,7 @@ def test_without_on_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"federation__quorum": 3}, "leaves 2 of the run's sites, and federation.quorum is 3"),
+        ({"federation__quorum": 3}, "leaves 2 of the run's sites, and a round needs 3"),
         ({"evaluation__site": "c"}, "that site evaluates"),
     ],
 )
@@ -257,6 +256,22 @@ def test_blocks_beyond_any_model_do_not_block_a_resume(world: Any) -> None:
 def test_names_that_are_none_are_a_sentence(tmp_path: Path) -> None:
     from fedforward.deployment.state import read_without
 
-    (tmp_path / "without.json").write_text(json.dumps({"a": 1}), encoding="utf-8")
-    with pytest.raises(FedForwardError, match="holds no list of names"):
-        read_without(tmp_path)
+    for text in ('{"a": 1}', "[1]", "", "[" * 100_000, "\\xff"):
+        (tmp_path / "without.json").write_text(text, encoding="utf-8")
+        with pytest.raises(FedForwardError, match="holds no list of names"):
+            read_without(tmp_path)
+
+
+def test_a_rule_waits_for_as_many_sites_as_it_needs(world: Any) -> None:
+    """Two of three report before the deadline, and one may lie: the round waits for the third."""
+    found = world(
+        method__name="decomfl",
+        method__aggregator="trimmed-mean",
+        federation__deadline=1.0,
+        federation__quorum=1,
+    )
+    assert found.run()["rounds"] == 5
+    assert found.clients() == [ALL] * 5
+    found = world(names="ab", method__name="decomfl", method__aggregator="trimmed-mean")
+    with pytest.raises(AssertionError, match="waits for ever"):
+        found.run()

@@ -224,7 +224,7 @@ def test_a_quorum_is_needed_and_a_deadline_ends_the_waiting(tmp_path: Path) -> N
     for number in (0, 4):
         server.receive(federation.answer(number, tasks[number]))
     assert not server.ready(61.0), "two are below the quorum"
-    with pytest.raises(QuorumError, match=r"2 of 5 clients .* federation\.quorum is 3"):
+    with pytest.raises(QuorumError, match=r"2 of 5 clients .* the quorum is 3"):
         server.close_round()
     server.receive(federation.answer(1, tasks[1]))
     assert not server.ready(59.0) and server.ready(60.0)
@@ -312,5 +312,5 @@ def test_a_quorum_out_of_reach_is_a_sentence(
     configure: Any, carry_out: Any, tmp_path: Path
 ) -> None:
     settings = configure(simulation__dropout=0.9, federation__quorum=2, federation__rounds=20)
-    with pytest.raises(FedForwardError, match=r"federation\.quorum is 2"):
+    with pytest.raises(FedForwardError, match=r"the quorum is 2"):
         carry_out(settings, tmp_path / "run")

@@ -257,7 +257,7 @@ class Coordinator:
                 return True
             # Others than those who were asked may hold the round.
             over = seconds >= server.settings.deadline
-            return over and len(self.participants.free()) >= self.config.federation.quorum
+            return over and len(self.participants.free()) >= server.settings.quorum
 
         self.participants.exchange(
             MessageKind.TASK,
@@ -271,7 +271,7 @@ class Coordinator:
 
     def _wait_for_quorum(self) -> list[Participant]:
         """Wait for enough sites to hold a round; a snapshot is there if one pays."""
-        quorum, number = self.config.federation.quorum, self._server.round + 1
+        quorum, number = self._server.settings.quorum, self._server.round + 1
         fetched = False
         while True:
             now = self.clock()

@@ -74,14 +74,13 @@ class Admission:
         Raises:
             FedForwardError: no model is that of most sites.
         """
-        config = self.config.federation
-        pinned = self._pinned()
+        quorum, pinned = assembly.quorum_of(self.config), self._pinned()
         # A run that goes on needs only its quorum; a new one waits for all that it counts on.
-        wanted = config.quorum if pinned else max(config.clients, config.quorum)
+        wanted = quorum if pinned else max(self.config.federation.clients, quorum)
         identity = None
         here: dict[str, Enrollment] = {}
         since: dict[str, float] = {}
-        while identity is None or len(here) < config.quorum:
+        while identity is None or len(here) < quorum:
             identity = None
             wait(f"waiting for sites: {len(here)} of {wanted} are ready")
             late = self._late(since)
@@ -94,7 +93,7 @@ class Admission:
                 if words := deviation(self.header(here[name].model), pinned):
                     self._reject(name, here, words)
             # However many are late: a run begins with most of the sites that it counts on.
-            if len(here) < max(config.quorum, wanted - late, wanted // 2 + 1):
+            if len(here) < max(quorum, wanted - late, wanted // 2 + 1):
                 continue
             identity = agreed(here)
             for name in list(here):

@@ -97,18 +97,23 @@ def _too_long(given: Terms) -> Iterator[Refused]:
         yield "lora.targets", "a pattern; a site takes 'all-linear' and names of modules"
 
 
+def released(settings: SiteConfig) -> set[str]:
+    """The fields that terms may name, with all that lies in them."""
+    return {*settings.limits.fields, *(settings.data.fields or {})}
+
+
 def _unreleased(given: Terms, settings: SiteConfig) -> Iterator[Refused]:
     """Keys of the terms that name fields which the site has not released."""
-    released = {*settings.limits.fields, *(settings.data.fields or {})}
+    open_fields = released(settings)
     for key in ("data.prompt", "data.answer", "data.chat"):
         try:
             paths = _fields_of(key, given, settings)
         except FedForwardError as error:
             yield key, f"{_value(given, key)!r} cannot be read: {error}"
             continue
-        closed = [path for path in paths if not any(begins(name, path) for name in released)]
+        closed = [path for path in paths if not any(begins(name, path) for name in open_fields)]
         if closed:
-            listed = sorted(released)
+            listed = sorted(open_fields)
             yield (
                 key,
                 f"{_value(given, key)!r} names {', '.join(map(repr, closed))}, and this site has "

@@ -21,7 +21,7 @@ from fedforward.core.paths import home
 from fedforward.data.corpus import Corpus, CorpusReader
 from fedforward.data.sampler import Batches, Collate
 from fedforward.data.templates import Template
-from fedforward.deployment.limits import refusals
+from fedforward.deployment.limits import refusals, released
 from fedforward.evaluation import heldout as evaluation
 from fedforward.federation.client import Client, Replica
 from fedforward.federation.rate_search import line_search_batches
@@ -207,14 +207,13 @@ def _check_columns(config: Config, reader: CorpusReader, settings: SiteConfig) -
     """Refuse a path that is a column of its own: its name begins like that of a released one."""
     if reader.chat is not None:
         return
-    released = {*settings.limits.fields, *(settings.data.fields or {})}
     named = {
         path
         for key in ("prompt", "answer")
         for path in Template.parse(getattr(config.data, key), f"data.{key}").paths
     }
     columns = {name for source in reader.sources for name in source.columns()}
-    if closed := sorted(named & columns - released):
+    if closed := sorted(named & columns - released(settings)):
         raise FedForwardError(
             f"The terms name {closed[0]!r}, which is a field of the data that this site has not "
             "released. Name it with limits.fields in site.toml if it may be used."

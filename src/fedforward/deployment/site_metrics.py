@@ -125,7 +125,8 @@ def combined(answers: Sequence[SiteMetrics]) -> dict[str, Any]:
 
 def _medians(answers: Sequence[SiteMetrics]) -> dict[str, float]:
     """What a run is stopped by: one site of several does not move these far."""
-    found = {"heldout_loss": median_low([a.loss for a in answers if a.loss is not None])}
+    losses = [math.inf if a.loss is None or math.isnan(a.loss) else a.loss for a in answers]
+    found = {"heldout_loss": median_low(losses)}
     for name in answers[0].metrics:
         values = [a.metrics[name] for a in answers if math.isfinite(a.metrics.get(name, math.nan))]
         if values:

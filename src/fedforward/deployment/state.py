@@ -18,6 +18,7 @@ from fedforward.core.files import parse_json
 from fedforward.messages.envelope import RUN_BYTES, Enrollment
 from fedforward.planning.allocator import ClientBlocks
 from fedforward.training import run_directory
+from fedforward.training.assembly import quorum_of
 from fedforward.training.run_directory import RunDirectory
 
 _WITHOUT = "without.json"
@@ -160,7 +161,10 @@ def read_without(run: Path) -> frozenset[str]:
     path = run / _WITHOUT
     if not path.is_file():
         return frozenset()
-    names = parse_json(path.read_bytes())
+    try:
+        names = parse_json(path.read_bytes())
+    except (OSError, ValueError):
+        names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise FedForwardError(
             f"{path} holds no list of names. Remove it, and give --without again."
@@ -191,11 +195,11 @@ def leave_out(run: Path, names: Sequence[str], config: Config) -> None:
             f"--without {unknown[0]}: the run has no such site. Its sites are "
             f"{', '.join(sorted(state.sites)) or 'none yet'}."
         )
-    left, quorum = len(state.sites) - len(set(names)), config.federation.quorum
+    left, quorum = len(state.sites) - len(set(names)), quorum_of(config)
     if left < quorum:
         raise FedForwardError(
             f"--without {' --without '.join(names)}: that leaves {left} of the run's sites, and "
-            f"federation.quorum is {quorum}."
+            f"a round needs {quorum} (federation.quorum, method.aggregator)."
         )
     if config.evaluation.site in names:
         raise FedForwardError(

@@ -385,7 +385,7 @@ class Server:
         if len(reports) < max(1, min(self.settings.quorum, len(self._rates))):
             raise QuorumError(
                 f"Round {self.round} cannot be closed: {len(reports)} of {len(self._rates)} "
-                f"clients have reported, and federation.quorum is {self.settings.quorum}."
+                f"clients have reported, and the quorum is {self.settings.quorum}."
             )
         examples = [self.examples[report.client] for report in reports]
         results = self._maker.results(

@@ -49,6 +49,11 @@ def aggregator_of(config: Config) -> Aggregator:
     return rule.for_tolerated(1 if tolerated is None else tolerated)
 
 
+def quorum_of(config: Config) -> int:
+    """Reports without which a round is not closed: what is asked for, or what a rule needs."""
+    return max(config.federation.quorum, aggregator_of(config).least)
+
+
 def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
     """What the ledger of a run is bound to: enough to replay it, and to refuse another's."""
     # The file with the initial A is known by its digest.
@@ -135,8 +140,7 @@ def server_settings(
         ),
         layout=model.layout,
         distribution=Distribution(method.distribution),
-        # Fewer reports than the aggregator needs are no round.
-        quorum=max(config.federation.quorum, aggregator_of(config).least),
+        quorum=quorum_of(config),
         deadline=config.federation.deadline or math.inf,
         optimizer=ServerOptimizer(
             learning_rate=config.server.learning_rate,

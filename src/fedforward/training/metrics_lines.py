@@ -61,6 +61,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "passes": _finite,
     "changed_share": _finite,
     "metrics": _each(_number_or_null),
+    "medians": _each(_number_or_null),
     "example": _example,
 }
 _BASE = {"seconds", "heldout_loss", "example"}
@@ -85,8 +86,9 @@ def read_line(text: str, number: int) -> dict[str, Any] | None:
         return None
     if line.get("heldout_loss", 0.0) is None:
         line["heldout_loss"] = math.nan
-    for name, value in line.get("metrics", {}).items():
-        line["metrics"][name] = math.nan if value is None else value
+    for key in ("metrics", "medians"):
+        for name, value in line.get(key, {}).items():
+            line[key][name] = math.nan if value is None else value
     return line
 
 
