@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fedforward.methods.fedavg import FedAvg
     from fedforward.methods.fedkseed import FedKSeed, FedKSeedPro
     from fedforward.methods.fedmezo import FedMeZO
+    from fedforward.methods.feedsign import FeedSign
     from fedforward.methods.zorba import ZorBA
     from fedforward.models.full import FullModel
     from fedforward.models.lora import LoraModel
@@ -54,6 +55,7 @@ _MODULES = {
     "methods.fedavg": ("FedAvg",),
     "methods.fedkseed": ("FedKSeed", "FedKSeedPro"),
     "methods.fedmezo": ("FedMeZO",),
+    "methods.feedsign": ("FeedSign",),
     "methods.zorba": ("ZorBA",),
     "models.full": ("FullModel",),
     "models.lora": ("LoraModel",),
@@ -80,6 +82,7 @@ __all__ = [
     "FedKSeed",
     "FedKSeedPro",
     "FedMeZO",
+    "FeedSign",
     "ForwardModel",
     "FullModel",
     "LoraModel",

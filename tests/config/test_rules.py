@@ -16,6 +16,8 @@ from fedforward.training.assembly import build_method
 from tests.support.configurations import content, refusal
 
 FEDAVG = {"method__name": "fedavg"}
+FEEDSIGN = {"method__name": "feedsign", "method__learning_rate": 1e-3}
+FLIP = {"simulation__attack": "sign-flip", "simulation__attackers": [0]}
 
 
 @pytest.mark.parametrize(
@@ -63,8 +65,56 @@ FEDAVG = {"method__name": "fedavg"}
             ["method.aggregator = 'median'", "'fedmezo' multiply different", "'decomfl', 'zorba'"],
         ),
         (
-            {"method__name": "fedkseed", "method__aggregator": "clipped-mean"},
+            FEDAVG | {"method__aggregator": "clipped-mean"},
             ["method.aggregator = 'clipped-mean' shortens", "'fedmezo', 'fedmezo-auto', 'decomfl'"],
+        ),
+        (
+            {"method__name": "fedkseed", "method__aggregator": "median"},
+            ["'fedkseed' multiply different", "method.aggregator = 'mean' or 'clipped-mean'"],
+        ),
+        (
+            {"method__name": "feedsign"},
+            ["method.learning_rate = 'auto' follows the size", "only their signs", "give a number"],
+        ),
+        (
+            FEEDSIGN | {"method__aggregator": "median"},
+            ["method.aggregator = 'median' joins scalars", "their majority is the update"],
+        ),
+        (
+            FEEDSIGN | {"server__normalise": True},
+            ["server.normalise = true divides", "'feedsign' only their signs", "leave it out"],
+        ),
+        (
+            FEEDSIGN | {"server__momentum": 0.5},
+            ["server.momentum", "'feedsign' writes rounds in a form of its own"],
+        ),
+        (
+            {"simulation__attack": "scale"},
+            ["attack = 'scale' needs attackers", "attackers = [3, 7]"],
+        ),
+        (
+            {"simulation__attackers": [0]},
+            ["attackers = [0] says more of an attack", "leave attackers out"],
+        ),
+        (
+            {"simulation__attack_factor": 2.0},
+            ["attack_factor = 2.0 says more of an attack", "leave attack_factor out"],
+        ),
+        (
+            FLIP | {"simulation__attack_factor": 2.0},
+            ["attack_factor = 2 is a number for 'scale'", "attack = 'sign-flip'; leave it out"],
+        ),
+        (
+            FLIP | {"simulation__attackers": [1, 1]},
+            ["attackers = [1, 1] names a client twice"],
+        ),
+        (
+            FLIP | {"simulation__attackers": [0, 3]},
+            ["simulation.attackers = [0, 3] names client 3", "numbered from 0 to 2"],
+        ),
+        (
+            {"simulation__attack": "label-flip", "simulation__attackers": [0]},
+            ["simulation.attack = 'label-flip' exchanges labels", "set data.label_words"],
         ),
         (
             {"method__tolerated": 1},

@@ -3,7 +3,8 @@
 import pytest
 
 from fedforward.config.loading import validate
-from fedforward.config.sections import MethodSection, ModelSection, RunSection, SimulationSection
+from fedforward.config.sections import MethodSection, ModelSection, RunSection
+from fedforward.config.simulation import SimulationSection
 
 
 def test_blocks_and_budgets_are_read() -> None:

@@ -73,6 +73,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "zorba": {},
     "decomfl": {"method__directions": 2},
     "fedkseed": {"method__candidates": 16},
+    "feedsign": {"method__directions": 5},
 }
 #: With a rate that is found.
 SEARCHED: dict[str, dict[str, Any]] = {

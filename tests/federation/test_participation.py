@@ -23,6 +23,7 @@ from fedforward.methods.decomfl import DeComFL
 from fedforward.methods.estimators import TwoPoint
 from fedforward.methods.fedkseed import FedKSeed, FedKSeedPro
 from fedforward.methods.fedmezo import FedMeZO
+from fedforward.methods.feedsign import FeedSign
 from fedforward.methods.zorba import ZorBA
 from fedforward.models.quadratic import Quadratic
 from fedforward.training.faults import Faults
@@ -34,6 +35,7 @@ METHODS: dict[str, Method] = {
     "fedmezo": FedMeZO(run_seed=SEED, local_steps=STEPS, estimator=ESTIMATOR),
     "decomfl": DeComFL(run_seed=SEED, local_steps=STEPS, estimator=ESTIMATOR),
     "zorba": ZorBA(run_seed=SEED, local_steps=STEPS, estimator=ESTIMATOR),
+    "feedsign": FeedSign(run_seed=SEED, local_steps=STEPS, estimator=ESTIMATOR),
     "fedkseed": FedKSeed(run_seed=SEED, local_steps=STEPS, estimator=ESTIMATOR, candidates=32),
     "fedkseed-pro": FedKSeedPro(
         run_seed=SEED, local_steps=STEPS, estimator=ESTIMATOR, candidates=32

@@ -78,10 +78,10 @@ def test_a_geometric_median_has_the_least_sum_of_distances() -> None:
     assert joined(geometric_median, np.full((4, 2), 3.0)).tolist() == [3.0, 3.0]
 
 
-def test_updates_are_clipped_to_their_median_length() -> None:
+def test_updates_are_clipped_to_one_and_a_half_times_their_median_length() -> None:
     updates = np.array([[3.0, 4.0], [0.0, 1.0], [0.0, 500.0]])
-    assert clip_scales(updates).tolist() == [1.0, 1.0, 0.01]
-    assert np.allclose(joined(clipped_mean, updates), [1.0, 10.0 / 3.0])
+    assert clip_scales(updates).tolist() == [1.0, 1.0, 0.015]
+    assert np.allclose(joined(clipped_mean, updates), [1.0, 12.5 / 3.0])
     assert clip_scales(np.zeros((3, 2))).tolist() == [1.0, 1.0, 1.0]
 
 

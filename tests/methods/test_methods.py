@@ -24,6 +24,7 @@ from fedforward.methods.decomfl import DeComFL
 from fedforward.methods.estimators import FZOO, TwoPoint
 from fedforward.methods.fedavg import FedAvg
 from fedforward.methods.fedkseed import (
+    ACCUMULATOR_UNIT,
     FedKSeed,
     FedKSeedPro,
     Increments,
@@ -451,10 +452,10 @@ def test_own_directions_are_clipped_to_the_median_length() -> None:
     ]
     entry = FedMeZO(local_steps=2, aggregator=clipped_mean).aggregate(0, results, None)
     found = [part.coefficients for part in entry.contributions]
-    wanted = -RATE / 3 * np.array([[3.0, 4.0], [0.0, 1.0], [0.0, 5.0]])
+    wanted = -RATE / 3 * np.array([[3.0, 4.0], [0.0, 1.0], [0.0, 7.5]])
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
     with pytest.raises(FedForwardError, match="joins them in its own way"):
-        FedKSeed(local_steps=2, aggregator=clipped_mean)
+        FedAvg(local_steps=2, aggregator=clipped_mean)
 
 
 def test_blocks_that_too_few_clients_have_do_not_move() -> None:
@@ -513,3 +514,22 @@ def test_an_entry_of_another_method_is_refused() -> None:
     ):
         with pytest.raises(MessageError, match="refused"):
             seeds.update(Entry(0, (), payload=payload), seeds.new_state())
+
+
+def test_fedkseed_clips_what_a_client_adds_to_its_candidates() -> None:
+    """To 1.5 times the median length of the clients' sums, steps on one candidate added up."""
+    settings = {"run_seed": 5, "local_steps": 2, "candidates": 1}
+    gradients = np.array([[3.0, 4.0], [1.0, 0.0], [-500.0, 0.0]], np.float32)
+    results = [
+        ClientResult(0.25, 0.5, Report(0, c, 1, 1.0, 0, own)) for c, own in enumerate(gradients)
+    ]
+    lengths = np.array([7.0, 1.0, 500.0])
+    plain, clipped = (
+        Increments.decode(method.aggregate(0, results, method.new_state())).amounts
+        for method in (FedKSeed(**settings), FedKSeed(**settings, aggregator=clipped_mean))
+    )
+    kept = np.minimum(1.0, 1.5 * np.median(lengths) / lengths) * [7.0, 1.0, -500.0]
+    np.testing.assert_allclose(plain * ACCUMULATOR_UNIT, -0.125 * (7 + 1 - 500))
+    np.testing.assert_allclose(clipped * ACCUMULATOR_UNIT, -0.125 * kept.sum())
+    with pytest.raises(FedForwardError, match="multiply different"):
+        FedKSeed(aggregator=median)

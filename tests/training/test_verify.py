@@ -25,6 +25,7 @@ METHODS = {
     "decomfl": ["method.name=decomfl", "method.learning_rate=1e-3", "server.momentum=0.5"],
     "zorba": ["method.name=zorba", "planning.active=[2,3]", "federation.weights=equal"],
     "fedkseed-pro": ["method.name=fedkseed-pro", "method.candidates=9"],
+    "feedsign": ["method.name=feedsign", "method.learning_rate=1e-3"],
     "cosine": ["method.learning_rate=1e-3", "method.schedule=cosine", "method.client_rates=random"],
 }
 
@@ -59,6 +60,9 @@ def first(change: Callable[[ClientResult], ClientResult]) -> Any:
 
 
 def gradient(part: ClientResult) -> ClientResult:
+    if not len(part.report.gradients):
+        votes = bytes([part.report.payload[0] ^ 1])
+        return replace(part, report=replace(part.report, payload=votes))
     numbers = part.report.gradients.copy()
     numbers[0] += 0.25
     return replace(part, report=replace(part.report, gradients=numbers))

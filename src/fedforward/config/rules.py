@@ -14,8 +14,8 @@ from fedforward.config.sections import (
     PlanningSection,
     RunSection,
     ServerSection,
-    SimulationSection,
 )
+from fedforward.config.simulation import SimulationSection
 from fedforward.core.errors import FedForwardError
 from fedforward.core.registry import AGGREGATORS, REPORT_FILTERS
 from fedforward.methods.aggregation import Aggregator
@@ -104,9 +104,11 @@ def rules(config: SectionsRead) -> Iterator[str]:
     elif not can.contributions and not config.server.plain:
         yield (
             "server.learning_rate, server.state_decay and server.momentum scale and repeat the "
-            f"steps of a round, and method.name = {method.name!r} keeps exact sums; leave them at "
-            "1, 1 and 0"
+            f"steps of a round, and method.name = {method.name!r} writes rounds in a form of its "
+            "own; leave them at 1, 1 and 0"
         )
+    if can.votes:
+        yield from _votes(config)
     if not can.blocks:
         yield from _same_blocks(config)
     if not can.masks and method.mask != "none":
@@ -130,6 +132,7 @@ def rules(config: SectionsRead) -> Iterator[str]:
             f"method.aggregator = {method.aggregator!r} compares the scalars of clients, and those "
             f"of method.name = {method.name!r} multiply different directions; use "
             f"{able(shared_directions=True)}, or method.aggregator = 'mean'"
+            + (" or 'clipped-mean'" if can.scales else "")
         )
     else:
         yield from _aggregator_fits(config, aggregator)
@@ -177,6 +180,26 @@ def _automatic_rate(config: SectionsRead, can: Capabilities) -> Iterator[str]:
                 f"{key} reads losses, which method.report_filters = "
                 f"{list(method.report_filters)!r} withholds; give method.learning_rate a number"
             )
+
+
+def _votes(config: SectionsRead) -> Iterator[str]:
+    """Rules of methods whose clients send signs alone."""
+    method, found = config.method, f"method.name = {config.method.name!r}"
+    if method.aggregator != "mean":
+        yield (
+            f"method.aggregator = {method.aggregator!r} joins scalars, and the clients of {found} "
+            "vote: their majority is the update; leave it out"
+        )
+    if method.learning_rate == "auto":
+        yield (
+            f"method.learning_rate = 'auto' follows the size of projected gradients, and with "
+            f"{found} only their signs are sent; give a number, such as 1e-3"
+        )
+    if config.server.normalise:
+        yield (
+            f"server.normalise = true divides by the size of projected gradients, and with {found} "
+            "only their signs are sent; leave it out"
+        )
 
 
 def _sends_tensors(config: SectionsRead) -> Iterator[str]:

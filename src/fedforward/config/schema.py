@@ -20,8 +20,8 @@ from fedforward.config.sections import (
     PlanningSection,
     RunSection,
     ServerSection,
-    SimulationSection,
 )
+from fedforward.config.simulation import SimulationSection
 from fedforward.core.registry import METHODS
 from fedforward.methods.base import method_class
 
@@ -234,6 +234,23 @@ class Config(Section):
             raise ValueError(
                 f"simulation.late_join = {self.simulation.late_join} leaves none of "
                 f"federation.clients = {self.federation.clients} to begin with"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _attackers_are_clients_with_labels(self) -> "Config":
+        given, clients = self.simulation, self.federation.clients
+        unknown = [client for client in given.attackers if client >= clients]
+        if unknown:
+            raise ValueError(
+                f"simulation.attackers = {given.attackers!r} names client {unknown[0]}, and "
+                f"federation.clients = {clients} are numbered from 0 to {clients - 1}"
+            )
+        classes = self.data.label_words is not None or self.model.head == "classification"
+        if given.attack == "label-flip" and not classes:
+            raise ValueError(
+                "simulation.attack = 'label-flip' exchanges labels, and free answers have none; "
+                "set data.label_words or model.head = 'classification', or choose another attack"
             )
         return self
 

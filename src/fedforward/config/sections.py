@@ -12,7 +12,6 @@ from pydantic import Field, field_validator, model_validator
 from fedforward.config.fields import (
     MOST_COUNTED,
     Aggregator,
-    Chance,
     Classes,
     Count,
     Estimator,
@@ -558,26 +557,6 @@ class PlanningSection(Section):
     def texts(self) -> list[str]:
         """`budgets` as a list."""
         return [self.budgets] if isinstance(self.budgets, str) else self.budgets or []
-
-
-class SimulationSection(Section):
-    """[simulation], of what goes wrong with clients; every choice follows from run.seed"""
-
-    dropout: Chance = Field(0.0, description="chance that a client is gone for a round")
-    straggler: Chance = Field(0.0, description="chance that a report comes after the deadline")
-    byzantine: Chance = Field(
-        0.0,
-        description="share of the clients that report wrong numbers, wrong states or nonsense",
-    )
-    late_join: Annotated[int, Field(ge=0)] = Field(
-        0, description="so many clients (the last ones) join only in round late_join_round"
-    )
-    late_join_round: Count = Field(1, description="see late_join")
-
-    @property
-    def plain(self) -> bool:
-        """Whether nothing goes wrong."""
-        return self == SimulationSection()
 
 
 #: What [run] says of `activation_cache`, of a run and of a site.

@@ -126,6 +126,7 @@ METHODS = Registry(
         "fedmezo": "fedforward.methods.fedmezo:FedMeZO",
         "fedmezo-auto": "fedforward.methods.fedmezo:FedMeZOAuto",
         "decomfl": "fedforward.methods.decomfl:DeComFL",
+        "feedsign": "fedforward.methods.feedsign:FeedSign",
         "zorba": "fedforward.methods.zorba:ZorBA",
         "fedkseed": "fedforward.methods.fedkseed:FedKSeed",
         "fedkseed-pro": "fedforward.methods.fedkseed:FedKSeedPro",

@@ -1,7 +1,7 @@
 """Tokenised examples, and where a run keeps them: on disk, read when they are drawn."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
 import numpy as np
@@ -163,6 +163,38 @@ class Examples(Sequence[Example]):
     def lengths(self) -> NDArray[np.int32]:
         """The tokens of each, int32 [examples]."""
         return self.store.lengths[self.places]
+
+
+class Flipped(Sequence[Example]):
+    """Examples with wrong labels: each has the one after its own, and the last one the first.
+
+    A label that is one of several words or classes is all that a liar changes (Tolpegin et al.,
+    2020, arXiv 2007.08432).
+    """
+
+    def __init__(self, examples: Sequence[Example], names: Sequence[str]) -> None:
+        """`names`: of the labels, in their order."""
+        self._examples, self._names = examples, names
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> "Flipped": ...
+
+    def __getitem__(self, place: int | slice) -> "Example | Flipped":
+        found = self._examples[place]
+        if not isinstance(found, Example):
+            return Flipped(found, self._names)
+        right = (found.right + 1) % len(self._names)
+        wrong = replace(found, right=right, reference=self._names[right])
+        if not found.choices:
+            return wrong
+        begin = found.choice_prompts[right] if found.choice_prompts else found.prompt_length
+        return replace(wrong, tokens=found.choices[right], prompt_length=begin, spans=())
 
 
 def lengths(examples: Sequence[Example]) -> NDArray[np.int32]:

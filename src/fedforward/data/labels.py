@@ -77,6 +77,23 @@ def classes(
     return tuple(sorted(found))
 
 
+def label_names(
+    answer: str, words: Mapping[str, str] | None, classes: Sequence[str]
+) -> tuple[str, ...]:
+    """What examples call their labels, in their order: classes, or answers with a word each.
+
+    Args:
+        answer: `data.answer`.
+        words: `data.label_words`; None for a sequence classifier.
+        classes: of a sequence classifier; else empty.
+    """
+    if classes or words is None:
+        return tuple(classes)
+    template = Template.parse(answer, "data.answer")
+    path = word_path(template)
+    return tuple(template.fill({path: word}) for word in words.values())
+
+
 def class_name(row: Row, answer: Template, words: Mapping[str, str] | None) -> str:
     """The class of a row; "" if it has none.
 

@@ -81,4 +81,5 @@ def _times(factor: float, values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _mean_square(record: Round) -> float:
     gradients = [result.report.gradients.astype(np.float64) for result in record.results]
-    return float(np.mean(np.concatenate(gradients) ** 2))
+    every = np.concatenate(gradients)
+    return float(np.mean(every**2)) if len(every) else 0.0

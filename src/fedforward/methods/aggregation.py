@@ -8,6 +8,7 @@ any case, because directions are about as long as each other.
 A rule sees each client's update as the vector η_i g_i of a round's H · n scalars.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Join = Callable[[Floats, Floats, Floats, int], Floats]
+#: How long an update may be, in multiples of the median one of its round.
+CLIP = 1.5
 #: Steps of Weiszfeld's algorithm, and the relative change at which it ends.
 _MOST_STEPS, _STILL = 200, 1e-12
 
@@ -69,13 +72,15 @@ def _mean(gradients: Floats, rates: Floats, weights: Floats, directions: int) ->
 
 
 def clip_scales(updates: Floats) -> Floats:
-    """min(1, median_j ‖u_j‖ / ‖u_i‖): no update is longer than the median one.
+    """min(1, c · median_j ‖u_j‖ / ‖u_i‖) with c = 1.5: no update is longer than that.
 
+    A c of 1 shortens half of all honest updates, and costs a tenth of what a run learns.
     Args:
         updates: float64 [clients, H * n].
     """
-    norms = np.linalg.norm(updates, axis=1)
-    limit = float(np.median(norms))
+    # Rounded once, so that every machine has the same bits.
+    norms = np.array([math.sqrt(math.fsum(np.square(update).tolist())) for update in updates])
+    limit = CLIP * float(np.median(norms))
     scales = np.ones(len(norms))
     longer = norms > limit
     scales[longer] = limit / norms[longer]
@@ -83,7 +88,7 @@ def clip_scales(updates: Floats) -> Floats:
 
 
 def _clipped_mean(gradients: Floats, rates: Floats, weights: Floats, directions: int) -> Floats:
-    """The weighted mean of updates that are clipped to their median length."""
+    """The weighted mean of updates that are clipped to 1.5 times their median length."""
     scales = clip_scales(rates[:, None] * gradients)
     return _mean(scales[:, None] * gradients, rates, weights, directions)
 
@@ -130,7 +135,7 @@ def _geometric_median(gradients: Floats, rates: Floats, weights: Floats, directi
     return found / directions
 
 
-def _krum_order(tolerated: int, updates: Floats) -> NDArray[np.intp]:
+def krum_order(tolerated: int, updates: Floats) -> NDArray[np.intp]:
     """Clients by the sum of squared distances to their n - f - 2 nearest, the least first."""
     distances = ((updates[:, None] - updates[None]) ** 2).sum(axis=2)
     np.fill_diagonal(distances, np.inf)
@@ -143,7 +148,7 @@ def _krum(
 ) -> Floats:
     """The update of the client that is nearest to others (Blanchard et al., 2017)."""
     updates = rates[:, None] * gradients
-    chosen: Floats = updates[_krum_order(tolerated, updates)[0]] / directions
+    chosen: Floats = updates[krum_order(tolerated, updates)[0]] / directions
     return chosen
 
 
@@ -151,7 +156,7 @@ def _multi_krum(
     tolerated: int, gradients: Floats, rates: Floats, weights: Floats, directions: int
 ) -> Floats:
     """The weighted mean of the n - f clients that are nearest to others."""
-    order = _krum_order(tolerated, rates[:, None] * gradients)
+    order = krum_order(tolerated, rates[:, None] * gradients)
     kept = np.sort(order[: len(order) - tolerated])
     return _mean(gradients[kept], rates[kept], weights[kept], directions)
 

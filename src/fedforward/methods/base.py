@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedforward.core.errors import FedForwardError, MessageError
-from fedforward.core.registry import METHODS
+from fedforward.core.registry import AGGREGATORS, METHODS
 from fedforward.core.seeds import direction_seed, dither_seed
 from fedforward.core.steps import NO_STEPS, Evaluation, Probe, Steps, Update
 from fedforward.messages.entry import Contribution, Entry
@@ -54,6 +54,8 @@ class Capabilities:
         masks: a mask may keep some weights from moving.
         from_base: every state is a sum on top of the base weights, which are kept beside it.
         scales: the server may shorten each client's update before it joins them.
+        votes: clients report signs alone, and their majority is the update: there are no sizes
+            that rates could follow, and no rule to choose.
     """
 
     forward_only: bool = True
@@ -64,6 +66,7 @@ class Capabilities:
     masks: bool = True
     from_base: bool = False
     scales: bool = False
+    votes: bool = False
 
     @property
     def state_is_whole(self) -> bool:
@@ -181,6 +184,12 @@ class Method(ABC):
             raise FedForwardError(
                 f"estimator = {self.estimator!r} is no Estimator; write one, as in "
                 "TwoPoint(mu=1e-3)."
+            )
+        if self.capabilities.votes and self.aggregator is not mean:
+            raise FedForwardError(
+                f"aggregator = {AGGREGATORS.name_of(self.aggregator)!r} joins scalars, and the "
+                f"clients of method.name = {self.name!r} vote: their majority is the update. Use "
+                "aggregator = 'mean'."
             )
         if self.aggregator.shared_directions and not self.capabilities.shared_directions:
             raise FedForwardError(
@@ -303,7 +312,8 @@ class Method(ABC):
             else:
                 projected = np.zeros_like(projected)
                 skipped += 1
-            moved = Steps.of(own, -task.learning_rate / n * projected.astype(np.float64))
+            moves = self.local_moves(projected).astype(np.float64)
+            moved = Steps.of(own, -task.learning_rate / n * moves)
             trajectory = trajectory + (moved if task.blocks is None else moved.within(task.blocks))
             gradients.extend(projected.tolist())
         return Report(
@@ -314,6 +324,22 @@ class Method(ABC):
             skipped=skipped,
             gradients=np.array(gradients, np.float32),
         )
+
+    def local_moves(self, projected: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What a local step takes of its projected gradients, float32 [n]: all of them."""
+        return projected
+
+    def scalars(self, report: Report) -> NDArray[np.float64]:
+        """What a report says of each direction, float64 [H * n]."""
+        return report.gradients.astype(np.float64)
+
+    def with_scalars(self, report: Report, scalars: NDArray[np.float32]) -> Report:
+        """A report that says this of each direction instead.
+
+        Args:
+            scalars: float32 [H * n].
+        """
+        return replace(report, gradients=scalars)
 
     def rehearse(
         self, model: Any, batches: Sequence[Any], active: NDArray[np.bool_] | None = None
@@ -367,9 +393,8 @@ class Method(ABC):
         """Δ_i = -(η_i / n) Σ_h g_ih z_ih in the client's blocks: what it would do to θ alone."""
         report = result.report
         seeds = self.seeds(round_number, report.client, payload)
-        steps = Steps.of(
-            seeds, -result.learning_rate / self.directions * report.gradients.astype(np.float64)
-        )
+        rate = -result.learning_rate / self.directions
+        steps = Steps.of(seeds, rate * self.scalars(report))
         return steps if result.blocks is None else steps.within(result.blocks)
 
 

@@ -52,7 +52,9 @@ class FedKSeed(Method):
         2
     """
 
-    capabilities: ClassVar[Capabilities] = Capabilities(contributions=False, from_base=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        contributions=False, from_base=True, scales=True
+    )
     importance: ClassVar[bool] = False
     candidates: int = parameter(
         4096,
@@ -125,14 +127,16 @@ class FedKSeed(Method):
     ) -> Entry:
         """-p_i (η_i / n) g_ih for each candidate, rounded to the accumulators' unit, added up.
 
+        An aggregator may shorten what a client adds.
+
         Raises:
             UpdateNotFiniteError: an amount is beyond 64 bits.
         """
         payload = self.task_payload(state)
         places = [self.draw(round_number, part.report.client, payload) for part in results]
         amounts = []
-        for part in results:
-            rate = -part.weight * (part.learning_rate / self.directions)
+        for part, scale in zip(results, self._scales(results, places), strict=True):
+            rate = -scale * part.weight * (part.learning_rate / self.directions)
             exact = np.rint(rate * part.report.gradients.astype(np.float64) / ACCUMULATOR_UNIT)
             if not (np.abs(exact) < MAX_AMOUNT).all():
                 raise UpdateNotFiniteError(
@@ -144,6 +148,24 @@ class FedKSeed(Method):
         sums = np.zeros(len(touched), np.int64)
         np.add.at(sums, where, np.concatenate(amounts))
         return Entry(round_number, (), payload=Increments(touched, sums).encode())
+
+    def _scales(
+        self, results: Sequence[ClientResult], places: Sequence[NDArray[np.int64]]
+    ) -> list[float]:
+        """What the aggregator multiplies each client's update with.
+
+        An update here is η_i times a client's sum for each candidate that it drew, as long as that.
+        Rules that compare clients' sums candidate by candidate are refused: with thousands of
+        candidates and a few hundred draws, few of them are drawn by more than one client a round.
+        """
+        if self.aggregator.scales is None:
+            return [1.0] * len(results)
+        sums = np.zeros((len(results), self.local_steps * self.directions))
+        for row, part, drawn in zip(sums, results, places, strict=True):
+            where = np.unique(drawn, return_inverse=True)[1]
+            np.add.at(row, where, part.learning_rate * part.report.gradients.astype(np.float64))
+        scales: list[float] = self.aggregator.scales(sums).tolist()
+        return scales
 
     def observe(self, entry: Entry, results: Sequence[ClientResult], state: "KSeedState") -> None:
         """Increments into the accumulators, and |g| into the amplitudes."""

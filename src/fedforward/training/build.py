@@ -20,7 +20,8 @@ from fedforward.core.steps import Probe, ProbePlan
 from fedforward.data.chat import read_template
 from fedforward.data.corpus import Corpus, CorpusReader
 from fedforward.data.encoding import TextEncoder
-from fedforward.data.examples import Example
+from fedforward.data.examples import Example, Flipped
+from fedforward.data.labels import label_names
 from fedforward.data.public import public_examples, training_examples
 from fedforward.data.sampler import (
     Batches,
@@ -47,6 +48,7 @@ from fedforward.models.pinned_files import PinnedFile, read_pinned
 from fedforward.models.trial import check_causal
 from fedforward.planning import probe_grouping as probes
 from fedforward.training import activation_cache
+from fedforward.training.attacks import Attack
 from fedforward.training.faults import Faults
 from fedforward.training.run_directory import RunDirectory
 
@@ -395,11 +397,20 @@ def faults(config: Config) -> Faults:
     )
 
 
+def attack(config: Config) -> Attack:
+    """Which simulated clients lie in their reports, and how."""
+    given = config.simulation
+    return Attack(given.attack, tuple(given.attackers), given.factor, config.run.seed)
+
+
 def client_batches(config: Config, corpus: Corpus, collate: Collate = collate) -> list[Batches]:
-    """Each client's stream of batches."""
+    """Each client's stream of batches; those of clients that flip labels have wrong ones."""
+    given = config.simulation
+    flipped = given.attackers if given.attack == "label-flip" else ()
+    names = label_names(config.data.answer, config.data.label_words, corpus.classes)
     return [
         Batches(
-            examples,
+            Flipped(examples, names) if client in flipped else examples,
             batch_size=config.method.batch_size,
             run_seed=config.run.seed,
             client=client,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
 from fedforward.core.logs import PHASES
-from fedforward.messages.report import ClientResult, Report
+from fedforward.messages.report import NO_FLOATS, ClientResult, Report
 from fedforward.messages.task import Task
 from fedforward.methods.base import Method
 from fedforward.models.base import CausalModel
@@ -201,7 +201,9 @@ def traffic(
     """
     count = method.local_steps * method.directions
     reports = [
-        Report(0, client, size, 1.0, 0, np.arange(count, dtype=np.float32))
+        method.with_scalars(
+            Report(0, client, size, 1.0, 0, NO_FLOATS), np.arange(count, dtype=np.float32)
+        )
         for client, size in enumerate(examples)
     ]
     rows = [None] * len(reports) if plan is None else list(plan.matrix)

@@ -146,7 +146,7 @@ class Run:
         together = 1 if alone else max(1, self.plan.probes_per_call // step)
         self.widest = self._widest_blocks(allocate, together)
         self.runtime = LocalRuntime(
-            self.server, clients, self.model, together, build.faults(config)
+            self.server, clients, self.model, together, build.faults(config), build.attack(config)
         )
         self._inference_memory = self._peak_memory = 0
         self._commit_measured = False

@@ -14,10 +14,12 @@ from fedforward.federation.agreement import QuorumError
 from fedforward.federation.client import Client
 from fedforward.federation.server import Server
 from fedforward.models.base import CausalModel
+from fedforward.training.attacks import Attack
 from fedforward.training.faults import Faults
 from fedforward.training.metrics import Attendance, RoundOutcome, Traffic
 
 NO_FAULTS = Faults()
+NO_ATTACK = Attack()
 #: Attempts at a round before its quorum counts as out of reach.
 ATTEMPTS = 5
 
@@ -32,6 +34,7 @@ class LocalRuntime:
         model: CausalModel,
         together: int,
         faults: Faults = NO_FAULTS,
+        attack: Attack = NO_ATTACK,
     ) -> None:
         """`together`: clients that run in lockstep, each with its own probes."""
         self.server = server
@@ -39,6 +42,7 @@ class LocalRuntime:
         self.model = model
         self.together = together
         self.faults = faults
+        self.attack = attack
 
     def run_round(self) -> RoundOutcome:
         """One whole round, from tasks to the ledger.
@@ -100,9 +104,12 @@ class LocalRuntime:
         for begin in range(0, len(asked), self.together):
             part = asked[begin : begin + self.together]
             group = [self.clients[client].answer(tasks[client]) for client in part]
-            for client, data in zip(part, _in_lockstep(group, self.model), strict=True):
-                reports[client] = self.faults.sent(client, data)
-        return reports
+            reports |= zip(part, _in_lockstep(group, self.model), strict=True)
+        sent = self.attack.sent(self.server.method, self.server.round, reports)
+        return {
+            client: self.faults.sent(client, data)
+            for client, data in zip(reports, sent, strict=True)
+        }
 
     def _deliver(self, data: bytes) -> None:
         """Hand a report to the server, which may refuse it; without faults it must not."""

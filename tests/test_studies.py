@@ -1,0 +1,38 @@
+"""The studies' scripts run, go on where they were, and write their pages."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_study_of_robustness_runs_and_goes_on(tmp_path: Path) -> None:
+    script = ROOT / "studies" / "robustness.py"
+
+    def study(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(script), "--quick", *options],
+            env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    refused = study()
+    assert refused.returncode == 2 and "--quick needs --out FOLDER" in refused.stderr
+    folder = tmp_path / "study"
+    first = study("--out", str(folder))
+    assert first.returncode == 0, first.stderr
+    rows = (folder / "robustness.csv").read_text("utf-8").splitlines()
+    assert len(rows) == 5 and rows[1].startswith("decomfl,mean,none,0,0,0.4")
+    # A cell that is there is not done again, and one that is lost is.
+    kept = [rows[0], rows[1].rsplit(",", 1)[0] + ",0.100000", *rows[2:4]]
+    (folder / "robustness.csv").write_text("\n".join(kept) + "\n", encoding="utf-8")
+    again = study("--out", str(folder))
+    assert again.returncode == 0, again.stderr
+    assert (folder / "robustness.csv").read_text("utf-8").splitlines() == [*kept, rows[4]]
+    page = (folder / "robustness.md").read_text("utf-8")
+    assert "| `decomfl` | 0.05 | 0.417 | 0.100 | 76 % |" in page
+    assert (folder / "robustness.png").stat().st_size > 1000
