@@ -359,8 +359,8 @@ def draw(known: Known, path: Path) -> None:
         for attack in titles
     ]
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    image = axes.imshow(values, vmin=0.0, vmax=1.1, cmap="RdYlGn")
-    axes.set_xticks(range(len(WAYS)), [f"{m}\n{r}" for m, r in WAYS], rotation=45, ha="right")
+    image = axes.imshow(values, vmin=0.0, vmax=1.1, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(WAYS)), [", ".join(way) for way in WAYS], rotation=30, ha="right")
     axes.set_yticks(range(len(titles)), titles)
     for row, line in enumerate(values):
         for column, value in enumerate(line):
