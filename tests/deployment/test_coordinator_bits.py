@@ -45,6 +45,7 @@ def simulated(
                 collate=part.collate,
             ),
             shared,
+            sums=config.federation.secure_sums,
         )
         for place, part in enumerate(parts)
     ]
@@ -57,7 +58,8 @@ def simulated(
         allocate = counted(config.planning, layout, shares, active, names, "test")
         assert not allocate.plan(range(len(names))).matrix.all(), "some block is inactive somewhere"
     settings = assembly.server_settings(config, first.identity, examples, allocate)
-    ledger = Ledger.create(path, {})
+    header = assembly.ledger_header(config, first.identity)
+    ledger = Ledger.create(path, header if config.federation.secure_sums else {})
     server = Server(settings, build_method(config), ledger)
     runtime = LocalRuntime(server, clients, first.model, together)
     while server.round < config.federation.rounds:

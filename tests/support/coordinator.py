@@ -243,7 +243,9 @@ def rounds(path: Path, proofs: bool = True) -> list[tuple[bytes, ...]]:
         origins = record.results
         if not proofs:
             origins = tuple(replace(o, report=replace(o.report, digest=b"")) for o in origins)
-        found.append((record.entry.encode(), *(origin.encode() for origin in origins)))
+        total = b"" if record.total is None else record.total.encode()
+        parts = (record.entry.encode(), total, *(origin.encode() for origin in origins))
+        found.append(parts)
     ledger.close()
     return found
 

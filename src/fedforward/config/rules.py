@@ -18,6 +18,7 @@ from fedforward.config.sections import (
 from fedforward.config.simulation import SimulationSection
 from fedforward.core.errors import FedForwardError
 from fedforward.core.registry import AGGREGATORS, REPORT_FILTERS
+from fedforward.messages.secure import MOST_SITES
 from fedforward.methods.aggregation import Aggregator
 from fedforward.methods.base import Capabilities, method_class, usable_methods
 from fedforward.methods.estimators import build_estimator
@@ -152,6 +153,47 @@ def rules(config: SectionsRead) -> Iterator[str]:
             "'fixed', 'random' or 'update-difference'"
         )
     yield from _automatic_rate(config, can)
+    if config.federation.secure_sums:
+        yield from _secure_sums(config, can)
+
+
+def _secure_sums(config: SectionsRead, can: Capabilities) -> Iterator[str]:
+    """Rules of federation.secure_sums: the server has a sum and no single report."""
+    method, federation, key = config.method, config.federation, "federation.secure_sums = true"
+    if not can.sums:
+        yield (
+            f"{key} is for methods whose server needs sums alone, and method.name = "
+            f"{method.name!r} needs single reports; use {able(sums=True)}"
+        )
+    for name, found, legal, why in (
+        ("method.aggregator", method.aggregator, "mean", "compares single reports"),
+        ("method.client_rates", method.client_rates, "fixed", "gives clients rates of their own"),
+        ("federation.weights", federation.weights, "equal", "weighs single reports"),
+        ("federation.participation", federation.participation, 1.0, "leaves out some of the sites"),
+    ):
+        if found != legal:
+            yield f"{key} adds reports up as they are, and {name} = {found!r} {why}; use {legal!r}"
+    if method.learning_rate == "auto":
+        yield (
+            f"{key} hides what single clients measure, which method.learning_rate = 'auto' reads; "
+            "give method.learning_rate a number, such as 1e-3"
+        )
+    if config.server.normalise:
+        yield (
+            f"{key} hides the sizes of single reports, which server.normalise = true reads; leave "
+            "it out"
+        )
+    if config.simulation.byzantine:
+        yield (
+            f"{key} hides who reports wrongly, so simulation.byzantine = "
+            f"{config.simulation.byzantine:g} cannot be tried with it; leave one of them out"
+        )
+    least, most = federation.secure_threshold, federation.clients_of_a_round
+    if not least <= most <= MOST_SITES:
+        yield (
+            f"{key} needs federation.secure_threshold = {least} to {MOST_SITES} clients in each "
+            f"round, and there are {most}; change federation.clients"
+        )
 
 
 def _automatic_rate(config: SectionsRead, can: Capabilities) -> Iterator[str]:

@@ -27,6 +27,7 @@ from fedforward.config.fields import (
 )
 from fedforward.core.registry import METHODS
 from fedforward.core.units import parse_bytes
+from fedforward.messages.secure import LEAST_SITES, MOST_SITES
 from fedforward.methods.base import method_class
 from fedforward.methods.estimators import build_estimator
 from fedforward.methods.parameters import parameters_of
@@ -319,6 +320,16 @@ class FederationSection(Section):
     quorum: Count = Field(1, description="reports without which a round is not closed")
     deadline: Positive | None = Field(
         None, description="seconds after which a round is closed with the reports that are there"
+    )
+    secure_sums: bool = Field(
+        False,
+        description="sites mask their reports, so that the server sees the sum of a round's "
+        "reports and no single one; for methods that need no more",
+    )
+    secure_threshold: Annotated[int, Field(ge=LEAST_SITES, le=MOST_SITES)] = Field(
+        LEAST_SITES,
+        description="with secure_sums: sites that a sum is of at least, and that must help to open "
+        "it; more than two thirds of a round's sites in any case",
     )
     start_deadline: Positive = Field(
         600.0,

@@ -319,8 +319,13 @@ def join(given: dict[str, Any], site: SiteConfig) -> Config:
         content.setdefault(section, {}).update(own)
     # A site is one client of one, whatever the number of the others.
     federation = content.setdefault("federation", {})
-    federation |= {"clients": 1, "participation": 1.0, "quorum": 1}
+    least = federation.get("secure_threshold")
+    summed = federation.get("secure_sums") is True and type(least) is int
+    federation |= {"clients": least if summed else 1, "participation": 1.0, "quorum": 1}
     config = validate(content, "the server's terms with this site's configuration")
+    config = config.model_copy(
+        update={"federation": config.federation.model_copy(update={"clients": 1})}
+    )
     if config.lora.init == "aligned" and config.lora.init_file is None:
         raise FedForwardError(
             "lora.init = 'aligned': the site.toml of this site has no lora.init_file. Get the file "

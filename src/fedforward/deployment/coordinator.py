@@ -23,6 +23,7 @@ from fedforward.config.site import terms
 from fedforward.core.errors import FedForwardError, MessageError
 from fedforward.deployment.enrollment import Admission
 from fedforward.deployment.participants import ByteCount, Participant, Participants
+from fedforward.deployment.secure import sum_rounds
 from fedforward.deployment.site_metrics import SiteMetrics, combined
 from fedforward.deployment.state import CoordinatorState
 from fedforward.deployment.transient import TransientErrors
@@ -52,6 +53,10 @@ FINALIZE_TIMEOUT_S = 600.0
 LAST_REPLIES_TIMEOUT_S = 60.0
 #: Seconds between two status files, unless the state changes.
 STATUS_INTERVAL_S = 1.0
+
+
+#: What sites are asked for a secure sum, beside their reports.
+SUM_STEPS = (MessageKind.SUM_START, MessageKind.SUM_ROSTER, MessageKind.SUM_OPENING)
 
 
 class Stopped(FedForwardError):  # noqa: N818 - the run goes on later; it is no error
@@ -92,6 +97,7 @@ class Coordinator:
         self.loop: Loop | None = None
         self.what = "waiting for sites"
         self._blocks: BlockAllotment | None = None
+        self._sums: Any = None
         self._late = 0
         self._disagreement = ""
         self._status_written = -math.inf
@@ -129,6 +135,8 @@ class Coordinator:
         )
         self.server = Server(settings, self.method, ledger)
         self.server.reset |= self.state.reset
+        if self.config.federation.secure_sums:
+            self._sums = sum_rounds(self.config, self.participants, self.server, self._poll)
         self.admission.admit(self.server)
         self.loop = Loop(self.config, self.directory, ledger, self, clock=self.clock)
 
@@ -167,12 +175,15 @@ class Coordinator:
                 self.participants.reject(participant, str(error))
             else:
                 self.admission.consider(participant, enrollment)
-        elif reply.kind is MessageKind.REPORT:
+        elif reply.kind in (MessageKind.REPORT, MessageKind.MASKED_REPORT):
             self._report(participant, reply.body)
         elif reply.kind is MessageKind.OUT_OF_SYNC:
             self._out_of_sync(participant, reply.json().get("rounds"))
         elif reply.kind is MessageKind.SNAPSHOT:
             self._server.receive_snapshot(reply.body, participant.client)
+        elif asked in SUM_STEPS:
+            assert self._sums is not None
+            self._sums.accept(participant, reply)
         elif asked is not MessageKind.REJECT:
             metrics = SiteMetrics.decode(reply.json())
             if asked is MessageKind.EVALUATION and not metrics.complete(self.config.metrics):
@@ -213,10 +224,10 @@ class Coordinator:
         """
         self.participants.byte_count = ByteCount()
         for attempt in range(MAX_ROUND_RETRIES):
-            asked = self._ask_for_reports()
             try:
+                asked = self._ask_for_reports()
                 with errors_of_the_disk(self.directory.path):
-                    record = self._server.close_round()
+                    record = self._close_round(asked)
                 break
             except QuorumError:
                 if attempt == MAX_ROUND_RETRIES - 1:
@@ -224,7 +235,10 @@ class Coordinator:
             finally:
                 self.state.note_reset(self._server.reset)
                 self._note_disbelieved()
-        return self._outcome(record, asked)
+        return self._outcome(record, len(asked))
+
+    def _close_round(self, asked: Sequence[Participant]) -> Round:
+        return self._server.close_round() if self._sums is None else self._sums.close(asked)
 
     def _note_disbelieved(self) -> None:
         for participant in self.participants.all():
@@ -240,16 +254,23 @@ class Coordinator:
             Attendance(asked=asked, reported=len(record.results), late=late),
         )
 
-    def _ask_for_reports(self) -> int:
-        """Open a round and wait until it can be closed; returns how many sites were asked."""
-        server = self._server
+    def _ask_for_reports(self) -> list[Participant]:
+        """Open a round and wait until it can be closed; returns the sites that were asked.
+
+        Raises:
+            QuorumError: too few sites take part in a secure sum.
+        """
+        server, sums = self._server, self._sums
         free = self._wait_for_quorum()
+        if sums is not None:
+            free = sums.gather(free)
         tasks = server.open_round([participant.client for participant in free])
         asked = [participant for participant in free if participant.client in tasks]
 
         def body(participant: Participant) -> bytes:
             # Who is asked again is sent what it lacks by then.
-            return tasks.pop(participant.client, b"") or server.task(participant.client)
+            task = tasks.pop(participant.client, b"") or server.task(participant.client)
+            return task if sums is None else sums.task(participant, task)
 
         def closed(seconds: float, gone: Sequence[Participant]) -> bool:
             numbers = {participant.client for participant in gone}
@@ -260,14 +281,14 @@ class Coordinator:
             return over and len(self.participants.free()) >= server.settings.quorum
 
         self.participants.exchange(
-            MessageKind.TASK,
+            MessageKind.TASK if sums is None else MessageKind.SUM_TASK,
             asked,
             body,
             lambda participant: not server.waits_for(participant.client),
             closed,
             self._poll,
         )
-        return len(asked)
+        return asked
 
     def _wait_for_quorum(self) -> list[Participant]:
         """Wait for enough sites to hold a round; a snapshot is there if one pays."""

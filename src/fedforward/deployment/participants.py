@@ -34,6 +34,14 @@ _REPLIES = {
     MessageKind.FINALIZE: {MessageKind.METRICS, MessageKind.OUT_OF_SYNC, MessageKind.UNKNOWN_RUN},
     MessageKind.SNAPSHOT_REQUEST: {MessageKind.SNAPSHOT, MessageKind.UNKNOWN_RUN},
     MessageKind.REJECT: {MessageKind.METRICS},
+    MessageKind.SUM_START: {MessageKind.SUM_KEYS, MessageKind.UNKNOWN_RUN},
+    MessageKind.SUM_ROSTER: {MessageKind.SUM_SHARES, MessageKind.UNKNOWN_RUN},
+    MessageKind.SUM_TASK: {
+        MessageKind.MASKED_REPORT,
+        MessageKind.OUT_OF_SYNC,
+        MessageKind.UNKNOWN_RUN,
+    },
+    MessageKind.SUM_OPENING: {MessageKind.SUM_OPENED, MessageKind.UNKNOWN_RUN},
 }
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedforward.config.schema import Config, sections_of
 from fedforward.config.site import SiteConfig, join
@@ -22,6 +22,7 @@ from fedforward.data.corpus import Corpus, CorpusReader
 from fedforward.data.sampler import Batches, Collate
 from fedforward.data.templates import Template
 from fedforward.deployment.limits import refusals, released
+from fedforward.deployment.secure import sum_site
 from fedforward.evaluation import heldout as evaluation
 from fedforward.federation.client import Client, Replica
 from fedforward.federation.rate_search import line_search_batches
@@ -41,6 +42,9 @@ from fedforward.models.loading import longest_sequence
 from fedforward.training import build as experiment
 from fedforward.training.assembly import build_method
 from fedforward.training.run_directory import strict, write_json
+
+if TYPE_CHECKING:
+    from fedforward.deployment.secure.site_side import SumSite
 
 LOGGER = logging.getLogger("fedforward.deployment.site")
 #: Messages of a kind that a run may have: so many a round, and some more.
@@ -76,6 +80,7 @@ class Tuning:
         terms: as the server sent them.
         clients: the one that this site is, by the number that the server gave it.
         answered: how often each kind of message was answered that measures something.
+        sums: masks reports, where the terms have secure sums.
     """
 
     run: bytes
@@ -88,6 +93,7 @@ class Tuning:
     method: Method
     identity: ModelIdentity
     filters: tuple[ReportFilter, ...] = ()
+    sums: "SumSite | None" = None
     clients: dict[int, Client] = field(default_factory=dict)
     answered: Counter[MessageKind] = field(default_factory=Counter)
 
@@ -112,7 +118,9 @@ class Tuning:
                 client=number,
                 collate=self.collate,
             )
-            self.clients[number] = Client(number, batches, self.replica, self.filters)
+            self.clients[number] = Client(
+                number, batches, self.replica, self.filters, sums=self.sums is not None
+            )
         return self.clients[number]
 
     def answer_tokens(self) -> int:
@@ -164,6 +172,7 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
         method=method,
         identity=experiment.identity(model, tokenizer),
         filters=filters,
+        sums=sum_site(run, config),
     )
 
 
@@ -276,18 +285,25 @@ class Site:
             return MessageKind.UNKNOWN_RUN, b""
         if envelope.kind is MessageKind.SNAPSHOT_REQUEST:
             return MessageKind.SNAPSHOT, tuning.replica.snapshot().encode()
+        if tuning.sums is not None and envelope.kind in tuning.sums.kinds:
+            return tuning.sums.answer(tuning, envelope, self._task)
+        if tuning.sums is not None and envelope.kind is MessageKind.TASK:
+            raise MessageError("A task was refused: these terms have secure sums, and it has none.")
+        return self._task(tuning, envelope.kind, envelope.body)
+
+    def _task(self, tuning: Tuning, kind: MessageKind, body: bytes) -> tuple[MessageKind, bytes]:
         answers = {
             MessageKind.TASK: self._report,
             MessageKind.EVALUATION: self._evaluate,
             MessageKind.FINALIZE: self._keep,
         }
-        if envelope.kind not in answers:
-            raise MessageError(f"A message of kind {envelope.kind.name} was refused by a site.")
-        task = Task.decode(envelope.body)
-        _check_bounds(task, envelope.kind, tuning)
+        if kind not in answers:
+            raise MessageError(f"A message of kind {kind.name} was refused by a site.")
+        task = Task.decode(body)
+        _check_bounds(task, kind, tuning)
         if _first_missing(task, tuning.replica.rounds) > tuning.replica.rounds:
             return MessageKind.OUT_OF_SYNC, encode_json({"rounds": tuning.replica.rounds})
-        return answers[envelope.kind](tuning, task, envelope.body)
+        return answers[kind](tuning, task, body)
 
     def enroll(self, envelope: Envelope) -> Enrollment:
         """Build what a HELLO asks for, and say what this site has in common with others.

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fedforward.core.errors import FedForwardError, MessageError
 from fedforward.federation.ledger import Round
 from fedforward.federation.round_maker import RoundMaker, RoundSettings, weights_of
+from fedforward.federation.secure_sums import check_total, is_bare
 from fedforward.messages.entry import Contribution, Entry
 from fedforward.messages.report import ClientResult
 from fedforward.methods.base import Method
@@ -85,7 +86,8 @@ class Audit:
                 return words
         if self._rates and (words := self._rates_differ(results)):
             return words
-        if self._entries and not _same(self._maker.entry(results), record.entry, self.method):
+        made = self._maker.entry(results, record.total) if self._entries else record.entry
+        if not _same(made, record.entry, self.method):
             return "its entry is not what its reports add up to; one of them was changed"
         return ""
 
@@ -102,8 +104,20 @@ class Audit:
                 raise MessageError(f"one is of {len(part.blocks)} blocks")
             if len(part.report.line_search) not in (0, 4):
                 raise MessageError("one was measured at other points than three")
-            if self._entries:
+            if self._entries and not self.settings.secure_sums:
                 self.method.check_report(part.report, layout.parameters)
+            elif self.settings.secure_sums and not is_bare(part.report):
+                raise MessageError(
+                    f"that of client {part.report.client} has numbers beside the sum"
+                )
+        if self.settings.secure_sums:
+            self._check_total(record)
+
+    def _check_total(self, record: Round) -> None:
+        total, steps = record.total, self.method.local_steps
+        if total is None or total.clients != len(record.results):
+            raise MessageError("the sum is not that of the clients that are named")
+        check_total(total, steps, steps * self.method.directions)
 
     def _rates_differ(self, results: tuple[ClientResult, ...]) -> str:
         reports = [part.report for part in results]

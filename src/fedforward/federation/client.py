@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedforward.core.errors import MessageError
 from fedforward.core.steps import Evaluation, Probe
+from fedforward.federation.secure_sums import part_of
 from fedforward.messages.entry import Entry
 from fedforward.messages.report import DIGEST_BYTES, NO_FLOATS
 from fedforward.messages.snapshot import Snapshot
@@ -152,6 +153,7 @@ class Client:
 
     Attributes:
         filters: what is done to a report before it leaves, in this order.
+        sums: whether it answers with a part of a sum, a `MaskedReport` without masks.
     """
 
     def __init__(
@@ -160,11 +162,14 @@ class Client:
         batches: BatchStream,
         replica: Replica,
         filters: Sequence[ReportFilter] = (),
+        *,
+        sums: bool = False,
     ) -> None:
         self.number = number
         self.batches = batches
         self.replica = replica
         self.filters = tuple(filters)
+        self.sums = sums
 
     def answer(self, data: bytes) -> Generator[Sequence[Probe], Sequence[Evaluation], bytes]:
         """Do an encoded task; yields probes, is sent evaluations, returns the encoded report."""
@@ -182,7 +187,8 @@ class Client:
         report = replace(report, line_search=searched)
         for apply in self.filters:
             report = apply(report)
-        return replace(report, digest=digest).encode()
+        report = replace(report, digest=digest)
+        return (part_of(report) if self.sums else report).encode()
 
     def _search(
         self, task: Task

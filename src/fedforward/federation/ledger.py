@@ -20,8 +20,10 @@ from fedforward.core.errors import FedForwardError, MessageError, UpdateNotFinit
 from fedforward.core.files import parse_json
 from fedforward.federation import ledger_file
 from fedforward.federation.ledger_head import Head, head_file, read_head, write_head
+from fedforward.messages.codec import Reader
 from fedforward.messages.entry import Entry
 from fedforward.messages.report import ClientResult, decode_results
+from fedforward.messages.secure import Total
 
 #: Rounds that are read at once: while a query runs, no other process can add a round.
 _AT_ONCE = 256
@@ -36,10 +38,17 @@ class Round:
     Attributes:
         entry: how the tuned state changed.
         results: what it was made from, sorted by client.
+        total: with secure sums, the sum of the reports, which `results` then have not.
     """
 
     entry: Entry
     results: tuple[ClientResult, ...]
+    total: Total | None = None
+
+    def origin(self) -> bytes:
+        """What the entry was made from, as a row has it: the sum if there is one, then results."""
+        total = b"" if self.total is None else self.total.encode()
+        return total + b"".join(part.encode() for part in self.results)
 
 
 class Ledger:
@@ -146,6 +155,11 @@ class Ledger:
         head_file(path).unlink(missing_ok=True)
         return cls(path)
 
+    @property
+    def sums(self) -> bool:
+        """Whether rounds have the sum of their reports in place of single ones."""
+        return self.header.get("secure_sums") is True
+
     def chain_after(self, rounds: int) -> bytes:
         """The chain hash when the ledger had so many rounds, at most `length`; 32 bytes."""
         if not rounds:
@@ -179,7 +193,7 @@ class Ledger:
         """
         self.check(record)
         entry = record.entry.encode()
-        origin = b"".join(part.encode() for part in record.results)
+        origin = record.origin()
         chain = _link(self.chain, entry, origin)
         try:
             with self._database:
@@ -211,7 +225,10 @@ class Ledger:
 
     def _decoded(self, number: int, entry: bytes, origin: bytes) -> Round:
         try:
-            record = Round(Entry.decode(entry), tuple(decode_results(origin)))
+            reader = Reader(origin)
+            total = Total.read(reader) if self.sums and origin else None
+            results = tuple(decode_results(origin[reader.place :]))
+            record = Round(Entry.decode(entry), results, total)
             if record.entry.round != number:
                 raise MessageError(f"It says that it is round {record.entry.round}.")
         except MessageError as error:

@@ -19,9 +19,11 @@ from fedforward.federation.learning_rates import WINDOW, RateSettings, rates, up
 from fedforward.federation.ledger import Round
 from fedforward.federation.plausibility import capped_weights
 from fedforward.federation.rate_search import RateSearch
+from fedforward.federation.secure_sums import mean_gradients
 from fedforward.federation.server_optimizer import PLAIN, ServerOptimizer
 from fedforward.messages.entry import Entry
 from fedforward.messages.report import ClientResult, Report
+from fedforward.messages.secure import Total
 from fedforward.methods.base import Method
 
 
@@ -38,6 +40,7 @@ class RoundSettings:
         distribution: of the directions.
         optimizer: what is done to a round's steps before they are written.
         search: finds learning rates where they are "auto"; `rates` then multiply what it finds.
+        secure_sums: whether the server has sums of reports and no single ones.
     """
 
     run_seed: int
@@ -49,6 +52,7 @@ class RoundSettings:
     search: RateSearch | None = None
     weight_ratio: float = math.inf
     weight_share: float = 1.0
+    secure_sums: bool = False
 
 
 class RoundMaker:
@@ -136,9 +140,16 @@ class RoundMaker:
             return results
         return self.search.rated(results, multipliers, last)
 
-    def entry(self, results: Sequence[ClientResult]) -> Entry:
-        """The round's update, or the one that takes back the last, if the loss has risen by it."""
+    def entry(self, results: Sequence[ClientResult], total: Total | None = None) -> Entry:
+        """The round's update, or the one that takes back the last, if the loss has risen by it.
+
+        Args:
+            total: with secure sums, the sum of the reports.
+        """
         optimizer = self.settings.optimizer
+        if total is not None:
+            mean, rate = mean_gradients(total), results[0].learning_rate
+            return optimizer.apply(self.method.aggregate_sum(self.rounds, mean, rate), self.history)
         if self.search is not None and self.search.takes_back(results):
             before = self.history[-1].entry
             return replace(self.method.taken_back(self.rounds, before), decay=optimizer.decay)

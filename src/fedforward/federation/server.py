@@ -19,10 +19,12 @@ from fedforward.federation.ledger import Ledger, Round
 from fedforward.federation.plausibility import plausible_sizes, size_of
 from fedforward.federation.rate_search import RateSearch, line_search_batches
 from fedforward.federation.round_maker import RoundMaker, RoundSettings, weights_of
+from fedforward.federation.secure_sums import EXTRA, bare_report, check_total, threshold_of
 from fedforward.federation.snapshots import Snapshots
 from fedforward.federation.state_file import read_state, write_state
 from fedforward.messages.entry import Entry
-from fedforward.messages.report import Report
+from fedforward.messages.report import ClientResult, Report
+from fedforward.messages.secure import MaskedReport, Total
 from fedforward.messages.snapshot import Snapshot
 from fedforward.messages.task import Task
 from fedforward.methods.base import Method
@@ -87,7 +89,7 @@ class Server:
         self._rates: dict[int, float] = {}
         self._multipliers: dict[int, float] = {}
         self._blocks: dict[int, NDArray[np.bool_]] = {}
-        self._reports: dict[int, Report] = {}
+        self._reports: dict[int, Any] = {}
         self._digest_wanted = self._unproven = False
         self._own: tuple[int, bytes] = (-1, b"")
         self._read: tuple[int, dict[int, tuple[Entry, ...]]] = (0, {})
@@ -299,7 +301,8 @@ class Server:
                 the sender's own.
         """
         try:
-            report = Report.decode(data)
+            kind = MaskedReport if self.settings.secure_sums else Report
+            report = kind.decode(data)
             if sender not in (None, report.client):
                 raise MessageError(
                     f"A report of client {report.client} was refused: client {sender} sent it."
@@ -309,7 +312,7 @@ class Server:
             self.refused += 1
             raise
 
-    def _take(self, report: Report) -> None:
+    def _take(self, report: Report | MaskedReport) -> None:
         if report.round != self.round:
             raise MessageError(
                 f"A report for round {report.round} was refused: round {self.round} is open."
@@ -320,12 +323,27 @@ class Server:
             )
         if report.client in self._reports:
             raise MessageError(f"A second report of client {report.client} was refused.")
-        self.method.check_report(report, self.settings.layout.parameters)
         if bool(report.digest) != self._digest_wanted:
             raise MessageError(
                 f"A report of client {report.client} was refused: it "
                 f"{'lacks the digest' if self._digest_wanted else 'has a digest'} of the state."
             )
+        if isinstance(report, Report):
+            self._check_numbers(report)
+        elif len(report.values) != self._numbers + EXTRA:
+            raise MessageError(
+                f"A report of client {report.client} was refused: it has {len(report.values)} "
+                f"masked numbers, not {self._numbers + EXTRA}."
+            )
+        self._reports[report.client] = report
+
+    @property
+    def _numbers(self) -> int:
+        """Projected gradients of a report."""
+        return self.method.local_steps * self.method.directions
+
+    def _check_numbers(self, report: Report) -> None:
+        self.method.check_report(report, self.settings.layout.parameters)
         self._check_line_search(report)
         steps = self.method.local_steps
         # A site may withhold its loss; a loss without a finite step there is none.
@@ -334,7 +352,6 @@ class Server:
                 f"A report of client {report.client} was refused: {report.skipped} of {steps} "
                 f"steps skipped and a loss of {report.loss} do not fit together."
             )
-        self._reports[report.client] = report
 
     def _check_line_search(self, report: Report) -> None:
         found = report.line_search
@@ -368,8 +385,14 @@ class Server:
         """
         if len(self._reports) == len(self._rates):
             return True
-        enough = len(self._reports) >= self.settings.quorum
+        enough = len(self._reports) >= self.quorum
         return enough and (seconds >= self.settings.deadline or set(self.missing()) <= set(gone))
+
+    @property
+    def quorum(self) -> int:
+        """Reports without which the open round is not closed, if so many were asked."""
+        quorum = self.settings.quorum
+        return threshold_of(len(self._rates), quorum) if self.settings.secure_sums else quorum
 
     def close_round(self) -> Round:
         """Join the reports, append the round to the ledger, and return it.
@@ -380,35 +403,85 @@ class Server:
             QuorumError: too few clients have reported, or they disagree on the tuned state and no
                 majority tells who is right.
         """
+        if self.settings.secure_sums:
+            self.agree_on_sum()
+            return self.close_sum(np.zeros(self._numbers + EXTRA, np.uint64))
         reports = self._agreeing([self._reports[client] for client in sorted(self._reports)])
         reports = self._believed(reports)
-        if len(reports) < max(1, min(self.settings.quorum, len(self._rates))):
+        self._check_quorum(len(reports))
+        results = self._results(reports)
+        kept = tuple(replace(part, report=self.method.kept(part.report)) for part in results)
+        return self._close(Round(self._maker.entry(results), kept))
+
+    def agree_on_sum(self, least: int = 1) -> list[int]:
+        """The clients that the open round's sum is of: those whose state is that of most.
+
+        Reports of others are dropped. Raises `QuorumError` as `close_round` does.
+
+        Args:
+            least: reports that are needed beside the quorum.
+        """
+        reports = self._agreeing([self._reports[client] for client in sorted(self._reports)])
+        self._check_quorum(len(reports), least)
+        self.keep_reports([report.client for report in reports])
+        return list(self._reports)
+
+    def keep_reports(self, clients: Collection[int]) -> None:
+        """Drop the reports of all but these clients; what comes from now on is late."""
+        self._reports = {n: report for n, report in self._reports.items() if n in clients}
+        self._rates = {n: rate for n, rate in self._rates.items() if n in clients}
+
+    def close_sum(self, masks: NDArray[np.uint64]) -> Round:
+        """Take the masks off the sum, append the round to the ledger, and return it.
+
+        Args:
+            masks: the sum of all masks in the reports of `agree_on_sum`, modulo 2⁶⁴, uint64
+                [local steps * directions + 3].
+
+        Raises:
+            QuorumError: the sum is one that reports within their limits cannot have.
+        """
+        parts = list(self._reports.values())
+        values = np.sum([part.values for part in parts], axis=0, dtype=np.uint64) - masks
+        total = Total(len(parts), values)
+        try:
+            check_total(total, self.method.local_steps, self._numbers)
+        except MessageError as error:
+            raise QuorumError(str(error)) from error
+        results = self._results([bare_report(part, self.examples[part.client]) for part in parts])
+        return self._close(Round(self._maker.entry(results, total), tuple(results), total))
+
+    def _check_quorum(self, reports: int, least: int = 1) -> None:
+        needed = self.quorum if self.settings.secure_sums else min(self.quorum, len(self._rates))
+        if reports < max(least, needed):
             raise QuorumError(
-                f"Round {self.round} cannot be closed: {len(reports)} of {len(self._rates)} "
-                f"clients have reported, and the quorum is {self.settings.quorum}."
+                f"Round {self.round} cannot be closed: {reports} of {len(self._rates)} "
+                f"clients have reported, and the quorum is {max(least, self.quorum)}."
             )
+
+    def _results(self, reports: Sequence[Report]) -> list[ClientResult]:
         examples = [self.examples[report.client] for report in reports]
-        results = self._maker.results(
+        return self._maker.results(
             reports,
             weights_of(self.settings, examples),
             self._multipliers,
             self._blocks,
             last=self.round + 1 >= self.settings.rates.rounds,
         )
-        entry = self._maker.entry(results)
-        kept = tuple(replace(part, report=self.method.kept(part.report)) for part in results)
-        record = Round(entry, kept)
+
+    def _close(self, record: Round) -> Round:
+        """Append a round to the ledger, and go on to the next."""
         self.ledger.check(record)
         self._maker.observe(record)
         if not self.method.capabilities.replayable:
             write_state(self.ledger.path.parent, self.round + 1, self.state.encode())
         self.ledger.append(record)
         self._remember(record)
-        self.reset -= {report.client for report in reports}
+        self.reset -= {part.report.client for part in record.results}
         self._reports, self._rates = {}, {}
         return record
 
-    def _agreeing(self, reports: Sequence[Report]) -> list[Report]:
+    def _agreeing(self, reports: Sequence[Any]) -> list[Any]:
         """The reports from the state that most clients hold; the others' clients are to reset."""
         wrong = self.agree({report.client: report.digest for report in reports})
         self.refused += len(wrong)

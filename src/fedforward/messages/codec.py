@@ -143,6 +143,20 @@ class Floats(Form):
 
 
 @dataclass(frozen=True)
+class Words(Form):
+    """A uint64 array, with its length."""
+
+    def content(self, value: NDArray[np.uint64]) -> bytes:
+        """See `Form`."""
+        return value.astype("<u8").tobytes()
+
+    def read(self, number: Any, reader: "Reader", name: str) -> NDArray[np.uint64]:
+        """See `Form`."""
+        raw = reader.take(8 * number, f"{name}, {number} × uint64", _some_words)
+        return np.frombuffer(raw, "<u8").astype(np.uint64)
+
+
+@dataclass(frozen=True)
 class Blocks(Form):
     """A set of the model's blocks, bool [B], a bit each with the first lowest; None is all."""
 
@@ -200,6 +214,11 @@ def data(code: str, *sizes: int) -> Form:
 def floats(code: str) -> Form:
     """Finite float32 numbers with a length of that `struct` code."""
     return _form(Floats, code, "float32 each, length ")
+
+
+def words(code: str) -> Form:
+    """Numbers modulo 2⁶⁴ with a length of that `struct` code."""
+    return _form(Words, code, "uint64 each, length ")
 
 
 def blocks() -> Form:
@@ -442,6 +461,11 @@ def _some_floats(raw: bytes) -> str:
     values = np.frombuffer(raw, "<f4")
     shown = ", ".join(f"{value:.6g}" for value in values[:4])
     return shown + (", …" if len(values) > 4 else "")
+
+
+def _some_words(raw: bytes) -> str:
+    values = np.frombuffer(raw, "<u8")
+    return ", ".join(map(str, values[:4].tolist())) + (", …" if len(values) > 4 else "")
 
 
 def _bits(raw: bytes) -> str:

@@ -50,6 +50,14 @@ class MessageKind(IntEnum):
     FINALIZE = 5
     #: A sentence: why the server will not have this site. Answered by METRICS.
     REJECT = 6
+    #: A `SumStart`. Answered by SUM_KEYS.
+    SUM_START = 7
+    #: A `SumRoster`. Answered by SUM_SHARES.
+    SUM_ROSTER = 8
+    #: A `SumTask`. Answered by MASKED_REPORT.
+    SUM_TASK = 9
+    #: A `SumOpening`. Answered by SUM_OPENED.
+    SUM_OPENING = 10
 
     #: JSON: who the site is, and what it has in common with the others.
     ENROLLMENT = 16
@@ -65,6 +73,14 @@ class MessageKind(IntEnum):
     UNKNOWN_RUN = 21
     #: JSON: how many rounds the site really holds. The task must be sent again with what it lacks.
     OUT_OF_SYNC = 22
+    #: A `SumKeys`: public keys for one attempt at a sum.
+    SUM_KEYS = 23
+    #: A `SumShares`: encrypted shares of two secrets, for the other sites.
+    SUM_SHARES = 24
+    #: A `MaskedReport`.
+    MASKED_REPORT = 25
+    #: A `SumOpened`: shares that take the masks off the sum.
+    SUM_OPENED = 26
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ class Capabilities:
         scales: the server may shorten each client's update before it joins them.
         votes: clients report signs alone, and their majority is the update: there are no sizes
             that rates could follow, and no rule to choose.
+        sums: the server needs no more of a round than the sum of its reports' scalars.
     """
 
     forward_only: bool = True
@@ -67,6 +68,7 @@ class Capabilities:
     from_base: bool = False
     scales: bool = False
     votes: bool = False
+    sums: bool = False
 
     @property
     def state_is_whole(self) -> bool:
@@ -379,6 +381,17 @@ class Method(ABC):
     @abstractmethod
     def aggregate(self, round_number: int, results: Sequence[ClientResult], state: Any) -> Entry:
         """The server's part: the round's steps from the results, sorted by client."""
+
+    def aggregate_sum(
+        self, round_number: int, mean: NDArray[np.float64], learning_rate: float
+    ) -> Entry:
+        """The round's steps where the server has no more than a sum; with `Capabilities.sums`.
+
+        Args:
+            mean: (1/n) Σ_i g_i over the n clients, float64 [local steps * directions].
+            learning_rate: η, which all clients share.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no sums")
 
     def observe(  # noqa: B027 - most methods remember nothing
         self, entry: Entry, results: Sequence[ClientResult], state: Any

@@ -18,9 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedforward.core.seeds import SHARED
-from fedforward.messages.entry import Entry
+from fedforward.messages.entry import Contribution, Entry
 from fedforward.messages.report import ClientResult
-from fedforward.methods.base import Capabilities, Method, round_seeds, shared_contribution
+from fedforward.methods.base import (
+    Capabilities,
+    Method,
+    coefficients,
+    round_seeds,
+    shared_contribution,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +39,9 @@ class DeComFL(Method):
         np.True_
     """
 
-    capabilities: ClassVar[Capabilities] = Capabilities(shared_directions=True, scales=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        shared_directions=True, scales=True, sums=True
+    )
 
     def seeds(self, round_number: int, client: int, payload: bytes = b"") -> NDArray[np.uint64]:
         """s_h, the same for every client."""
@@ -42,3 +50,10 @@ class DeComFL(Method):
     def aggregate(self, round_number: int, results: Sequence[ClientResult], state: Any) -> Entry:
         """One averaged coefficient for each direction."""
         return Entry(round_number, (shared_contribution(self, results, SHARED),))
+
+    def aggregate_sum(
+        self, round_number: int, mean: NDArray[np.float64], learning_rate: float
+    ) -> Entry:
+        """-(η / P) ḡ for each direction."""
+        joined = coefficients(-(learning_rate * mean) / self.directions)
+        return Entry(round_number, (Contribution(SHARED, joined),))

@@ -51,7 +51,9 @@ def aggregator_of(config: Config) -> Aggregator:
 
 def quorum_of(config: Config) -> int:
     """Reports without which a round is not closed: what is asked for, or what a rule needs."""
-    return max(config.federation.quorum, aggregator_of(config).least)
+    federation = config.federation
+    least = federation.secure_threshold if federation.secure_sums else 1
+    return max(federation.quorum, aggregator_of(config).least, least)
 
 
 def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
@@ -78,6 +80,7 @@ def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
         "adapter": model.adapter or None,
         "initial_a": model.initial_a or None,
         "lora": lora,
+        "secure_sums": config.federation.secure_sums or None,
     }
 
 
@@ -152,4 +155,5 @@ def server_settings(
         allocate=allocate,
         search=RateSearch(method.mu, method.directions) if method.learning_rate == "auto" else None,
         state_bytes=model.state_bytes,
+        secure_sums=config.federation.secure_sums,
     )

@@ -16,6 +16,7 @@ from fedforward.core.errors import FedForwardError
 from fedforward.evaluation.text_metrics import LOSSES
 from fedforward.federation.ledger import Round
 from fedforward.federation.plausibility import plausible_losses
+from fedforward.federation.secure_sums import mean_loss, skipped_steps
 from fedforward.messages.report import Report
 
 #: So many projected gradients that are 0, and such a share of all, are said to be too many.
@@ -103,10 +104,14 @@ def round_line(outcome: RoundOutcome, seconds: float) -> dict[str, Any]:
     losses = [report.loss for report in reports if math.isfinite(report.loss)]
     # One client's number neither ends a run nor hides that it diverges.
     losses = list(compress(losses, plausible_losses(losses)))
+    skipped = sum(report.skipped for report in reports)
+    if record.total is not None:
+        mean, skipped = mean_loss(record.total), skipped_steps(record.total)
+        losses = [mean] if math.isfinite(mean) else []
     line: dict[str, Any] = {
         "round": record.entry.round + 1,
         "training_loss": sum(losses) / len(losses) if losses else None,
-        "skipped_steps": sum(report.skipped for report in reports),
+        "skipped_steps": skipped,
         **_zero_gradients(reports),
         "learning_rates": {r.report.client: r.learning_rate for r in record.results},
         "seconds": seconds,

@@ -138,7 +138,8 @@ class Run:
         batches = build.client_batches(config, self.corpus, self.collate)
         filters = build_filters(config.method.report_filters, "method.report_filters")
         clients = [
-            Client(number, stream, self.replica, filters) for number, stream in enumerate(batches)
+            Client(number, stream, self.replica, filters, sums=config.federation.secure_sums)
+            for number, stream in enumerate(batches)
         ]
         step = config.method.probes_per_step
         # A float32 copy of all weights carries one client's local steps at a time.
