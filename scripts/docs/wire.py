@@ -7,6 +7,19 @@ from fedforward.messages import codec, envelope
 from fedforward.messages.codec import Message
 from fedforward.messages.entry import Contribution, Entry
 from fedforward.messages.report import ClientResult, Report
+from fedforward.messages.secure import (
+    MaskedReport,
+    OpenShare,
+    SealedShare,
+    SumKeys,
+    SumOpened,
+    SumOpening,
+    SumRoster,
+    SumShares,
+    SumStart,
+    SumTask,
+    Total,
+)
 from fedforward.messages.snapshot import Snapshot
 from fedforward.messages.task import Task
 
@@ -40,7 +53,8 @@ def layouts() -> dict[str, tuple[str, list[Row]]]:
                 (
                     "kind",
                     "uint8",
-                    f"{Task.KIND} task, {Report.KIND} report, {Snapshot.KIND} snapshot",
+                    f"{Task.KIND} task, {Report.KIND} report, {Snapshot.KIND} snapshot, "
+                    f"{SumStart.KIND} to {SumOpened.KIND} of secure sums",
                 ),
             ],
         ),
@@ -61,6 +75,24 @@ def layouts() -> dict[str, tuple[str, list[Row]]]:
         "Client result": (
             "What the ledger keeps of a client's part in a round.",
             rows(ClientResult),
+        ),
+        "Sum start": (
+            "From the server, with secure sums: a site is asked for keys.",
+            rows(SumStart),
+        ),
+        "Sum keys": ("From a site: public keys for one attempt at a sum.", rows(SumKeys)),
+        "Sum roster": ("From the server: the keys of all sites of a sum.", rows(SumRoster)),
+        "Sum shares": ("From a site: shares of its two secrets for the others.", rows(SumShares)),
+        "Sealed share": ("Shares that only their recipient can read.", rows(SealedShare)),
+        "Sum task": ("From the server, in place of a task.", rows(SumTask)),
+        "Masked report": ("From a site, in place of a report.", rows(MaskedReport)),
+        "Sum opening": ("From the server: whose reports are in the sum.", rows(SumOpening)),
+        "Sum opened": ("From a site: what takes the masks off the sum.", rows(SumOpened)),
+        "Open share": ("A share of one secret of a site, for the server.", rows(OpenShare)),
+        "Total": (
+            "With secure sums, what the ledger keeps of a round's reports. It is before the client "
+            "results, whose reports then are empty.",
+            rows(Total),
         ),
     }
 

@@ -19,6 +19,18 @@ from fedforward.messages.entry import Contribution, Entry
 from fedforward.messages.envelope import Envelope, MessageKind
 from fedforward.messages.refusal import Refusal, RefusalCode
 from fedforward.messages.report import Report
+from fedforward.messages.secure import (
+    MaskedReport,
+    OpenShare,
+    SealedShare,
+    SumKeys,
+    SumOpened,
+    SumOpening,
+    SumRoster,
+    SumShares,
+    SumStart,
+    SumTask,
+)
 from fedforward.messages.snapshot import Snapshot
 from fedforward.messages.task import Task
 from tests.deployment.test_coordinator import party
@@ -43,6 +55,10 @@ TASK = Task(
 )
 REPORT = Report(2, 4, 30, 1.25, 1, np.array([3.0, 0.0], np.float32), b"p" * 16)
 SEARCHED = replace(REPORT, line_search=np.array([1.0, 0.5, 0.75, 0.125], np.float32))
+SESSION = b"an attempt's name"[:16]
+WORDS = np.array([1, 2**64 - 1], np.uint64)
+SUM_KEYS = SumKeys(2, 4, SESSION, b"k" * 32, b"m" * 32, b"c" * 32, WORDS)
+SEALED = SealedShare(4, 5, b"e" * 48)
 BODIES: dict[MessageKind, bytes] = {
     MessageKind.HELLO: b'{"terms":{}}',
     MessageKind.TASK: TASK.encode(),
@@ -52,6 +68,14 @@ BODIES: dict[MessageKind, bytes] = {
     MessageKind.SNAPSHOT: Snapshot(1, b"", b"").encode(),
     MessageKind.REFUSAL: Refusal(RefusalCode.LIMITS, ("lora.rank",)).encode(),
     MessageKind.UNKNOWN_RUN: b"",
+    MessageKind.SUM_START: SumStart(2, 4, SESSION).encode(),
+    MessageKind.SUM_KEYS: SUM_KEYS.encode(),
+    MessageKind.SUM_ROSTER: SumRoster(2, SESSION, (SUM_KEYS, SUM_KEYS)).encode(),
+    MessageKind.SUM_SHARES: SumShares(2, 4, SESSION, (SEALED,)).encode(),
+    MessageKind.SUM_TASK: SumTask(SESSION, TASK.encode(), (SEALED, SEALED)).encode(),
+    MessageKind.MASKED_REPORT: MaskedReport(2, 4, WORDS, b"p" * 16, SESSION).encode(),
+    MessageKind.SUM_OPENING: SumOpening(2, SESSION, WORDS).encode(),
+    MessageKind.SUM_OPENED: SumOpened(2, 4, SESSION, (OpenShare(5, 1, b"s" * 16),)).encode(),
 }
 
 

@@ -12,6 +12,7 @@ import pytest
 from fedforward.config import site as sites
 from fedforward.config.site import SiteConfig
 from fedforward.deployment import site as site_module
+from fedforward.deployment.secure import sum_site
 from fedforward.deployment.site import Tuning, build
 from fedforward.federation.client import Replica
 from fedforward.training.assembly import build_method
@@ -49,6 +50,7 @@ def models() -> Callable[..., Tuning]:
             method=method,
             clients={},
             answered=Counter(),
+            sums=sum_site(run, config),
         )
 
     return again

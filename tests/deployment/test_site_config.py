@@ -175,6 +175,8 @@ def test_no_key_is_forgotten() -> None:
                 "weight_ratio",
                 "weight_share",
                 "start_deadline",
+                "secure_sums",
+                "secure_threshold",
             },
             "method": {"mask", "density", "report_filters", "parameters"},
             "planning": {"weights"},

@@ -12,6 +12,16 @@ from fedforward.messages import envelope as envelopes
 from fedforward.messages.codec import Listed, Message, Reader, list_numbers
 from fedforward.messages.envelope import Envelope, MessageKind
 from fedforward.messages.report import Report
+from fedforward.messages.secure import (
+    MaskedReport,
+    SumKeys,
+    SumOpened,
+    SumOpening,
+    SumRoster,
+    SumShares,
+    SumStart,
+    SumTask,
+)
 from fedforward.messages.snapshot import Snapshot
 from fedforward.messages.task import Task
 
@@ -23,6 +33,14 @@ _BODIES: dict[MessageKind, type[Message]] = {
     MessageKind.FINALIZE: Task,
     MessageKind.REPORT: Report,
     MessageKind.SNAPSHOT: Snapshot,
+    MessageKind.SUM_START: SumStart,
+    MessageKind.SUM_KEYS: SumKeys,
+    MessageKind.SUM_ROSTER: SumRoster,
+    MessageKind.SUM_SHARES: SumShares,
+    MessageKind.SUM_TASK: SumTask,
+    MessageKind.MASKED_REPORT: MaskedReport,
+    MessageKind.SUM_OPENING: SumOpening,
+    MessageKind.SUM_OPENED: SumOpened,
 }
 
 

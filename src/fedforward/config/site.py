@@ -26,6 +26,7 @@ from fedforward.config.schema import Config
 from fedforward.config.sections import ACTIVATION_CACHE, RunSection, check_cache
 from fedforward.config.template import example_of
 from fedforward.core.errors import FedForwardError
+from fedforward.messages.secure import MOST_SITES
 
 #: Stands in a server's configuration for what only sites have.
 AT_SITES = "(each site's own)"
@@ -187,6 +188,11 @@ class LimitsSection(Section):
     )
     functions: bool = Field(
         False, description="whether objectives and metrics may be Python functions of this machine"
+    )
+    sum_of: Annotated[int, Field(ge=1, le=MOST_SITES)] = Field(
+        1,
+        description="sites that a sum of reports must be of at least before this one takes part: "
+        "above 1 the terms must have federation.secure_sums",
     )
     active_blocks: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
         None, description="blocks that this site can perturb at once; default all"

@@ -72,6 +72,13 @@ def _not_allowed(given: Terms, settings: SiteConfig) -> Iterator[Refused]:
         if (value := _value(given, key)) not in legal:
             limit = key.partition(".")[2]
             yield key, f"{value!r} is not in this site's limits.{limit} = {list(legal)!r}"
+    found = _value(given, "federation.secure_threshold")
+    least = found if _value(given, "federation.secure_sums") is True else 1
+    if type(least) is not int or least < limits.sum_of:
+        words = (
+            f"{found!r}, with secure_sums = {_value(given, 'federation.secure_sums')!r}, is below"
+        )
+        yield "federation.secure_threshold", f"{words} this site's limits.sum_of = {limits.sum_of}"
     name = _value(given, "method.name")
     if isinstance(name, str) and name in METHODS and not rules.capabilities(name).forward_only:
         yield "method.name", f"{name!r} would send tensors, and this site sends scalars only"
