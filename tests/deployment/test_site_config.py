@@ -653,3 +653,19 @@ def test_another_list_of_merges_is_another_tokenizer(tmp_path: Path) -> None:
     assert other.get_vocab() == mine.get_vocab()
     assert all(mine(text)["input_ids"] == other(text)["input_ids"] for text in PROBE_TEXTS)
     assert tokenizer_fingerprint(other) != tokenizer_fingerprint(mine)
+
+
+def test_a_site_may_take_part_in_sums_alone() -> None:
+    given = wire(terms(validated({})))
+    assert refusals(given, sum_of=1) == []
+    (sentence,) = refusals(given, sum_of=5)
+    assert sentence == (
+        "federation.secure_threshold = 3, with secure_sums = False, is below this site's "
+        "limits.sum_of = 5"
+    )
+    given["federation"]["secure_sums"] = True
+    assert "secure_sums = True, is below" in refusals(given, sum_of=5)[0]
+    given["federation"]["secure_threshold"] = 5
+    assert refusals(given, sum_of=5) == []
+    given["federation"]["secure_threshold"] = "many"
+    assert len(refusals(given, sum_of=5)) == 1

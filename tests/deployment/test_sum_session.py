@@ -245,6 +245,38 @@ def test_a_spoilt_list_of_sites_is_refused(what: str) -> None:
         found.parties[0].share(replace(roster, members=roster.members[:3]))
 
 
+def test_sites_that_were_told_of_others_cannot_read_shares() -> None:
+    """Else a site could be given a short list, whose few shares its own members are asked for."""
+    values = random_values(range(9))
+    found = Sum(values)
+    roster = roster_of(found)
+    short = replace(roster, members=roster.members[:3])
+    given_shares = {
+        client: found.parties[client].share(short if client == 0 else roster) for client in range(9)
+    }
+    for client in (1, 2):
+        shares = [
+            share
+            for sender in range(9)
+            for share in given_shares[sender].shares
+            if share.recipient == client
+        ]
+        task = SumTask(found.session.name, b"task", tuple(shares))
+        found.parties[client].mask(task, MaskedReport(4, client, values[client]))
+        opened = found.parties[client].open(
+            SumOpening(4, found.session.name, np.arange(9, dtype=np.uint64))
+        )
+        assert [share.owner for share in opened.shares] == list(range(1, 9))
+
+
+def test_a_site_opens_no_sum_that_it_is_not_in() -> None:
+    found = Sum(random_values(range(7)))
+    found.begin()
+    found.mask()
+    with pytest.raises(MessageError, match="this one among them"):
+        found.opened(6, [0, 1, 2, 3, 4])
+
+
 def test_a_public_key_that_agrees_with_nobody_is_refused() -> None:
     found = Sum(random_values(range(4)))
     keys = found.keys(0)

@@ -5,6 +5,7 @@ under one mask, or both secrets of a site, would tell what the site has sent. Of
 it has helped to open it opens no other sum, whose difference would tell the same.
 """
 
+import hashlib
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -49,6 +50,7 @@ class _Session:
         mask_secret: that its mask key follows from.
         share_secret: that its share key follows from.
         members: the other sites' keys and its own, by client; empty before the roster.
+        roster: SHA-256 of the list with the members.
         threshold: shares that tell a secret.
         shares: of its own two secrets for itself.
         given: the sites whose masks it shares, with their shares for it; None where those could
@@ -60,6 +62,7 @@ class _Session:
     mask_secret: bytes
     share_secret: bytes
     members: dict[int, SumKeys] = field(default_factory=dict)
+    roster: bytes = b""
     threshold: int = 0
     shares: bytes = b""
     given: dict[int, bytes | None] = field(default_factory=dict)
@@ -125,6 +128,8 @@ class SumParty:
             raise MessageError("Another list of sites was refused: this sum has one already.")
         self._check_roster(session, roster, members)
         session.members = members
+        # Who was told of other sites cannot read these shares.
+        session.roster = hashlib.sha256(roster.encode()).digest()
         session.threshold = threshold = threshold_of(len(members), self.least)
         if len(members) < threshold:
             raise MessageError(
@@ -201,8 +206,8 @@ class SumParty:
         mask key's; never both.
 
         Raises:
-            MessageError: too few sites are in the sum, or this site has opened another of this
-                round.
+            MessageError: too few sites are in the sum, or not this one, or it has opened another
+                of this round.
         """
         session = self._current(request.session, request.round)
         summed = tuple(request.summed.tolist())
@@ -215,11 +220,13 @@ class SumParty:
             session.report is None
             or summed != tuple(sorted(set(summed)))
             or not members.issuperset(summed)
+            or self.client not in summed
             or len(summed) < session.threshold
         ):
             raise MessageError(
                 f"The opening of a sum of {len(summed)} sites was refused: it takes "
-                f"{session.threshold} that share masks (federation.secure_threshold)."
+                f"{session.threshold} that share masks, this one among them "
+                "(federation.secure_threshold)."
             )
         if self._opened.get(request.round, summed) != summed:
             raise MessageError("A second sum of one round was refused.")
@@ -255,8 +262,9 @@ class SumParty:
     def _share_key(self, session: _Session, other: int, direction: bytes) -> bytes:
         context = self._context(session)
         own = primitives.private_key(session.share_secret, context + b"share")
-        members = session.members
-        return primitives.agreed(own, members[other].share_key, b"shares", context + direction)
+        keys = session.members[other]
+        bound = context + session.roster + direction
+        return primitives.agreed(own, keys.share_key, b"shares", bound)
 
     def _unsealed(self, session: _Session, share: SealedShare) -> bytes | None:
         """A share for this site; None where its sender has sent nonsense."""

@@ -90,7 +90,7 @@ class SumRounds:
             self.server.keep_reports(required)
             summed = list(required)
         body = session.opening(summed)
-        here = [p for p in sites if p.free]
+        here = [p for p in sites if p.free and p.client in summed]
         self._step(MessageKind.SUM_OPENING, here, lambda p: body, session.opened)
         numbers = self.server.method.local_steps * self.server.method.directions
         return self.server.close_sum(session.masks(numbers + EXTRA))
