@@ -421,3 +421,11 @@ def test_efficiency_refuses(
         load("efficiency").main(["--quick", "--threads", "1", *arguments])
     assert end.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_secure_sums(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["secure_sums.py", "--sites", "3", "6", "--json"])
+    load("secure_sums").main()
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["sites"], row["gone"]) for row in rows] == [(3, 0), (6, 0), (6, 1)]
+    assert all(row["up"] > row["up, none"] > 0 and row["server s"] > 0 for row in rows)

@@ -278,3 +278,34 @@ def test_a_site_answers_no_task_without_masks(world: Any) -> None:
 def test_two_sites_are_no_federation(world: Any) -> None:
     with pytest.raises(FedForwardError, match=r"secure_threshold = 3 to 1000 clients"):
         world(names="ab", federation__clients=2, **SECURE)
+
+
+def test_altered_messages_to_a_site_are_refused_and_foreseen(world: Any) -> None:
+    """What a server sends instead of a step of a sum ends in a refusal that names no error."""
+    found = world(federation__rounds=2, **SECURE)
+    random = np.random.default_rng(0)
+    codes: set[RefusalCode] = set()
+
+    def hook(name: str, message: Envelope, answer: Any) -> bytes:
+        if message.kind in STEPS and name == "a":
+            for _ in range(30):
+                body = bytearray(message.body)
+                for place in random.integers(0, len(body), random.integers(1, 4)):
+                    body[place] ^= int(random.integers(1, 256))
+                cut = len(body) - int(random.integers(0, 3))
+                spoilt = Envelope(message.kind, message.run, bytes(body[:cut])).encode()
+                # A site of its own, so that the run's goes on as if nothing had come.
+                reply = Envelope.decode(aside.answer(spoilt))
+                if reply.kind is MessageKind.REFUSAL:
+                    codes.add(Refusal.decode(reply.body).code)
+        if name == "a" and message.kind in (MessageKind.HELLO, *STEPS[:1]):
+            aside.answer(message_of(message))
+        return bytes(answer())
+
+    def message_of(message: Envelope) -> bytes:
+        return Envelope(message.kind, message.run, message.body).encode()
+
+    aside = found.site("a")
+    found.transport.hook = hook
+    found.run()
+    assert codes == {RefusalCode.MESSAGE}
