@@ -768,8 +768,33 @@ class CausalModel(ABC):
         losses, counted = self._losses_with_gradients(batch)
         return losses.sum() / counted.sum()
 
+    def logits_and_targets(self, batch: TokenBatch | ChoiceBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `loss` is the mean cross-entropy of, with gradients to the tuned tensors.
+
+        Returns:
+            logits, float32 or wider [n, classes], and the right classes, int64 [n]: of counted
+            tokens, of the possible answers of examples, or of a classifier's texts.
+        """
+        if isinstance(batch, ChoiceBatch):
+            sums = self._choice_sums(batch)
+            return -sums, torch.from_numpy(batch.right).to(sums.device)
+        if self.classes:
+            labels = torch.from_numpy(batch.labels)
+            logits = self._classified(torch.from_numpy(batch.tokens), labels)
+            return logits.float(), labels.amax(dim=1).to(logits.device)
+        logits, targets, counted = self._logits_with_gradients(batch)
+        return logits[counted].float(), targets[counted]
+
     def _losses_with_gradients(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed losses of the rows, float64 [rows], and how many tokens were counted, [rows]."""
+        logits, targets, counted = self._logits_with_gradients(batch)
+        losses = losses_of(logits, targets).double() * counted
+        return losses.sum(dim=1), counted.sum(dim=1)
+
+    def _logits_with_gradients(
+        self, batch: TokenBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits [rows, positions, vocabulary] where some row counts, targets, and which count."""
         tokens = torch.from_numpy(batch.tokens).to(self.device)
         targets = torch.from_numpy(batch.labels)[:, 1:].to(self.device)
         counted = targets != IGNORED
@@ -778,8 +803,7 @@ class CausalModel(ABC):
         logits = self.network(input_ids=tokens[:, :-1], use_cache=False, **options).logits
         if not self._selects_logits:
             logits = logits[:, positions]
-        losses = losses_of(logits, targets[:, positions]).double() * counted[:, positions]
-        return losses.sum(dim=1), counted.sum(dim=1)
+        return logits, targets[:, positions], counted[:, positions]
 
     def _choice_sums(self, batch: ChoiceBatch) -> torch.Tensor:
         """As `Choices.sums`, with gradients to the tuned tensors."""
