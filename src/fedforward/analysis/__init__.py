@@ -1,0 +1,1 @@
+"""What a model and data tell of a run before it runs: curvature, noise, heterogeneity, rates."""
