@@ -104,8 +104,8 @@ class LossSurface:
         return self._hessian(vectors, [self._every()] * len(vectors))
 
     def hessian_of_blocks(self, vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-        """H_bb v_b of each row, float64 [blocks, d]; row b is 0 outside block b, as is the result."""
-        return self._hessian(vectors, self._parts)
+        """H_bb v of each row, float64 [k, d]; a row is 0 outside one block, as is its result."""
+        return self._hessian(vectors, self._own_parts(vectors))
 
     def gauss_newton(self, vectors: NDArray[np.float64]) -> NDArray[np.float64]:
         """G v of each row, float64 [k, d], G = Jᵀ H_L J of the outputs' Jacobian J."""
@@ -113,7 +113,11 @@ class LossSurface:
 
     def gauss_newton_of_blocks(self, vectors: NDArray[np.float64]) -> NDArray[np.float64]:
         """See `hessian_of_blocks`."""
-        return self._gauss_newton(vectors, self._parts)
+        return self._gauss_newton(vectors, self._own_parts(vectors))
+
+    def _own_parts(self, vectors: NDArray[np.float64]) -> list[list[int]]:
+        """The places of the tensors of each row's block."""
+        return [self._parts[self.owners[np.abs(vector).argmax()]] for vector in vectors]
 
     def _every(self) -> list[int]:
         return list(range(len(self.parameters)))

@@ -193,6 +193,7 @@ def spectrum(
     steps: int,
     seed: int,
     owners: NDArray[np.int64] | None = None,
+    groups: NDArray[np.bool_] | None = None,
 ) -> Spectrum:
     """Estimate trace, norm and effective rank of a symmetric matrix.
 
@@ -205,6 +206,8 @@ def spectrum(
         steps: Lanczos steps from each start.
         seed: of the probes.
         owners: int64 [d], the block of each coordinate; None is one block.
+        groups: bool [d], one of two parts of the coordinates. Each probe of the trace then is two,
+            one in each part: what couples the parts is not in the trace, and adds no noise.
 
     Example:
         >>> import numpy as np
@@ -216,14 +219,21 @@ def spectrum(
     count = starts_that_fit(size, -(-probes // 3), steps)
     spaces = lanczos(products, vectors[:count], steps)
     images = np.stack([_first_image(space) for space in spaces])
-    if probes > count:
+    rest = probes - count if groups is None else 0
+    if rest:
         images = np.concatenate([images, products(vectors[count:])])
     pair, more, converged = _largest(products, spaces)
     norm = abs(pair[0])
     ritz = [space.ritz() for space in spaces]
     nodes = np.concatenate([values for values, _ in ritz])
     absolute = [size * float(mixed[0] ** 2 @ np.abs(values)) for values, mixed in ritz]
-    trace, blocks = _traces(spaces, pair, vectors, images, owners)
+    if groups is None:
+        trace, blocks = _traces(spaces, pair, vectors, images, owners)
+    else:
+        halves = np.concatenate([vectors * groups, vectors * ~groups])
+        both = (halves * products(halves)).reshape(2, probes, size).sum(axis=0)
+        trace, blocks = _by_block(both, owners)
+        more += 2 * probes
     return Spectrum(
         norm=norm,
         largest=float(max(nodes.max(), pair[0])),
@@ -235,7 +245,7 @@ def spectrum(
         effective_rank=trace.over(norm),
         absolute_rank=Interval.of(absolute).over(norm),
         converged=converged,
-        products=sum(space.steps for space in spaces) + probes - count + more,
+        products=sum(space.steps for space in spaces) + rest + more,
         nodes=nodes,
         weights=np.concatenate([mixed[0] ** 2 for _, mixed in ritz]) / len(ritz),
         top=pair[1],
@@ -252,16 +262,28 @@ def _traces(
 ) -> tuple[Interval, tuple[Interval, ...]]:
     """tr(H), and tr(H_bb) of each block; a start's own space does not count for its sample."""
     every = Known.of(spaces, pair)
-    samples, by_block = [], []
+    samples = []
     for place, (vector, image) in enumerate(zip(vectors, images, strict=True)):
         known = every
         if place < len(spaces):
             known = Known.of([s for n, s in enumerate(spaces) if n != place], pair)
-        samples.append(known.trace + known.rest(vector, image))
-        if owners is not None:
-            by_block.append(np.bincount(owners, known.by_coordinate(vector, image)))
-    blocks = [Interval.of(column) for column in np.array(by_block).T]
-    return Interval.of(samples), tuple(blocks)
+        diagonal = None if owners is None else known.by_coordinate(vector, image)
+        samples.append((known.trace + known.rest(vector, image), diagonal))
+    blocks: tuple[Interval, ...] = ()
+    if owners is not None:
+        blocks = _by_block(np.stack([own for _, own in samples if own is not None]), owners)[1]
+    return Interval.of([total for total, _ in samples]), blocks
+
+
+def _by_block(
+    diagonals: NDArray[np.float64], owners: NDArray[np.int64] | None
+) -> tuple[Interval, tuple[Interval, ...]]:
+    """tr(H) and that of each block, from samples of the diagonal, float64 [probes, d]."""
+    blocks: tuple[Interval, ...] = ()
+    if owners is not None:
+        parts = np.stack([np.bincount(owners, own) for own in diagonals])
+        blocks = tuple(Interval.of(column) for column in parts.T)
+    return Interval.of(diagonals.sum(axis=1)), blocks
 
 
 def _largest(

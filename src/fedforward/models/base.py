@@ -768,7 +768,9 @@ class CausalModel(ABC):
         losses, counted = self._losses_with_gradients(batch)
         return losses.sum() / counted.sum()
 
-    def logits_and_targets(self, batch: TokenBatch | ChoiceBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def logits_and_targets(
+        self, batch: TokenBatch | ChoiceBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `loss` is the mean cross-entropy of, with gradients to the tuned tensors.
 
         Returns:
