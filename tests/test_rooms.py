@@ -19,6 +19,7 @@ NEEDS_TORCH = {
     "data": set(),
     "federation": {"client"},
     "deployment": {"site"},
+    "analysis": {"derivatives", "diagnose", "federated", "subject"},
     "cli": {"plan_tables", "tuning_tables"},
 }
 SINGLE = [

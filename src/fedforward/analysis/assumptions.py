@@ -1,4 +1,4 @@
-"""The constants of FedMeZO's assumptions from sampled gradients, and what its theorems make of them.
+"""The constants of FedMeZO's assumptions from sampled gradients, and what its theorems say.
 
 Arithmetic on inner products of gradients; knows no model. Imports no PyTorch. Assumptions, step
 sizes and rates are those of arXiv 2402.05926; how constants are estimated is ours.
@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from fedforward.analysis.spectrum import Interval
+
+#: x and y of an inequality y ≤ c x + σ² at the sampled points, each float64 [n].
+Points = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +105,7 @@ def noise_constants(
         weights: p_i, float64 [N].
     """
 
-    def points(own: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.float64], ...]:
+    def points(own: Sequence[NDArray[np.float64]]) -> Points:
         moments = [Moments.of(gram, weights) for gram in own]
         return (
             np.concatenate([m.own_squares for m in moments]),
@@ -117,7 +120,7 @@ def heterogeneity_constants(
 ) -> Constants:
     """c_h and σ_h² of ‖∇f - ∇f_i‖² ≤ c_h ‖∇f‖² + σ_h² (Assumption 6); see `noise_constants`."""
 
-    def points(own: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.float64], ...]:
+    def points(own: Sequence[NDArray[np.float64]]) -> Points:
         moments = [Moments.of(gram, weights) for gram in own]
         return (
             np.repeat([m.mean_square for m in moments], len(weights)),
@@ -129,7 +132,7 @@ def heterogeneity_constants(
 
 def _fitted(
     grams: Sequence[NDArray[np.float64]],
-    points: Callable[[Sequence[NDArray[np.float64]]], tuple[NDArray[np.float64], ...]],
+    points: Callable[[Sequence[NDArray[np.float64]]], Points],
     least: float,
 ) -> Constants:
     """The fit, with intervals by leaving out one batch of every client at a time (jackknife)."""

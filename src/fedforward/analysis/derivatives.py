@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedforward.core.batches import Batch
 from fedforward.core.errors import FedForwardError, out_of_memory
 from fedforward.models.base import CausalModel
 
@@ -68,7 +67,7 @@ class LossSurface:
     """
 
     def __init__(
-        self, model: CausalModel, batches: Sequence[Batch], on_product: Counter | None = None
+        self, model: CausalModel, batches: Sequence[Any], on_product: Counter | None = None
     ) -> None:
         """Nothing is computed yet.
 
@@ -89,7 +88,7 @@ class LossSurface:
             for block in range(len(layout.blocks))
         ]
         with torch.no_grad():
-            self.counted = sum(len(model.logits_and_targets(batch)[1]) for batch in batches)
+            self.counted = sum(model.logits_and_targets(batch)[1].numel() for batch in batches)
 
     def gradient(self) -> tuple[float, NDArray[np.float64]]:
         """The mean loss and its gradient, float64 [d]."""

@@ -143,7 +143,7 @@ def _gram(gradients: NDArray[np.float32], clients: int, count: int) -> NDArray[n
 def _bend_along(found: Subject, mean: NDArray[np.float64], batches: Sequence[object]) -> float:
     """gᵀHg / ‖g‖² of the mean gradient, over one batch of each client."""
     with differentiable(found.model):
-        surface = LossSurface(found.model, batches)  # type: ignore[arg-type]
+        surface = LossSurface(found.model, batches)
         image = surface.hessian(mean[None])[0]
     return float(mean @ image / (mean @ mean))
 
@@ -219,9 +219,9 @@ def differences(found: Subject, made: Gradients) -> Differences:
     apart = np.where(known.any(axis=0), 1.0 - mean, np.nan)
     indices = {
         "loss difference": np.abs(away[-1]),
-        "loss difference, mean of points": np.abs(away.mean(axis=0)),
+        "window": np.abs(away.mean(axis=0)),
         "update difference": _updates(found, made),
-        "gradient cosine (1 - cos)": apart,
+        "gradient cosine": apart,
     }
     if labels := labels_of(found, made.clients):
         indices["label divergence"] = divergences(labels)

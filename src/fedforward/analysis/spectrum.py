@@ -152,7 +152,7 @@ def lanczos(products: Products, starts: NDArray[np.float64], steps: int) -> list
         images = products(bases[live, step].astype(np.float64))
         for place, image in zip(list(live), images, strict=True):
             basis = bases[place, : step + 1]
-            scale = np.linalg.norm(image)
+            scale = float(np.linalg.norm(image))
             diagonal[place, step] = image @ basis[step]
             for _ in range(2):
                 image = image - (basis @ image) @ basis
@@ -303,7 +303,8 @@ def _largest(
     def product(v: NDArray[np.float64]) -> NDArray[np.float64]:
         nonlocal counted
         counted += 1
-        return products(np.asarray(v, np.float64).reshape(1, -1))[0]
+        image: NDArray[np.float64] = products(np.asarray(v, np.float64).reshape(1, -1))[0]
+        return image
 
     if best == 0.0 or size < 3:
         return (best, vector), counted, True
@@ -371,4 +372,5 @@ def _first_image(space: Krylov) -> NDArray[np.float64]:
     image = space.diagonal[0] * space.basis[0].astype(np.float64)
     if len(space.basis) > 1:
         image += space.beside[0] * space.basis[1]
-    return np.asarray(space.length * image)
+    found: NDArray[np.float64] = space.length * image
+    return found

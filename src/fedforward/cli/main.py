@@ -16,6 +16,7 @@ from typer.core import TyperCommand
 
 from fedforward.cli import deploy, inspect, train
 from fedforward.cli.console import friendly, out_console, set_up_logging
+from fedforward.cli.diagnose import diagnose
 from fedforward.core.logs import tolerate_narrow_encodings
 from fedforward.core.version import __version__
 
@@ -42,6 +43,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "align": train.align,
         "mask": train.mask,
         "tune": train.tune,
+        "diagnose": diagnose,
         "run": train.run,
     },
     "Results": {"verify": train.verify, "export": train.export},
