@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fedforward.analysis import subject as building
@@ -18,6 +19,7 @@ from fedforward.analysis.derivatives import (
 )
 from fedforward.analysis.federated import Gradients, assumed, differences, sample_gradients
 from fedforward.analysis.forward_only import (
+    ForwardTrace,
     TwoPointError,
     losses_at,
     projections,
@@ -199,10 +201,34 @@ class _Work:
                 ]
             self.smoothness.append(matrices[0].norm)
         PHASES.info("curvature of %s: forward passes alone", point)
-        seeds = [derive(self.seed, "diagnose-z", n) for n in range(2 * self.effort.directions)]
-        forward = trace_of(self.model, self.batches, seeds, self.found.config.method.mu)
+        forward = self._forward_traces()
         (loss,) = losses_at(self.model, self.batches, [NO_STEPS])
         return PointCurvature(point, float(loss), tuple(matrices), forward)
+
+    def _forward_traces(self) -> tuple[ForwardTrace, ...]:
+        """The trace from forward passes; of A and B apart, where the coupling adds much noise."""
+        model, mu = self.model, self.found.config.method.mu
+        seeds = [derive(self.seed, "diagnose-z", n) for n in range(2 * self.effort.directions)]
+        found = [trace_of(model, self.batches, seeds, mu)]
+        names = {
+            part: [name for name in model.tensors if f".lora_{part}." in name] for part in "AB"
+        }
+        if not names["A"] or not names["B"] or model.masks:
+            return tuple(found)
+        try:
+            for part, own in names.items():
+                others = [model.tensors[name] for name in names["B" if part == "A" else "A"]]
+                if any(tensor.any() for tensor in others):
+                    model.masks = {
+                        name: torch.full_like(tensor, name in own, dtype=torch.bool)
+                        for name, tensor in model.tensors.items()
+                    }
+                    model.clear_cache()
+                    found.append(trace_of(model, self.batches, seeds, mu, part))
+        finally:
+            model.masks = {}
+            model.clear_cache()
+        return tuple(found)
 
     def _matrix(self, point: str, name: str, surface: LossSurface) -> MatrixRank:
         """Trace, norm and effective rank of one matrix, whole and by block."""
@@ -341,7 +367,8 @@ class _Work:
             self.notes.append(
                 "At the base every B is 0, so the loss does not depend on A: its gradient and its "
                 "part of both matrices are 0 there, and the Hessian couples A and B through the "
-                "gradient alone, which makes it indefinite. The rank there is that of B; give "
+                "gradient alone, which makes it indefinite. The rank there is that of B, and the "
+                "range from passes alone, which is of positive matrices, is to be read for B. Give "
                 "--at RUN for a point where A counts."
             )
 

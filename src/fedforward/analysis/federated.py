@@ -43,7 +43,8 @@ class Gradients:
         grams: inner products at each point, float64 [N, K, N, K].
         losses: mean over a client's batches, float64 [points, N].
         secants: ‖Δ∇f‖ / ‖Δθ‖ between neighbouring points.
-        along: gᵀHg / ‖g‖² of ∇f at the last point.
+        decisive: number of the point that a rate is for: the base, or the trained point.
+        along: gᵀHg / ‖g‖² of ∇f there.
         notes: sentences on what was left out.
     """
 
@@ -53,6 +54,7 @@ class Gradients:
     grams: tuple[NDArray[np.float64], ...]
     losses: NDArray[np.float64]
     secants: list[float]
+    decisive: int
     along: float
     notes: list[str]
 
@@ -95,6 +97,7 @@ def sample_gradients(
     state = base.copy() if trained is None else base
     grams, losses, names, secants = [], [], [], []
     before: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+    decisive = 0 if trained is None else points - 1
     along, done, total = 0.0, 0, points * len(clients) * count
     gradients = np.zeros((len(clients) * count, size), np.float32)
     for point in range(points):
@@ -122,12 +125,20 @@ def sample_gradients(
                 float(np.linalg.norm(mean - before[1]) / np.linalg.norm(here - before[0]))
             )
         before = here, mean
-        if point == points - 1:
+        if point == decisive:
             along = _bend_along(found, mean, [b for own in batches for b in own[:1]])
-        elif trained is None:
+        if trained is None:
             state = (here - mean / smoothness).astype(np.float32)
     return Gradients(
-        clients, weights, tuple(names), tuple(grams), np.array(losses), secants, along, notes
+        clients=clients,
+        weights=weights,
+        points=tuple(names),
+        grams=tuple(grams),
+        losses=np.array(losses),
+        secants=secants,
+        decisive=decisive,
+        along=along,
+        notes=notes,
     )
 
 
@@ -196,7 +207,7 @@ def assumed(
             sigma_h2=None if spread is None else spread.rest.value,
         ),
         local=local_rate(
-            made.moments[-1],
+            made.moments[made.decisive],
             trace=positive.trace.value,
             along=made.along,
             directions=directions,

@@ -27,6 +27,7 @@ class ForwardTrace:
     """What second differences along random directions say of the Hessian.
 
     Attributes:
+        part: of the tuned parameters that moved: "all", or "A" or "B" of adapters alone.
         mu: μ.
         directions: that were probed.
         trace: tr(H), the mean of (L₊ - 2 L₀ + L₋) / μ².
@@ -36,6 +37,7 @@ class ForwardTrace:
         most_rank: tr(H)² / ‖H‖_F², which is no less.
     """
 
+    part: str
     mu: float
     directions: int
     trace: Interval
@@ -83,6 +85,7 @@ def trace_of(
     batches: Sequence[Any],
     seeds: Sequence[int],
     mu: float,
+    part: str = "all",
 ) -> ForwardTrace:
     """Estimate tr(H) and ‖H‖_F from 2 n + 1 forward passes.
 
@@ -90,6 +93,7 @@ def trace_of(
 
     Args:
         seeds: of n directions, at least 2.
+        part: for the result; a mask of the model says what moves.
     """
     steps = [Steps.of([seed], [sign * mu]) for seed in seeds for sign in (1.0, -1.0)]
     found = losses_at(model, batches, [NO_STEPS, *steps])
@@ -100,6 +104,7 @@ def trace_of(
     squares = Interval(half, *(half * (count - 1) / edges).tolist())
     positive = half > 0.0 and trace.value > 0.0
     return ForwardTrace(
+        part=part,
         mu=mu,
         directions=count,
         trace=trace,

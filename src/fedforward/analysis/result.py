@@ -62,13 +62,13 @@ class PointCurvature:
         point: "base" or what `--at` names.
         loss: in nats.
         matrices: Hessian and Gauss-Newton; empty where there are no derivatives.
-        forward: from forward passes alone.
+        forward: from forward passes alone; of adapters also of A and of B, where they are not 0.
     """
 
     point: str
     loss: float
     matrices: tuple[MatrixRank, ...]
-    forward: ForwardTrace
+    forward: tuple[ForwardTrace, ...]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ def render(found: Diagnosis) -> Iterator[RenderableType]:
     yield _curvature(found.curvature)
     for point in found.curvature:
         if any(matrix.blocks for matrix in point.matrices):
-            yield _blocks(point)
+            yield from _blocks(point)
     if found.assumed is not None:
         yield _assumed(found.assumed)
         yield _rates(found)
@@ -74,36 +74,33 @@ def _curvature(points: tuple[PointCurvature, ...]) -> Table:
                 _interval(matrix.effective_rank),
                 _number(matrix.absolute_rank.value),
             )
-        forward = point.forward
-        between = f"{_number(forward.least_rank)} to {_number(forward.most_rank)}"
-        known = math.isfinite(forward.least_rank)
-        table.add_row(
-            point.point,
-            "passes alone",
-            _interval(forward.trace),
-            f"≤ {_number(math.sqrt(max(forward.squares.value, 0.0)))}",
-            between if known else "not known",
-            "",
-        )
-    return table
-
-
-def _blocks(point: PointCurvature) -> Table:
-    names = [matrix.matrix for matrix in point.matrices]
-    columns = [f"{what}, {name}" for name in names for what in ("trace", "norm", "rank")]
-    table = _table(f"blocks, {point.point}", "block", "parameters", *columns)
-    for rows in zip(*(matrix.blocks for matrix in point.matrices), strict=True):
-        cells = [
-            text
-            for row in rows
-            for text in (
-                _number(row.trace.value),
-                _number(row.norm),
-                _number(row.effective_rank.value),
+        for forward in point.forward:
+            between = f"{_number(forward.least_rank)} to {_number(forward.most_rank)}"
+            known = math.isfinite(forward.least_rank)
+            table.add_row(
+                point.point,
+                "passes alone" if forward.part == "all" else f"passes, {forward.part}",
+                _interval(forward.trace),
+                f"≤ {_number(math.sqrt(max(forward.squares.value, 0.0)))}",
+                between if known else "not known",
+                "",
             )
-        ]
-        table.add_row(rows[0].block, f"{rows[0].parameters:,}", *cells)
     return table
+
+
+def _blocks(point: PointCurvature) -> Iterator[Table]:
+    for matrix in point.matrices:
+        title = f"blocks alone, {matrix.matrix} at {point.point}"
+        table = _table(title, "block", "parameters", "trace", "norm", "effective rank")
+        for row in matrix.blocks:
+            table.add_row(
+                row.block,
+                f"{row.parameters:,}",
+                _interval(row.trace),
+                _number(row.norm),
+                _interval(row.effective_rank),
+            )
+        yield table
 
 
 def _assumed(found: Assumed) -> Table:
@@ -141,7 +138,7 @@ def _rates(found: Diagnosis) -> Table:
     table.add_row("ζ", _number(own.rates.zeta), "theory: Θ(1 / (r d))")
     table.add_row("i.i.d.", _number(own.rates.iid), "theory: order r^{3/2} (N H T)^{-1/2}")
     if own.rates.non_iid is not None:
-        table.add_row("non-i.i.d.", _number(own.rates.non_iid), "theory: with c_h + N for N")
+        table.add_row("non-i.i.d.", _number(own.rates.non_iid), "theory: with (c_h + N) N for N")
     return table
 
 
