@@ -146,7 +146,7 @@ def _fitted(
         kept = np.arange(batches) != batch
         left.append(_least_squares(*points([g[:, kept][:, :, :, kept] for g in grams]), told))
     return Constants(
-        slope=_jackknife(least + slope, [least + s for s, _ in left], least),
+        slope=_jackknife(least + slope, [least + s for s, _ in left] if told else [], least),
         rest=_jackknife(rest, [r for _, r in left], 0.0),
         enough=float(max(0.0, np.max(y - slope * x))),
         told=told,

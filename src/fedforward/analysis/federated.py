@@ -178,7 +178,8 @@ def assumed(
     spread = heterogeneity_constants(made.grams, made.weights) if several else None
     directions = max(1, method.directions)
     largest = max(smoothness)
-    positive = hessian if hessian.trace.low > 0.0 else other
+    # Assumption 1 bounds the Hessian from above, and the larger trace is the safer one.
+    positive = max(hessian, other, key=lambda matrix: matrix.trace.value)
     clients = len(found.corpus.clients)
     return Assumed(
         points=made.points,

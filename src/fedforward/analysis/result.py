@@ -88,7 +88,7 @@ class Assumed:
         bound: of the learning rate (theory).
         rates: of the theorems (theory).
         local: the best rate in the quadratic model (from what was measured).
-        trace_from: which matrix's trace that has.
+        trace_from: which matrix's trace that has, the larger one; `rates` have its effective rank.
     """
 
     points: tuple[str, ...]

@@ -15,6 +15,7 @@ from fedforward.config.schema import Config
 from fedforward.core.errors import UpdateNotFiniteError
 from fedforward.federation.ledger import Ledger
 from fedforward.training import metrics
+from fedforward.training.advice import Adviser
 from fedforward.training.metrics import DivergenceError, ProgressCallback, RoundOutcome
 from fedforward.training.metrics_lines import with_metrics
 from fedforward.training.run_directory import RunDirectory, write_json
@@ -90,6 +91,7 @@ class Loop:
         self.lines: list[dict[str, Any]] = []
         self.summary: RunSummary | None = None
         self._rounding = metrics.RoundingWatch(config)
+        self._adviser = Adviser(config)
 
     def run(self) -> RunSummary:
         """Carry the run to its end, write the summary and close the ledger.
@@ -137,6 +139,8 @@ class Loop:
         self.lines.append(line)
         self.directory.append_metrics(line)
         if words := self._rounding.look(line):
+            LOGGER.warning("%s", words)
+        if words := self._adviser.look(self.lines, outcome.record):
             LOGGER.warning("%s", words)
         if self.progress is not None:
             self.progress(line["round"], self.config.federation.rounds, line)

@@ -4,8 +4,10 @@ The constructor of `Run` builds model, data, server and clients; `Run.fit` carri
 end with `training.loop`. Phases are logged; nothing prints here.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,13 @@ from fedforward.models.loading import longest_sequence, placement
 from fedforward.models.lora import LoraModel
 from fedforward.models.pinned_files import PinnedFile
 from fedforward.planning.allocator import Allocator
-from fedforward.planning.memory.tracker import peak_bytes
+from fedforward.planning.memory.growth import (
+    GrowthWatch,
+    alive_beside_kept,
+    kept_bytes,
+    parts_of,
+)
+from fedforward.planning.memory.tracker import before_and_peak, peak_bytes
 from fedforward.training import activation_cache, assembly, build, summary
 from fedforward.training.loop import Loop
 from fedforward.training.metrics import ProgressCallback, RoundOutcome
@@ -40,6 +48,8 @@ from fedforward.training.plots import draw
 from fedforward.training.run_directory import RunDirectory, errors_of_the_disk
 from fedforward.training.simulation import LocalRuntime
 from fedforward.training.summary import Lines, RunSummary, SimulationSummary
+
+LOGGER = logging.getLogger("fedforward.training.run")
 
 
 class Run:
@@ -151,6 +161,9 @@ class Run:
         )
         self._inference_memory = self._peak_memory = 0
         self._commit_measured = False
+        self._growth = GrowthWatch(
+            partial(parts_of, self.model), partial(alive_beside_kept, self.model)
+        )
 
     def fit(self) -> RunSummary:
         """Carry the run to its end and write the results.
@@ -339,8 +352,12 @@ class Run:
         if not self._commit_measured:
             # Later commits take no more.
             self._commit_measured = True
-            self._peak_memory = max(self._peak_memory, peak_bytes(self.catch_up, self.model.device))
+            alive, peak = before_and_peak(self.catch_up, self.model.device)
+            self._peak_memory = max(self._peak_memory, peak)
+            self._growth.begin(alive - kept_bytes(self.model))
         self.catch_up()
+        if words := self._growth.look(self._peak_memory, self.ledger.length):
+            LOGGER.warning("%s", words)
         return replace(outcome, changed_share=self.model.changed_share, passes=passes)
 
     def catch_up(self, rounds: int | None = None) -> None:

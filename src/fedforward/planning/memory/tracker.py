@@ -87,16 +87,24 @@ def peak_bytes(action: Callable[[], object], device: torch.device | str | None =
         device: on which `action` works: on an accelerator, its allocator is asked. None is CUDA if
             this process has used it, and the CPU if not.
     """
+    return before_and_peak(action, device)[1]
+
+
+def before_and_peak(
+    action: Callable[[], object], device: torch.device | str | None = None
+) -> tuple[int, int]:
+    """Bytes of tensors alive before `action` begins, and at its worst moment; see `peak_bytes`."""
     if device is None:
         used = torch.cuda.is_available() and torch.cuda.is_initialized()
         device = "cuda" if used else "cpu"
     if devices.is_accelerator(device):
         gc.collect()
+        before = devices.allocated(device)
         devices.reset_peak(device)
         action()
-        return devices.peak_allocated(device)
+        return before, devices.peak_allocated(device)
     before = bytes_alive()
     tracker = Tracker()
     with tracker:
         action()
-    return before + tracker.peak
+    return before, before + tracker.peak
