@@ -31,7 +31,9 @@ def rank_of(values: np.ndarray) -> float:
 def test_effective_rank_within_five_percent(name: str, seed: int) -> None:
     values = SPECTRA[name]
     model = Quadratic(values.tolist(), 2000, seed=seed)
-    found = spectrum(products_of(model), 2000, probes=24, steps=12, seed=seed)
+    # Lanczos steps learn nothing of equal eigenvalues, so there must be as many starts as those.
+    probes = 60 if name == "flat" else 24
+    found = spectrum(products_of(model), 2000, probes=probes, steps=12, seed=seed)
     assert found.norm == pytest.approx(values.max(), rel=1e-3)
     assert found.trace.value == pytest.approx(values.sum(), rel=0.05)
     assert found.effective_rank.value == pytest.approx(rank_of(values), rel=0.05)
