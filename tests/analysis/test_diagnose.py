@@ -45,6 +45,9 @@ def test_as_a_command(tmp_path: Path) -> None:
     assert {error["dtype"] for error in told["two_point"]} == {"float32", "bfloat16", "float16"}
     for name in ("spectrum.png", "two-point.png", "clients.png"):
         assert (out / name).stat().st_size > 8_000
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "effective rank" in page and page.count("data:image/png;base64,") == 3
+    assert "http" not in page and "<script" not in page
     again = command("diagnose", config, "--quick", "--json", "-")
     repeated = json.loads(again.out)
     assert repeated["curvature"] == told["curvature"]

@@ -24,7 +24,7 @@ def diagnose(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="folder for diagnosis.json and pictures", show_default=False),
+        typer.Option("--out", help="folder for a page, JSON and pictures", show_default=False),
     ] = None,
     json_file: Annotated[
         Path | None,
@@ -65,7 +65,8 @@ def diagnose(
     for part in render(found):
         out_console.print(part, "")
     if out is not None:
-        say(out_console, f"wrote {out}: diagnosis.json, {', '.join(p.name for p in pictures)}")
+        names = ", ".join(path.name for path in pictures)
+        say(out_console, f"wrote {out}: index.html, diagnosis.json, {names}")
     if json_file is not None:
         say(out_console, f"wrote {json_file}")
 
@@ -95,4 +96,8 @@ def _write(out: Path | None, json_file: Path | None, found: Any) -> list[Path]:
     folder = home(out)
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / "diagnosis.json", data)
-    return draw(folder, found)
+    pictures = draw(folder, found)
+    from fedforward.cli.diagnosis_page import page
+
+    write_bytes(folder / "index.html", page(found, pictures).encode())
+    return pictures
