@@ -1,5 +1,7 @@
 """A site that is let in and lies: it neither spoils a round, ends the run, nor holds it up."""
 
+import json
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typer.testing import CliRunner
 
 from fedforward.cli import main as cli
 from fedforward.core.errors import FedForwardError
+from fedforward.deployment.flower.server import ListenAddress, serve
 from fedforward.deployment.state import leave_out
 from fedforward.federation.ledger import Ledger
 from fedforward.messages.envelope import Enrollment, Envelope, MessageKind, encode_json
@@ -165,6 +168,21 @@ def test_without_on_the_command_line(tmp_path: Path) -> None:
     assert "--without north" in result.stderr.replace("\n", " ")
     assert "holds no run yet" in result.stderr.replace("\n", " ")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_is_refused_keeps_who_was_left_out(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = world()
+    found.run()
+    leave_out(found.out, ["c"], found.config)
+    # Something else has the port.
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = ListenAddress.parse(f"127.0.0.1:{taken.getsockname()[1]}", None, True)
+        (found.out / "summary.json").unlink(missing_ok=True)
+        with pytest.raises(FedForwardError, match="address"):
+            serve(found.config, found.out, address, resume=True)
+    assert json.loads((found.out / "without.json").read_text("utf-8")) == ["c"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Learning rates that are found: from what clients measure along the last update, in the ledger."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -533,10 +533,18 @@ def test_a_loss_that_rises_in_a_line_says_nothing_of_the_length() -> None:
     assert measured(1.0, 2e30, 2e30).was_too_long
 
 
-def searched(noise: float, start: float, rounds: int, seed: int) -> list[float]:
+def searched(
+    noise: float,
+    start: float,
+    rounds: int,
+    seed: int,
+    schedule: Callable[[float], float] = lambda part: 1.0,
+    floor: float = 0.0,
+) -> list[float]:
     """Rates of a search over a parabola with slope 1 and curvature 10 that clients see noisily.
 
-    The best rate is 0.1. `noise` is the standard error of a round's slope.
+    The best rate is 0.1. `noise` is the standard error of a round's slope, and `floor` that of its
+    losses, however short the step.
     """
     random, search, rates = np.random.default_rng(seed), RateSearch(start, 1), []
     for number in range(rounds):
@@ -544,14 +552,43 @@ def searched(noise: float, start: float, rounds: int, seed: int) -> list[float]:
         for client in range(4):
             slope = 1.0 + 2.0 * noise * random.standard_normal()
             losses = [1.0 - slope * u + 5.0 * u * u for u in (0.0, length, 2.0 * length)]
+            losses = [loss + 2.0 * floor * random.standard_normal() for loss in losses]
             told = [*losses, abs(losses[1] - losses[0])] if length else []
             report = Report(number, client, 1, 1.0, 0, np.ones(1, np.float32))
             report = replace(report, line_search=np.array(told, np.float32))
             results.append(ClientResult(0.25, 0.0, report))
-        rated = search.rated(results, dict.fromkeys(range(4), 1.0))
+        rated = search.rated(results, dict.fromkeys(range(4), schedule(number / rounds)))
         search.observe(Round(Entry(number, ()), tuple(rated)))
         rates.append(search.rate)
     return rates
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("floor", [0.005, 0.02])
+def test_short_steps_at_the_end_of_a_schedule_do_not_move_a_rate(floor: float, seed: int) -> None:
+    """The noise of a loss, divided by a step's length, is no slope."""
+
+    def cosine(part: float) -> float:
+        return 0.5 * (1.0 + math.cos(math.pi * part))
+
+    rates = np.array(searched(1.0, 0.3, 600, seed, cosine, floor))[120:]
+    assert rates.min() > 0.001 and rates.max() < 1.0, (rates.min(), rates.max())
+
+
+@pytest.mark.parametrize("lie", [1e30, 50.0, -50.0])
+@pytest.mark.parametrize("place", [1, 2])
+def test_one_of_three_neither_stops_nor_drives_a_rate(lie: float, place: int) -> None:
+    honest = [np.array([1.0 + n, 0.9 + n, 0.85 + n, 0.02]) for n in range(2)]
+    liar = np.array([1.0, 0.9, 0.85, 0.02])
+    liar[place] = lie
+    found, without = search_of(*honest, liar), search_of(*honest)
+    assert found.slope == without.slope and found.curvature == without.curvature
+    assert found.error == without.error and not found.has_risen
+    # Nor by saying that nothing is certain.
+    found = search_of(*honest, np.array([1.0, 0.9, 0.85, 1e9]))
+    assert found.error < 0.1 and found.has_fallen == without.has_fallen
+    # Two of three are most.
+    assert search_of(honest[0], liar, liar).slope != without.slope
 
 
 @pytest.mark.parametrize("seed", range(3))

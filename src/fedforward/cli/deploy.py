@@ -52,7 +52,7 @@ def server(
 ) -> None:
     """Carry out a run over sites on other machines; needs no model and no data."""
     from fedforward.config.site import load_terms
-    from fedforward.deployment.state import leave_out
+    from fedforward.deployment.state import check_without
 
     out = out or Path("runs") / config.stem
     again = ["fedforward", "server", str(config), *(overrides or []), "--listen", listen]
@@ -67,7 +67,7 @@ def server(
                 f"--without {without[0]} is for a run that goes on: give --resume as well."
             )
         if resume:
-            leave_out(out, without or [], settings)
+            check_without(out, without or [], settings)
         engine: Runtime = RUNTIMES.get(runtime)
         with display() as progress:
             progress.objective = settings.objective
@@ -79,6 +79,7 @@ def server(
                 insecure=insecure,
                 resume=resume,
                 progress=progress.progress,
+                without=without or [],
             )
     from fedforward.training.plots import draw
     from fedforward.training.run_directory import RunDirectory

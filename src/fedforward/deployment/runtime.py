@@ -4,6 +4,7 @@ An engine is one package under `deployment/`, or of its own with an entry point 
 `fedforward.runtimes`. It starts processes and moves bytes; rounds are the coordinator's.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,8 +34,13 @@ class Runtime(Protocol):
         insecure: bool,
         resume: bool,
         progress: ProgressCallback | None,
+        without: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """Carry out a run with whatever sites come; returns its summary."""
+        """Carry out a run with whatever sites come; returns its summary.
+
+        Args:
+            without: names of sites that a run leaves out that goes on.
+        """
         ...
 
     def take_part(

@@ -176,11 +176,23 @@ def leave_out(run: Path, names: Sequence[str], config: Config) -> None:
     """Leave sites out of a run from its next start on, and no others.
 
     Raises:
+        FedForwardError: see `check_without`.
+    """
+    check_without(run, names, config)
+    if names:
+        run_directory.write_json(run / _WITHOUT, sorted(set(names)))
+    else:
+        (run / _WITHOUT).unlink(missing_ok=True)
+
+
+def check_without(run: Path, names: Sequence[str], config: Config) -> None:
+    """Refuse to leave sites out of a run that cannot go on so; changes nothing.
+
+    Raises:
         FedForwardError: there is no run, it has never admitted such a site, or cannot go on
             without it.
     """
     if not names:
-        (run / _WITHOUT).unlink(missing_ok=True)
         return
     if not (run / "federation.json").is_file():
         raise FedForwardError(
@@ -206,4 +218,3 @@ def leave_out(run: Path, names: Sequence[str], config: Config) -> None:
             f"--without {config.evaluation.site}: that site evaluates (evaluation.site), so the "
             "run cannot go on without it."
         )
-    run_directory.write_json(run / _WITHOUT, sorted(set(names)))

@@ -12,7 +12,7 @@ The first rate is small: a step moves each weight by no more than a probe does (
 then multiplied by at most 3 a round, so that a good one is found within a few rounds, and by at
 most 1.4 or 1.1 where the last update has not lowered the loss beyond doubt. They fall below a
 quarter of the first one only where that is too large beyond doubt. The less certain the average
-slope is, the more rounds are averaged.
+slope is, the more rounds are averaged. Steps that a schedule has made short count for less.
 """
 
 import math
@@ -44,8 +44,16 @@ SIGNIFICANT = 2.0
 LEAST_CLIENTS = 4
 #: Losses beyond this stand for what is not finite.
 LARGEST_LOSS = 1e30
+#: Clients from which on one that differs from the others is left out, and by how many times what
+#: chance explains it has to differ.
+LEAST_JUDGES, OUTLIER = 3, 10.0
+#: How many times the median standard error one that a client tells may count as.
+SURE_OF = 5.0
 #: How much of the logarithm of the projected gradients' mean square a new round replaces.
 FRESH_SQUARE = 0.4
+#: A step that is shorter than this part of the rate moves no rate: chance divided by its length is
+#: large. Such are the last ones of a schedule.
+SHORT = 0.5
 #: A rate above this is of no use, and its square would not be finite much longer.
 LARGEST_RATE = 1e6
 
@@ -119,14 +127,43 @@ class LineSearch:
 
 
 def line_search(results: Sequence[ClientResult]) -> LineSearch | None:
-    """The weighted mean of what clients measured; None if none did."""
+    """The weighted mean of what clients measured, outliers left out; None if none did."""
     known = [part for part in results if len(part.report.line_search)]
     if not known:
         return None
     weights = np.array([part.weight for part in known])
-    weights = weights / weights.sum()
     rows = np.array([part.report.line_search for part in known], np.float64)
+    if len(known) >= LEAST_JUDGES:
+        kept = plausible(rows)
+        weights, rows = weights[kept], rows[kept]
+        rows[:, 3] = np.minimum(rows[:, 3], SURE_OF * np.median(rows[:, 3]))
+    weights = weights / weights.sum()
     return LineSearch(weights @ rows[:, :3], _error(weights, rows))
+
+
+def plausible(rows: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which clients' rises lie near those of most.
+
+    Sites differ in how large their losses are, so rises are compared, and not losses. A rise is an
+    outlier that is further from the median than ten times what chance explains: the median distance
+    and the median of the standard errors that clients tell.
+
+    Args:
+        rows: float64 [clients, 4], as `Report.line_search`.
+
+    Returns:
+        bool [clients]; all, if no client is near in both rises.
+
+    Example:
+        >>> honest = [[1.0, 0.9, 0.9, 0.01], [2.0, 1.9, 1.8, 0.02], [1.0, 0.8, 0.8, 0.01]]
+        >>> plausible(np.array([*honest, [1.0, 1e9, 1.0, 0.01]])).tolist()
+        [True, True, True, False]
+    """
+    rises = rows[:, 1:3] - rows[:, :1]
+    away = np.abs(rises - np.median(rises, axis=0))
+    chance = np.median(away, axis=0) + np.median(rows[:, 3]) * np.array([1.0, 2.0])
+    kept: NDArray[np.bool_] = (away <= OUTLIER * chance).all(axis=1)
+    return kept if kept.any() else np.ones(len(rows), np.bool_)
 
 
 def _error(weights: NDArray[np.float64], rows: NDArray[np.float64]) -> float:
@@ -243,17 +280,22 @@ class RateSearch:
         """Take in what was measured along the last update, if that was a step."""
         if found is None or not self.applied:
             return
+        length = min(1.0, self.applied / self.rate)
         if found.losses.max() < LARGEST_LOSS:
-            fresh = self._fresh
+            # As in least squares a slope weighs as the square of its step's length.
+            fresh = self._fresh * length**2
             self._seen += 1
             self._slope += fresh * (found.slope / self.applied - self._slope)
-            self._curvature += fresh * (found.curvature / self.applied**2 - self._curvature)
+            bend = found.curvature / self.applied**2
+            self._curvature += fresh * length**2 * (bend - self._curvature)
             error = fresh * found.error / self.applied
             self._doubt = (1.0 - fresh) ** 2 * self._doubt + error * error
         if found.was_too_long:
             own = min(1.0, max(found.best, LEAST_SHRINKAGE))
             self.rate *= min(own, SHRINKAGE) if found.has_risen else own
             self._least = min(self._least, self.rate)
+            return
+        if length < SHORT:
             return
         best, low, high = self._best()
         if found.has_fallen:

@@ -1,6 +1,7 @@
 """Flower as an engine that carries messages."""
 
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class FlowerRuntime:
         insecure: bool,
         resume: bool,
         progress: ProgressCallback | None,
+        without: Sequence[str] = (),
     ) -> dict[str, Any]:
         """See `Runtime`."""
         self.check()
@@ -45,7 +47,7 @@ class FlowerRuntime:
 
         address = server.ListenAddress.parse(listen, tls, insecure)
         supervisor.end_on_sigterm()
-        return server.serve(config, out, address, resume=resume, progress=progress)
+        return server.serve(config, out, address, resume=resume, progress=progress, without=without)
 
     def take_part(
         self,

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from fedforward.deployment.flower import certificates, engine
 from fedforward.deployment.flower.reverse_proxy import ReverseProxy
 from fedforward.deployment.flower.site_auth import PublicKeys
 from fedforward.deployment.flower.site_keys import SiteKeys
-from fedforward.deployment.state import CoordinatorState
+from fedforward.deployment.state import CoordinatorState, leave_out
 from fedforward.deployment.supervisor import Child, Supervisor, free_port
 from fedforward.deployment.transient import TransientErrors
 from fedforward.training.metrics import ProgressCallback, RoundingWatch
@@ -91,11 +92,13 @@ def serve(
     *,
     resume: bool,
     progress: ProgressCallback | None = None,
+    without: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Carry out a run with whatever sites come; returns its summary.
 
     Args:
         progress: told of each round.
+        without: names of sites that a run leaves out that goes on.
 
     Raises:
         FedForwardError: the run cannot be begun, was stopped or failed; what was done is kept.
@@ -110,7 +113,8 @@ def serve(
     raise_open_file_limit()
     with directory.locked(), Supervisor() as supervisor:
         config = CoordinatorState(directory).open(config, resume)
-        return _Service(config, directory, address, supervisor, progress).run()
+        service = _Service(config, directory, address, supervisor, progress)
+        return service.run(without if resume else None)
 
 
 def _finished(directory: RunDirectory, config: Config) -> dict[str, Any] | None:
@@ -153,12 +157,19 @@ class _Service:
         self.errors = TransientErrors(LOGGER.warning)
         self.tries, self.round_before = 0, -1
 
-    def run(self) -> dict[str, Any]:
-        """Start everything, and watch it until the run is over."""
+    def run(self, without: Sequence[str] | None) -> dict[str, Any]:
+        """Start everything, and watch it until the run is over.
+
+        Args:
+            without: sites that a run leaves out that goes on; None for a new run.
+        """
         PHASES.info("starting the engine")
         inner = self._inner_certificates()
         proxy = self._open_proxy(inner)
         try:
+            if without is not None:
+                # The last that may refuse to start was the port.
+                leave_out(self.directory.path, without, self.config)
             secret = self.home / "secret"
             secret.unlink(missing_ok=True)
             certificates.write_new(secret, os.urandom(32), secret=True)
