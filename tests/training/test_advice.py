@@ -109,6 +109,39 @@ def test_noise_is_told_from_short_steps(configure: Configure) -> None:
         assert ("noise takes it back" in words) is (number == 12)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method__name": "feedsign"},
+        {"method__name": "decomfl", "federation__secure_sums": True},
+        {"method__name": "fedavg"},
+        {"method__estimator": "fzoo", "method__directions": 4},
+        {"server__normalise": True},
+    ],
+)
+def test_where_reports_have_no_sizes_nothing_is_said_of_them(
+    configure: Configure, changes: dict[str, Any]
+) -> None:
+    few = {"method__learning_rate": 0.1, "method__local_steps": 1, "federation__clients": 4}
+    adviser = Adviser(configure(**few, federation__weights="equal", **changes))
+    lines = [line(n, None if n == 0 else 2.0, 2.0) for n in range(11)]
+    words = [adviser.look(lines[: n + 1], record([])) for n in range(1, 11)][-1]
+    assert "has stayed" in words and "nats" not in words and "noise" not in words
+    assert "Raise method.learning_rate, 0.1 now" in words
+
+
+def test_a_run_that_goes_on_says_nothing_of_rounds_that_it_has_not_seen(
+    configure: Configure,
+) -> None:
+    adviser = Adviser(configure(method__learning_rate=0.1, method__local_steps=1))
+    lines = [line(n, None if n == 0 else 2.0, 2.0) for n in range(11)]
+    words = adviser.look(lines, record([0.01]))
+    assert "has stayed" in words and "nats" not in words
+    risen = [line(0, None, 1.0), *lines[1:], line(11, 2.0, 3.2)]
+    adviser = Adviser(configure(method__learning_rate=0.1, method__local_steps=1))
+    assert "The steps are too long: try 0.03" in adviser.look(risen, record([2.0]))
+
+
 def test_memory_above_the_plan_says_what_grew(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:

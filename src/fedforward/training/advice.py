@@ -11,6 +11,7 @@ from typing import Any
 
 from fedforward.config.schema import Config
 from fedforward.federation.ledger import Round
+from fedforward.methods.base import method_class
 from fedforward.training.metrics import LEAST_EXAMPLES
 
 #: A loss above this multiple of the lowest before it has surged: held out, and in training.
@@ -33,8 +34,16 @@ class Adviser:
         method = config.method
         # Rates that are found are lowered by who finds them.
         self._rate = None if method.learning_rate == "auto" else float(method.learning_rate)
-        # Normalised steps do not have the length of their projected gradients.
-        self._plain = method.estimator != "fzoo" and not config.server.normalise
+        can = method_class(method.name).capabilities
+        # Normalised steps and votes do not have the length of their projected gradients, and a
+        # sum of reports has none of single clients.
+        self._plain = (
+            can.forward_only
+            and not can.votes
+            and method.estimator != "fzoo"
+            and not config.server.normalise
+            and not config.federation.secure_sums
+        )
         self._said: set[str] = set()
         self._falls: list[float] = []
 
@@ -76,7 +85,7 @@ class Adviser:
         method, rate = self.config.method, self._rate
         factor, how = 3.0, "The steps are too long"
         promised = sum(self._falls[-rounds:])
-        if self._plain and promised > 0.0:
+        if self._plain and len(self._falls) >= rounds and promised > 0.0:
             # f(η) = -a η + b η² has risen by R, so the best rate is a / 2b. a is too large here.
             factor = max(2.0, 2.0 * (1.0 + (now - low) / promised))
             how = (
@@ -145,7 +154,12 @@ class Adviser:
         end = " `fedforward diagnose CONFIG` measures a rate. The run goes on."
         if self._rate is None:
             return f"{begin}Each step tells little: raise method.directions or batch_size.{end}"
-        if self._plain and 0.0 < promised < WORTH * start:
+        if not self._plain or len(self._falls) < lines[-1]["round"]:
+            return (
+                f"{begin}Raise method.learning_rate, {self._rate:g} now, or method.directions or "
+                f"batch_size.{end}"
+            )
+        if 0.0 < promised < WORTH * start:
             factor = WORTH * start / promised
             return (
                 f"{begin}The steps are too short: by their projected gradients they could take "
