@@ -146,6 +146,10 @@ def test_thresholds_are_more_than_two_thirds() -> None:
         ({"federation__clients": 1}, ["secure_threshold = 3 to 1000 clients", "there are 1"]),
         ({"federation__clients": 1001}, ["there are 1001"]),
         ({"federation__secure_threshold": 7}, ["secure_threshold = 7 to 1000", "there are 6"]),
+        (
+            {"simulation__attack": "trim", "simulation__attackers": [0]},
+            ["simulation.attack = 'trim' changes single reports"],
+        ),
         ({"federation__secure_threshold": 2}, ["federation.secure_threshold = 2"]),
     ],
 )

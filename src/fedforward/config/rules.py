@@ -188,6 +188,12 @@ def _secure_sums(config: SectionsRead, can: Capabilities) -> Iterator[str]:
             f"{key} hides who reports wrongly, so simulation.byzantine = "
             f"{config.simulation.byzantine:g} cannot be tried with it; leave one of them out"
         )
+    if config.simulation.attack not in ("none", "label-flip"):
+        yield (
+            f"{key} has reports that are parts of a sum, and simulation.attack = "
+            f"{config.simulation.attack!r} changes single reports; use 'label-flip', or leave one "
+            "of them out"
+        )
     least, most = federation.secure_threshold, federation.clients_of_a_round
     if not least <= most <= MOST_SITES:
         yield (
