@@ -138,8 +138,13 @@ def test_why_there_are_no_derivatives(
 def test_bad_input_is_a_sentence(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     command("diagnose", config, "method.objective=f1").refused("has no derivative", "=loss")
-    command("diagnose", config, "--at", tmp_path / "gone").refused("neither a run directory")
+    shown = command("diagnose", config, "--at", tmp_path / "gone")
+    shown.refused("neither a run directory")
+    assert "loading the model" not in shown.error, "before anything is computed"
     command("diagnose", config, "--json", tmp_path / "a/b.json").refused("there is no folder")
     command("diagnose", config, "--json", tmp_path).refused("is a folder")
+    shown = command("diagnose", config, "--quick", "--out", "/proc/none")
+    shown.refused("/proc/none")
+    assert "loading" not in shown.error, "before anything is computed"
     (tmp_path / "file").write_text("", encoding="utf-8")
     command("diagnose", config, "--out", tmp_path / "file").refused("is a file")

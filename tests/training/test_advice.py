@@ -35,6 +35,7 @@ def test_a_rate_that_is_too_large_is_said_by_how_much(tmp_path: Path) -> None:
     assert shown.error.count("has surged") == 1, shown
     assert "By its projected gradients method.learning_rate = 0.02 is at least" in shown.error
     assert "times too large: try " in shown.error
+    assert "by round 12" in shown.error and "The run goes on" not in shown.error, "the last one"
 
 
 def test_a_mu_that_is_too_large_is_said_by_how_much(
@@ -52,7 +53,7 @@ def test_a_loss_that_stays_is_said(tmp_path: Path) -> None:
     assert shown.error.count("has stayed within 0.2 %") == 1, shown
     assert "The steps are too short" in shown.error and "try" in shown.error.lower()
     assert "Try method.learning_rate = 1e-07 (it is 1e-09)" in shown.error
-    assert "fedforward diagnose" in shown.error
+    assert "fedforward diagnose" in shown.error and "The run goes on." in shown.error
 
 
 def test_a_usual_run_is_given_no_advice(tmp_path: Path) -> None:

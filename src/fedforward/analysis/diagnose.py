@@ -112,6 +112,8 @@ class _Work:
     def __init__(self, config: Config, at: str | None, effort: Effort) -> None:
         self.given, self.at, self.effort = config, at, effort
         self.began = time.monotonic()
+        if at is not None:
+            building.check_point(at)
         self.found: Subject = building.subject(config)
         self.model = self.found.model
         self.seed = self.found.config.run.seed

@@ -152,6 +152,19 @@ def with_dtype(config: Config, dtype: str) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
 
 
+def check_point(at: str) -> None:
+    """Refuse what has no trained state, before anything is computed.
+
+    Raises:
+        FedForwardError: it is neither a run directory nor the folder of an adapter.
+    """
+    path = home(at)
+    if not RunDirectory(path).started and not (Path(path) / "adapter_config.json").is_file():
+        raise FedForwardError(
+            f"--at {at} is neither a run directory nor a folder with an adapter. Give one of both."
+        )
+
+
 def trained_state(found: Subject, at: str) -> NDArray[np.float32]:
     """The tuned tensors of a run directory or an adapter, float32 [d]; the model has them then.
 
@@ -179,10 +192,6 @@ def trained_state(found: Subject, at: str) -> NDArray[np.float32]:
         state = rebuilt.model.export_state()
         model.assign_state(state)
         return state
-    if not (Path(path) / "adapter_config.json").is_file():
-        raise FedForwardError(
-            f"--at {at} is neither a run directory nor a folder with an adapter. Give one of both."
-        )
     if not isinstance(model, LoraModel) or model.outputs:
         key = "lora.factors = 'R'" if isinstance(model, LoraModel) else "model.tune = 'full'"
         raise FedForwardError(f"--at {at} is an adapter, and {key}. Give the run directory.")

@@ -1,6 +1,7 @@
 """The command `diagnose`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,6 +76,9 @@ def _check(out: Path | None, json_file: Path | None) -> None:
     """Refuse what could not be written, before anything is computed."""
     if out is not None:
         check_new_folder(home(out), "--out")
+        home(out).mkdir(parents=True, exist_ok=True)
+        if not os.access(home(out), os.W_OK):
+            raise FedForwardError(f"--out {out} cannot be written to. Choose another --out.")
     if json_file is None or json_file == Path("-"):
         return
     path = home(json_file)
@@ -82,6 +86,8 @@ def _check(out: Path | None, json_file: Path | None) -> None:
         raise FedForwardError(f"--json {json_file} is a folder. Give a file, or - to print it.")
     if not path.absolute().parent.is_dir():
         raise FedForwardError(f"--json {json_file}: there is no folder {path.parent}.")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise FedForwardError(f"--json {json_file} cannot be written to. Choose another file.")
 
 
 def _write(out: Path | None, json_file: Path | None, found: Any) -> list[Path]:
@@ -94,7 +100,6 @@ def _write(out: Path | None, json_file: Path | None, found: Any) -> list[Path]:
     from fedforward.analysis.plots import draw
 
     folder = home(out)
-    folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / "diagnosis.json", data)
     pictures = draw(folder, found)
     from fedforward.cli.diagnosis_page import page

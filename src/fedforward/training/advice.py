@@ -96,7 +96,7 @@ class Adviser:
             f"The {what} loss has surged from {low:.3f} to {now:.3f} by round "
             f"{lines[-1]['round']}. {how}: try {_rounded(rate / factor)}, or 'auto'. A shorter "
             f"round (method.local_steps, {method.local_steps} now) or more method.directions "
-            "also help. The run goes on."
+            "also help."
         )
 
     def _risen(self, lines: Sequence[Mapping[str, Any]]) -> tuple[str, float, float, int] | None:
@@ -136,7 +136,7 @@ class Adviser:
             f"The loss at the probes is {training:.3f}, and {heldout:.3f} at the weights "
             f"themselves: they are too far away. method.mu = {mu:g} is about {factor:.2g} times "
             f"too large: try {_rounded(mu / factor)}. Where training and held-out examples differ "
-            "by nature, this says nothing. The run goes on."
+            "by nature, this says nothing."
         )
 
     def _stays(self, lines: Sequence[Mapping[str, Any]]) -> str:
@@ -151,7 +151,7 @@ class Adviser:
             f"The held-out loss has stayed within {100 * STAYING:.1f} % of {start:.3f} for "
             f"{lines[-1]['round']} rounds. "
         )
-        end = " `fedforward diagnose CONFIG` measures a rate. The run goes on."
+        end = " `fedforward diagnose CONFIG` measures a rate."
         if self._rate is None:
             return f"{begin}Each step tells little: raise method.directions or batch_size.{end}"
         if not self._plain or len(self._falls) < lines[-1]["round"]:

@@ -141,7 +141,9 @@ class Loop:
         if words := self._rounding.look(line):
             LOGGER.warning("%s", words)
         if words := self._adviser.look(self.lines, outcome.record):
-            LOGGER.warning("%s", words)
+            more = line["round"] < self.config.federation.rounds
+            more = more and not metrics.reason_to_stop(self.config, self.lines)
+            LOGGER.warning("%s%s", words, " The run goes on." if more else "")
         if self.progress is not None:
             self.progress(line["round"], self.config.federation.rounds, line)
 
