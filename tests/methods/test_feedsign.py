@@ -1,10 +1,13 @@
 """Votes of one bit: their bytes, the majority, and that liars move it by one vote each."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from fedforward.core.errors import FedForwardError, MessageError
 from fedforward.core.seeds import SHARED
+from fedforward.federation.client import Client, Replica
 from fedforward.messages.entry import Entry
 from fedforward.messages.report import NO_FLOATS, ClientResult, Report
 from fedforward.messages.task import Task
@@ -104,3 +107,21 @@ def test_bits_are_packed_from_the_lowest() -> None:
 def test_no_rule_joins_votes() -> None:
     with pytest.raises(FedForwardError, match=r"aggregator = 'median' joins scalars.* majority"):
         FeedSign(aggregator=median)
+
+
+def test_a_filter_changes_votes() -> None:
+    """The signs that it leaves are sent; it is not passed by."""
+    method = FeedSign(run_seed=5, local_steps=3, estimator=TwoPoint(1, 1e-2))
+    sent = []
+    for filters in ((), (lambda report: replace(report, gradients=-report.gradients),)):
+        model = Quadratic([3.0, 2.0, 1.0, 1.0, 0.5], 40, blocks=4)
+        client = Client(0, Constant(np.zeros(40)), Replica(model, method), filters)
+        rounds = client.answer(Task(0, 0, 0.25, False, ()).encode())
+        probes = next(rounds)
+        with pytest.raises(StopIteration) as done:
+            while True:
+                probes = rounds.send(model.evaluate(probes))
+        report = Report.decode(done.value.value)
+        method.check_report(report, 40)
+        sent.append(method.scalars(report))
+    assert np.array_equal(sent[1], -sent[0])

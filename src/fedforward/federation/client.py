@@ -16,7 +16,7 @@ from fedforward.core.errors import MessageError
 from fedforward.core.steps import Evaluation, Probe
 from fedforward.federation.secure_sums import part_of
 from fedforward.messages.entry import Entry
-from fedforward.messages.report import DIGEST_BYTES, NO_FLOATS
+from fedforward.messages.report import DIGEST_BYTES, NO_FLOATS, Report
 from fedforward.messages.snapshot import Snapshot
 from fedforward.messages.task import Task
 from fedforward.methods.base import BatchStream, Method
@@ -184,11 +184,19 @@ class Client:
         if task.line_search:
             searched = yield from self._search(task)
         report = yield from self.replica.method.local_round(task, self.batches, self.replica.model)
-        report = replace(report, line_search=searched)
-        for apply in self.filters:
-            report = apply(report)
+        report = self._filtered(replace(report, line_search=searched))
         report = replace(report, digest=digest)
         return (part_of(report) if self.sums else report).encode()
+
+    def _filtered(self, report: Report) -> Report:
+        """What leaves in place of a report; filters see votes as scalars of 1 and -1."""
+        method = self.replica.method
+        votes = method.capabilities.votes
+        if votes:
+            report = replace(report, gradients=method.scalars(report).astype(np.float32))
+        for apply in self.filters:
+            report = apply(report)
+        return method.with_scalars(report, report.gradients) if votes else report
 
     def _search(
         self, task: Task
