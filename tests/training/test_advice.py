@@ -131,6 +131,13 @@ def test_where_reports_have_no_sizes_nothing_is_said_of_them(
     assert "Raise method.learning_rate, 0.1 now" in words
 
 
+def test_a_clients_large_numbers_do_not_overflow(configure: Configure) -> None:
+    adviser = Adviser(configure(method__learning_rate=0.1, method__batch_size=16))
+    with np.errstate(over="raise"):
+        words = adviser.look([line(0, None, 2.0), line(1, 2.0, 3.2)], record([3e38]))
+    assert "is at least 2 times too large" in words
+
+
 def test_a_run_that_goes_on_says_nothing_of_rounds_that_it_has_not_seen(
     configure: Configure,
 ) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from fedforward.config.schema import Config
 from fedforward.federation.ledger import Round
 from fedforward.methods.base import method_class
@@ -69,9 +71,11 @@ class Adviser:
         On the batches on which g was measured, so it is more than on other examples.
         """
         directions = max(1, self.config.method.directions)
+        # The square of a wrong number of a client may be more than float32 holds.
+        squares = [(part.report.gradients.astype(np.float64) ** 2).sum() for part in record.results]
         return sum(
-            part.weight * part.learning_rate * float((part.report.gradients**2).sum()) / directions
-            for part in record.results
+            part.weight * part.learning_rate * float(square) / directions
+            for part, square in zip(record.results, squares, strict=True)
         )
 
     def _surge(self, lines: Sequence[Mapping[str, Any]]) -> str:
