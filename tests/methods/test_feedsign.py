@@ -1,6 +1,7 @@
 """Votes of one bit: their bytes, the majority, and that liars move it by one vote each."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def test_a_filter_changes_votes() -> None:
     method = FeedSign(run_seed=5, local_steps=3, estimator=TwoPoint(1, 1e-2))
     sent = []
     for filters in ((), (lambda report: replace(report, gradients=-report.gradients),)):
-        model = Quadratic([3.0, 2.0, 1.0, 1.0, 0.5], 40, blocks=4)
+        model: Any = Quadratic([3.0, 2.0, 1.0, 1.0, 0.5], 40, blocks=4)
         client = Client(0, Constant(np.zeros(40)), Replica(model, method), filters)
         rounds = client.answer(Task(0, 0, 0.25, False, ()).encode())
         probes = next(rounds)
