@@ -19,6 +19,7 @@ NEEDS_TORCH = {
     "data": set(),
     "federation": {"client"},
     "deployment": {"site"},
+    "reporting": set(),
     "analysis": {"derivatives", "diagnose", "federated", "subject"},
     "cli": {"plan_tables", "tuning_tables"},
 }
@@ -30,6 +31,7 @@ SINGLE = [
     "fedforward.planning.activation",
     "fedforward.planning.allocator",
     "fedforward.training.assembly",
+    "fedforward.training.divided",
     "fedforward.training.faults",
     "fedforward.training.loop",
     "fedforward.training.metrics",

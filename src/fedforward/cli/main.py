@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 from fedforward.cli import deploy, inspect, train
 from fedforward.cli.console import friendly, out_console, set_up_logging
 from fedforward.cli.diagnose import diagnose
+from fedforward.cli.report import report
 from fedforward.core.logs import tolerate_narrow_encodings
 from fedforward.core.version import __version__
 
@@ -46,7 +47,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "diagnose": diagnose,
         "run": train.run,
     },
-    "Results": {"verify": train.verify, "export": train.export},
+    "Results": {"report": report, "verify": train.verify, "export": train.export},
     "Runs across machines": {
         "certs": deploy.certs,
         "server": deploy.server,

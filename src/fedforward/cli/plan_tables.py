@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedforward.cli.tables import quantity
+from fedforward.core.units import quantity
 from fedforward.planning.activation import UNLIMITED, Activation
 from fedforward.training.preview import Preview
 

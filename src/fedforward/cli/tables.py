@@ -7,21 +7,11 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from fedforward.core.units import quantity
 from fedforward.evaluation.text_metrics import LOSSES, SHARES
 
 #: What follows a value of that name.
 UNITS = {"held-out loss": " nats per answer token", "held-out choice": " nats per example"}
-
-
-def quantity(size: float | None) -> str:
-    """Bytes with a unit: 161 B, 42.3 kB, 17.3 MB (powers of ten)."""
-    if size is None:
-        return "not measured"
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    raise AssertionError
 
 
 def shown(name: str, value: float | None) -> str:

@@ -26,3 +26,14 @@ def format_bytes(size: int) -> str:
         if size >= _UNITS[unit]:
             return f"{size / _UNITS[unit]:.2f} {unit}"
     return f"{size} B"
+
+
+def quantity(size: float | None) -> str:
+    """Bytes with a unit: 161 B, 42.3 kB, 17.3 MB (powers of ten)."""
+    if size is None:
+        return "not measured"
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError

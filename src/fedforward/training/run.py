@@ -42,6 +42,7 @@ from fedforward.planning.memory.growth import (
 )
 from fedforward.planning.memory.tracker import before_and_peak, peak_bytes
 from fedforward.training import activation_cache, assembly, build, summary
+from fedforward.training.divided import write_divided
 from fedforward.training.loop import Loop
 from fedforward.training.metrics import ProgressCallback, RoundOutcome
 from fedforward.training.plots import draw
@@ -141,6 +142,7 @@ class Run:
                 self.directory.start(config, self.plan)
             else:
                 self._keep_initial_a()
+                write_divided(self.directory.path, config, self.corpus, self.model.layout.blocks)
                 self.directory.start(config, self.plan)
                 self.ledger = self._open_ledger()
         self.replica = Replica(self.model, self.method)

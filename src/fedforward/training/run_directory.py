@@ -4,6 +4,7 @@ config.toml       the resolved configuration        metrics.jsonl   a line per r
 initial_a.safetensors   where adapters are aligned: what they began with, unless a file was given
 plan.json         the probe plan                    loss.png        the loss curve
 environment.json  versions and machine              summary.json    the result
+clients.json      labels of each client's examples
 ledger.sqlite     the source of truth               adapter/ or model/   what was tuned
 ledger.head       how many rounds it must have
 lock, lock.json   held by the process that writes here, and which one that is
@@ -41,6 +42,7 @@ _FIRST_FILES = {LOCK, HOLDER, COORDINATOR_LOCK, f"{COORDINATOR_LOCK}.json"} | {
     name + ending
     for name in (
         "plan.json",
+        "clients.json",
         "environment.json",
         "config.toml",
         "federation.json",

@@ -1,0 +1,289 @@
+"""One HTML page of a run, or of several: it needs no other file, no script and no network.
+
+Everything that comes from a run is escaped by Jinja2; the charts alone are put in as they are.
+Imports no PyTorch.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from fedforward.core.errors import FedForwardError
+from fedforward.core.files import write_bytes
+from fedforward.core.units import quantity
+from fedforward.core.version import __version__
+from fedforward.reporting.charts import DASHES, SERIES, Chart, Series, line_chart, named, number
+from fedforward.reporting.figures import charts_of, heldout, tensor_bytes, traffic
+from fedforward.reporting.record import RunRecord
+
+#: Runs of a page: more lines cannot be told apart.
+MOST_RUNS = len(SERIES) * len(DASHES)
+#: How a page begins; a file that begins otherwise is not written over.
+BEGINS = "<!doctype html>\n<!-- fedforward report -->\n"
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run as the template shows it.
+
+    Attributes:
+        name: of its folder, or its path where names are alike.
+        record: what was read.
+        facts: what was run, with its figures: names and texts.
+        repeat: command lines.
+        versions: names and texts.
+        digests: names and texts.
+        verified: what `verify` said; empty if it was not asked.
+        charts: with names of their own.
+    """
+
+    name: str
+    record: RunRecord
+    facts: list[tuple[str, str]]
+    repeat: list[str]
+    versions: list[tuple[str, str]]
+    digests: list[tuple[str, str]]
+    verified: str
+    charts: list[Chart]
+
+
+def check_out(path: Path) -> None:
+    """Refuse a file that a page cannot be written to, before anything is read.
+
+    Raises:
+        FedForwardError: it is a folder, there is no folder for it, or it is no report.
+    """
+    if path.is_dir():
+        raise FedForwardError(f"--out {path} is a folder. Give a file, such as {path}/report.html.")
+    if not path.absolute().parent.is_dir():
+        raise FedForwardError(f"--out {path}: there is no folder {path.parent}.")
+    if path.is_file():
+        try:
+            with path.open("rb") as file:
+                own = file.read(len(BEGINS)) in (BEGINS.encode(), b"")
+        except OSError as error:
+            raise FedForwardError(f"--out {path} cannot be read: {error.strerror}.") from error
+        if not own:
+            raise FedForwardError(
+                f"--out {path} is there already and is no report. Choose another name."
+            )
+
+
+def write_page(path: Path, page: str) -> int:
+    """Write a page as a whole or not at all; returns its bytes.
+
+    Raises:
+        FedForwardError: it cannot be written.
+    """
+    data = page.encode("utf-8", "replace")
+    try:
+        write_bytes(path, data)
+    except OSError as error:
+        raise FedForwardError(
+            f"{path} cannot be written: {error.strerror}. Choose another place with --out."
+        ) from error
+    return len(data)
+
+
+def make_page(records: Sequence[RunRecord], verified: Mapping[Path, str] | None = None) -> str:
+    """The page of one run or of several.
+
+    Args:
+        records: at most `MOST_RUNS`.
+        verified: what `verify` said of each run, by its path.
+
+    Raises:
+        FedForwardError: there are too many runs.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    if len(records) > MOST_RUNS:
+        raise FedForwardError(
+            f"A page shows at most {MOST_RUNS} runs, and {len(records)} were given. Leave out some."
+        )
+    names = names_of(records)
+    said = verified or {}
+    runs = [
+        _view(record, name, said.get(record.path, ""))
+        for name, record in zip(names, records, strict=True)
+    ]
+    together = _together(runs) if len(runs) > 1 else []
+    count = 0
+    for charts in (together, *(run.charts for run in runs)):
+        for place, chart in enumerate(charts):
+            count += 1
+            charts[place] = replace(chart, svg=Markup(named(chart.svg, f"c{count}")))
+    environment = Environment(
+        loader=PackageLoader("fedforward.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    title = f"Run {names[0]}" if len(runs) == 1 else f"{len(runs)} runs"
+    body = environment.get_template("report.html").render(
+        title=title, runs=runs, together=together, tables=_table(runs), version=__version__
+    )
+    return BEGINS + body
+
+
+def names_of(records: Sequence[RunRecord]) -> list[str]:
+    """What tells runs apart: the names of their folders, or their paths where those are alike."""
+    names = [record.name for record in records]
+    return [
+        name if names.count(name) == 1 else str(record.path)
+        for name, record in zip(names, records, strict=True)
+    ]
+
+
+def _view(record: RunRecord, name: str, verified: str) -> RunView:
+    return RunView(
+        name=name,
+        record=record,
+        facts=_facts(record),
+        repeat=_repeat(record),
+        versions=_versions(record.environment),
+        digests=_digests(record),
+        verified=verified,
+        charts=charts_of(record),
+    )
+
+
+def _change(record: RunRecord, name: str) -> str:
+    values = [value for value in heldout(record, name).y if isfinite(value)]
+    if not values:
+        return "not finite"
+    first, last = values[0], values[-1]
+    relative = f" ({100 * (last / first - 1):+.1f} %)" if first > 0 and len(values) > 1 else ""
+    return f"{number(first)} → {number(last)}{relative}"
+
+
+def _facts(record: RunRecord) -> list[tuple[str, str]]:
+    """What was run and what came of it."""
+    config, summary = record.config, record.summary or {}
+    method = config.method
+    metrics = [name for name in record.lines[0].get("metrics", {}) if name != "loss"]
+    rate = method.learning_rate
+    found = [
+        ("held-out loss", _change(record, "loss")),
+        *((f"held-out {name}", _change(record, name)) for name in metrics),
+        ("state", record.state),
+        ("method", method.name),
+        ("objective", config.objective),
+        ("model", "the sites' own" if record.server else config.model.path),
+        ("tuned", f"{config.model.tune}{_parameters(summary)}"),
+        ("rounds", f"{record.rounds:,} of {config.federation.rounds:,}"),
+        ("local steps", f"{method.local_steps:,} a round, {method.batch_size:,} examples each"),
+        ("learning rate", rate if isinstance(rate, str) else f"{rate:g}"),
+        ("clients", _clients(record)),
+        ("time", f"{record.lines[-1]['seconds']:,.1f} s"),
+    ]
+    if (size := traffic(record)) is not None:
+        found.append(("a client and round", f"{quantity(size[0])} up, {quantity(size[1])} down"))
+    if (tensors := tensor_bytes(record)) is not None:
+        found.append(("FedAvg would send", f"{quantity(tensors)} each way"))
+    skipped = sum(line["skipped_steps"] for line in record.lines[1:])
+    zeros = [line["zero_gradients"] for line in record.lines[1:] if "zero_gradients" in line]
+    found.append(("skipped steps", f"{skipped:,}"))
+    if zeros:
+        found.append(("projected gradients of 0", f"{100 * sum(zeros) / len(zeros):.2f} %"))
+    return found
+
+
+def _parameters(summary: Mapping[str, Any]) -> str:
+    count = summary.get("tuned_parameters")
+    return f", {count:,} numbers" if type(count) is int else ""
+
+
+def _clients(record: RunRecord) -> str:
+    count = (record.summary or {}).get("clients")
+    if type(count) is not int:
+        count = record.config.federation.clients
+    return f"{count:,}" if type(count) is int else "not known yet"
+
+
+def _repeat(record: RunRecord) -> list[str]:
+    """Command lines that carry the run out again, and prove what it has led to."""
+    folder = record.path.absolute()
+    configuration = shlex.quote(str(folder / "config.toml"))
+    if record.server:
+        return [
+            f"fedforward server {configuration} --out NEW-FOLDER",
+            f"fedforward verify {shlex.quote(str(folder))} --model BASE-MODEL",
+        ]
+    return [
+        f"fedforward run {configuration} --out NEW-FOLDER",
+        f"fedforward verify {shlex.quote(str(folder))}",
+    ]
+
+
+def _versions(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    packages = environment.get("packages")
+    found = dict(environment) | (packages if isinstance(packages, dict) else {})
+    return [
+        (str(name), "not installed" if value is None else str(value))
+        for name, value in found.items()
+        if name != "packages"
+    ]
+
+
+def _digests(record: RunRecord) -> list[tuple[str, str]]:
+    state = (record.summary or {}).get("state_digest")
+    found = [("state", state if isinstance(state, str) else ""), ("ledger", record.ledger_digest)]
+    return [(name, digest) for name, digest in found if digest]
+
+
+def _together(runs: Sequence[RunView]) -> list[Chart]:
+    """Held-out curves of all runs: against rounds, seconds and forward passes."""
+    charts = []
+    shared = [set(run.record.lines[0].get("metrics", {})) for run in runs]
+    names = ["loss", *sorted(set.intersection(*shared) - {"loss"})]
+    for name in names:
+        charts += _curves(runs, name, "round", "round")
+    charts += _curves(runs, "loss", "seconds", "seconds")
+    if all(any("passes" in line for line in run.record.lines) for run in runs):
+        charts += _curves(runs, "loss", "passes", "forward passes over a batch")
+    return charts
+
+
+def _curves(runs: Sequence[RunView], name: str, key: str, xlabel: str) -> list[Chart]:
+    series = []
+    for n, run in enumerate(runs):
+        own = heldout(run.record, name, x=key)
+        colour, dash = n % len(SERIES), n // len(SERIES)
+        series.append(Series(run.name, own.x, own.y, colour, dash, marks=True))
+    series = [each for each in series if any(map(isfinite, each.y))]
+    title = f"Held-out {name} against {'rounds' if key == 'round' else key}"
+    words = "nats per answer token" if name == "loss" else name
+    return [line_chart(title, series, xlabel, words)] if series else []
+
+
+def _table(runs: Sequence[RunView]) -> dict[str, list[Any]]:
+    """The figures of all runs, side by side."""
+    head = ["run", "method", "rounds", "loss before", "loss after", "lowest", "up", "down"]
+    head += ["peak memory", "seconds", "state"]
+    rows = []
+    for run in runs:
+        record = run.record
+        losses = [value for value in heldout(record, "loss").y if isfinite(value)]
+        up, down = traffic(record) or (None, None)
+        peak = (record.summary or {}).get("peak_memory_bytes")
+        rows.append(
+            [
+                run.name,
+                record.config.method.name,
+                f"{record.rounds:,}",
+                *map(number, (losses[0], losses[-1], min(losses)) if losses else (None,) * 3),
+                quantity(up) if up is not None else "–",
+                quantity(down) if down is not None else "–",
+                quantity(peak) if type(peak) is int else "–",
+                f"{record.lines[-1]['seconds']:,.1f}",
+                record.state,
+            ]
+        )
+    return {"head": head, "rows": rows}
