@@ -1,8 +1,9 @@
 """The command `report`: one page of a run, or of several."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,22 +32,27 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write one HTML page of a run, or of several: curves, tables, and how to repeat them."""
-    paths = list(dict.fromkeys(home(path) for path in runs))
+    paths = list({path.resolve(): path for path in map(home, runs)}.values())
     page = home(out) if out is not None else _place(paths)
-    size = write_report(paths, page, verify=verify)
+    size, failures = write_report(paths, page, verify=verify)
     if as_json:
         content = {"page": str(page), "bytes": size, "runs": [str(path) for path in paths]}
         print(json.dumps(content, indent=2))
-        return
-    say(out_console, f"{page}: {size / 1000:.0f} kB")
+    else:
+        say(out_console, f"{page}: {size / 1000:.0f} kB")
+    if failures:
+        raise FedForwardError(f"The page is written, and says so: {' '.join(failures)}")
 
 
 def _place(paths: list[Path]) -> Path:
     return paths[0] / NAME if len(paths) == 1 else Path(NAME)
 
 
-def write_report(paths: list[Path], page: Path, *, verify: bool = False) -> int:
-    """Read runs and write their page; returns its bytes.
+def write_report(paths: list[Path], page: Path, *, verify: bool = False) -> tuple[int, list[str]]:
+    """Read runs and write their page.
+
+    Returns:
+        Its bytes; and, with `verify`, a sentence for each run that does not verify.
 
     Raises:
         FedForwardError: a folder is no run's, or the page cannot be written; or with `verify` a
@@ -59,40 +65,38 @@ def write_report(paths: list[Path], page: Path, *, verify: bool = False) -> int:
         # What is no run has a sentence of its own, which comes first.
         records = [read_run(path) for path in paths]
         check_out(page)
-        said = {}
-        if verify:
-            for path in paths:
-                progress.phase(f"verifying {path.name}")
-                said[path] = _verified(path, progress)
+        said, failures = {}, []
+        for path in paths if verify else []:
+            progress.phase(f"verifying {path.name}")
+            result = _verification(path, progress.count)
+            if result.differences:
+                said[path] = f"Does not verify: {'; '.join(result.differences)}."
+                failures.append(f"{path} does not verify: {'; '.join(result.differences)}.")
+            else:
+                said[path] = _agreement(result)
         progress.phase("drawing")
-        return write_page(page, make_page(records, said))
+        return write_page(page, make_page(records, said)), failures
 
 
-def _verified(path: Path, progress: object) -> str:
-    """What `verify` says of a run, in words."""
+def _verification(path: Path, on_round: Callable[[int, int], None]) -> Any:
     from fedforward.models.libraries import quiet_libraries
 
     quiet_libraries()
     from fedforward.training import replay
 
     try:
-        result = replay.verify(path, on_round=progress.count)  # type: ignore[attr-defined]
+        return replay.verify(path, on_round=on_round)
     except FedForwardError as error:
         raise FedForwardError(
             f"{path} cannot be verified for its page: {error} `fedforward verify` has options for "
             "files that have moved; without --verify the page is written all the same."
         ) from error
-    if result.differences:
-        return "Does not verify: " + "; ".join(result.differences) + "."
-    words = (
-        f"Bit-identical: {result.rounds} rounds, rebuilt from base and ledger; state digest "
-        f"{result.state_digest}"
-    )
-    if not result.replayed:
-        words = (
-            f"Bit-identical: {result.rounds} rounds, state file and ledger; state digest "
-            f"{result.state_digest}"
-        )
+
+
+def _agreement(result: Any) -> str:
+    """What `verify` says of a run whose bits agree."""
+    how = "rebuilt from base and ledger" if result.replayed else "state file and ledger"
+    words = f"Bit-identical: {result.rounds} rounds, {how}; state digest {result.state_digest}"
     if result.unchecked:
         words += f"; not made again from the reports: {'; '.join(result.unchecked)}"
-    return words + "."
+    return f"{words}."

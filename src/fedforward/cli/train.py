@@ -134,6 +134,12 @@ def demo(
         out = home(out)
         data = out.parent / f"{out.name}-data" / "sites.jsonl"
         _carry_out(demonstration.prepare(data), out, resume, as_json)
+        from fedforward.cli import report
+
+        page = out / report.NAME
+        report.write_report([out], page)
+    if not as_json:
+        say(out_console, f"a page of it all, with every curve and table:\n{page}")
 
 
 def _carry_out(config: Any, out: Path, resume: bool, as_json: bool) -> None:

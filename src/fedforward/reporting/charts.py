@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 #: Of Okabe and Ito's palette, which colour-blind people tell apart; the page has their dark forms.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b88700", "#3fa0d8", "#7a5c3e")
 INK, MUTED, GRID = "#010203", "#040506", "#070809"
+#: Of words on a dark cell, in both themes.
+LIGHT = "#fefefe"
 DASHES = ("-", "--", ":")
 #: Rows of a table; of more rounds every so many are shown.
 MOST_ROWS = 60
@@ -25,6 +27,8 @@ MOST_ROWS = 60
 MOST_POINTS = 250
 #: Lines of single clients; of more clients a band is drawn.
 MOST_LINES = len(SERIES)
+#: A logarithmic axis that spans less than this factor is marked at 1, 2 and 5.
+_FEW_TICKS = 200
 _TAG = re.compile(r"<[^>]+>")
 #: Inches. A phone shows it at its own size, so that words stay legible.
 WIDTH, HEIGHT = 4.5, 2.5
@@ -91,7 +95,6 @@ def line_chart(
     xlabel: str,
     ylabel: str,
     *,
-    log_x: bool = False,
     log_y: bool = False,
     zero: bool = False,
     note: str = "",
@@ -123,8 +126,8 @@ def line_chart(
                 marker="o" if each.marks and len(x) <= 60 else None,
                 ms=3,
             )
-        if log_x:
-            axes.set_xscale("log")
+        if all(x == int(x) for each in series for x in each.x):
+            axes.xaxis.get_major_locator().set_params(integer=True)
         if log_y and any(value > 0 for each in series for value in each.y):
             axes.set_yscale("log")
         if zero:
@@ -138,7 +141,7 @@ def line_chart(
     head, rows = _table(x_name or xlabel, everything)
     ends = "; ".join(f"{s.name} from {first} to {last}" for s in series[:8]
                      if (first := _end(s.y, 0)) and (last := _end(s.y, -1)))  # fmt: skip
-    svg = _svg(draw, xlabel, ylabel, title)
+    svg = _svg(draw, xlabel, ylabel)
     return Chart(title, svg, f"{title} over {xlabel}: {ends}.", head, rows, keys, note)
 
 
@@ -170,9 +173,7 @@ def _table(x_name: str, series: Sequence[Series]) -> tuple[list[str], list[list[
             if np.isfinite(y):
                 values.setdefault(x, {})[n] = y
     places = shown(sorted(values))
-    rows = [
-        [number(x), *(number(values[x].get(n)) for n in range(len(series)))] for x in places
-    ]
+    rows = [[number(x), *(number(values[x].get(n)) for n in range(len(series)))] for x in places]
     return [x_name, *(each.name for each in series)], rows
 
 
@@ -219,7 +220,7 @@ def bar_chart(
     told = "; ".join(f"{name}: {words(value)}" for name, value, _ in bars)
     rows = [[name, words(value)] for name, value, _ in bars]
     height = 0.75 + 0.34 * len(bars)
-    svg = _svg(draw, xlabel, "", title, height)
+    svg = _svg(draw, xlabel, "", height)
     return Chart(title, svg, f"{title}. {told}.", ["", xlabel], rows, [], note)
 
 
@@ -273,11 +274,11 @@ def grid_chart(
                 for x in range(wide):
                     axes.text(
                         first + x, y, texts[y][x], ha="center", va="center",
-                        color=INK,
+                        color=LIGHT if values[y, x] > 0.55 else INK,
                     )  # fmt: skip
 
     height = min(4.2, 1.0 + 0.2 * min(tall, 16))
-    svg = _svg(draw, xlabel, ylabel, title, height)
+    svg = _svg(draw, xlabel, ylabel, height)
     alt = f"{title}: {ylabel} by {xlabel}, {tall} by {wide} cells; the numbers are in the table."
     return Chart(title, svg, alt, head, table, [], note)
 
@@ -317,16 +318,13 @@ _SETTINGS = {
 }
 
 
-def _svg(
-    draw: Callable[[Any], None], xlabel: str, ylabel: str, title: str, height: float = HEIGHT
-) -> str:
+def _svg(draw: Callable[[Any], None], xlabel: str, ylabel: str, height: float = HEIGHT) -> str:
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    salt = {"svg.hashsalt": f"fedforward {title}"}
-    with mpl.rc_context({**_SETTINGS, **salt}), warnings.catch_warnings():
+    with mpl.rc_context(_SETTINGS), warnings.catch_warnings():
         # Letters that matplotlib's own font lacks; the page's font has them.
         warnings.filterwarnings("ignore", "Glyph .* missing")
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -337,6 +335,9 @@ def _svg(
         axes.set_ylabel(ylabel)
         for axis in (axes.xaxis, axes.yaxis):
             if axis.get_scale() == "log":
+                low, high = axis.get_view_interval()
+                if high < _FEW_TICKS * low:
+                    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
                 axis.set_minor_formatter(NullFormatter())
         if axes.xaxis.get_scale() != "log" and axes.get_xlim()[1] >= 10_000:

@@ -24,6 +24,8 @@ from fedforward.reporting.record import ClientRounds, RunRecord
 _WIDE = 30.0
 #: Rounds that are named one by one in the table of participation.
 _MOST_NAMED = 6
+#: Clients whose examples are drawn.
+_MOST_BARS = 24
 
 
 def charts_of(record: RunRecord) -> list[Chart]:
@@ -250,7 +252,8 @@ def _partition(record: RunRecord) -> Iterator[Chart]:
         return
     counts = _examples(record)
     if counts:
-        most = sorted(counts, key=lambda pair: -pair[1])[:24]
+        few = len(counts) <= _MOST_BARS
+        most = counts if few else sorted(counts, key=lambda pair: -pair[1])[:_MOST_BARS]
         note = f"The largest {len(most)} of {len(counts)}." if len(most) < len(counts) else ""
         bars = [(name, float(count), 0) for name, count in most]
         yield bar_chart("Training examples", bars, "examples", number, note=note)

@@ -178,7 +178,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ("model", "the sites' own" if record.server else config.model.path),
         ("tuned", f"{config.model.tune}{_parameters(summary)}"),
         ("rounds", f"{record.rounds:,} of {config.federation.rounds:,}"),
-        ("local steps", f"{method.local_steps:,} a round, {method.batch_size:,} examples each"),
+        ("local steps", f"{method.local_steps:,} a round, batch size {method.batch_size:,}"),
         ("learning rate", rate if isinstance(rate, str) else f"{rate:g}"),
         ("clients", _clients(record)),
         ("time", f"{record.lines[-1]['seconds']:,.1f} s"),

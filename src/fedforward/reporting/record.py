@@ -162,9 +162,7 @@ def _lines(directory: RunDirectory, remarks: list[str]) -> list[Line]:
     return lines
 
 
-def _summary(
-    directory: RunDirectory, rounds: int, remarks: list[str]
-) -> Mapping[str, Any] | None:
+def _summary(directory: RunDirectory, rounds: int, remarks: list[str]) -> Mapping[str, Any] | None:
     if not directory.summary.is_file():
         return None
     content = _object(directory.summary)
@@ -184,9 +182,7 @@ def _object(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _answer(
-    lines: list[Line], summary: Mapping[str, Any] | None
-) -> Mapping[str, Any] | None:
+def _answer(lines: list[Line], summary: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """The example of the summary, else that of the base model's line; `after` is None there."""
     if summary is not None and _is_answer(summary.get("example")):
         return cast("Mapping[str, Any]", summary["example"])

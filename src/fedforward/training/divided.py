@@ -60,7 +60,7 @@ def _few(counts: Sequence[Mapping[str, int]]) -> list[dict[str, int]]:
     kept = [label for label, _ in total.most_common(MOST_LABELS)]
     result = []
     for found in counts:
-        row = {label: 0 for label in kept}
+        row = dict.fromkeys(kept, 0)
         for label, number in found.items():
             name = str(label) if str(label) in row else OTHERS
             row[name] = row.get(name, 0) + number
