@@ -236,14 +236,13 @@ def _client_rounds(ledger: Ledger, rounds: int) -> ClientRounds | None:
     place = {client: n for n, client in enumerate(clients)}
     found = np.full((5, rounds, len(clients)), np.nan)
     took_part = np.zeros((rounds, len(clients)), np.bool_)
-    for number, client, figures in seen:
-        found[:, number, place[client]] = figures
+    for number, client, values in seen:
+        found[:, number, place[client]] = values
         took_part[number, place[client]] = True
     grid = None
     if active:
         blocks = len(next(iter(active.values())))
         none = np.full(blocks, np.nan)
         grid = np.stack([active[c] / counts[c] if c in active else none for c in clients], axis=1)
-    loss, rate, size, zeros, skipped = found
     numbers = np.array([examples[client] for client in clients], np.int64)
-    return ClientRounds(clients, loss, rate, size, zeros, skipped, took_part, numbers, grid)
+    return ClientRounds(clients, *found, took_part, numbers, grid)
