@@ -245,4 +245,14 @@ def _client_rounds(ledger: Ledger, rounds: int) -> ClientRounds | None:
         none = np.full(blocks, np.nan)
         grid = np.stack([active[c] / counts[c] if c in active else none for c in clients], axis=1)
     numbers = np.array([examples[client] for client in clients], np.int64)
-    return ClientRounds(clients, *found, took_part, numbers, grid)
+    return ClientRounds(
+        clients=clients,
+        loss=found[0],
+        rate=found[1],
+        size=found[2],
+        zeros=found[3],
+        skipped=found[4],
+        took_part=took_part,
+        examples=numbers,
+        active=grid,
+    )
