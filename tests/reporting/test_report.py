@@ -339,3 +339,17 @@ def test_a_browser_draws_it_without_overflow(
             "--virtual-time-budget=5000", (tmp_path / "probe.html").as_uri()]  # fmt: skip
     done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
     assert "beyond=0 tall=true pictures=true" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_demonstration_ends_with_the_path_of_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedforward.demo import run as demonstration
+
+    whole = demonstration.prepare
+    monkeypatch.setattr(demonstration, "prepare", lambda data: whole(data, rounds=1))
+    page = tmp_path / "d" / "report.html"
+    result = command("demo", "--out", tmp_path / "d")
+    assert result.code == 0, result
+    assert result.out.splitlines()[-1] == str(page)
+    assert "Partition of the training examples" in page.read_text(encoding="utf-8")
