@@ -48,8 +48,8 @@ def test_a_run_leaves_what_it_should(
     summary = carry_out(configure(), tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
-        "adapter", "clients.json", "config.toml", "environment.json", "ledger.head", "ledger.sqlite",
-        "lock", "loss.png", "metrics.jsonl", "plan.json", "summary.json",
+        "adapter", "clients.json", "config.toml", "environment.json", "ledger.head",
+        "ledger.sqlite", "lock", "loss.png", "metrics.jsonl", "plan.json", "summary.json",
     }  # fmt: skip
     assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
     needed = "method model tuned_parameters clients rounds local_steps heldout_loss seconds"

@@ -25,7 +25,7 @@ _WIDE = 30.0
 #: Rounds that are named one by one in the table of participation.
 _MOST_NAMED = 6
 #: Clients whose examples are drawn.
-_MOST_BARS = 24
+_MOST_BARS = 12
 
 
 def charts_of(record: RunRecord) -> list[Chart]:
