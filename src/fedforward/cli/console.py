@@ -187,6 +187,8 @@ class Display:
             self.heldout = "  held-out " + "  ".join(f"{n} {v}".strip() for n, v in values.items())
         training = line["training_loss"]
         losses = f"training {training:.3f}" if training is not None else "training not known"
+        if "epsilon" in line:
+            losses = f"epsilon {line['epsilon']:.3f} at delta {line['delta']:g}"
         text = f"round {done}/{total}  {losses}{self.heldout}"
         self.rich.update(self.task, description=text, total=total, completed=done)
         if self._plain and ("heldout_loss" in line or done == total):

@@ -7,11 +7,15 @@ no PyTorch.
 from collections.abc import Iterator
 from typing import Protocol
 
+from fedforward.config.privacy_rules import LOSS_RATES, with_privacy
 from fedforward.config.sections import (
+    DataSection,
     FederationSection,
+    LoraSection,
     MethodSection,
     ModelSection,
     PlanningSection,
+    PrivacySection,
     RunSection,
     ServerSection,
 )
@@ -27,8 +31,6 @@ from fedforward.methods.report_filters import build_filters
 
 #: Objectives that backpropagation can optimise.
 WITH_GRADIENT = ("loss", "choice")
-#: `method.client_rates` that follow the losses of clients.
-LOSS_RATES = ("loss", "loss-window")
 
 
 class SectionsRead(Protocol):
@@ -37,6 +39,21 @@ class SectionsRead(Protocol):
     @property
     def model(self) -> ModelSection:
         """The section `[model]`."""
+        ...
+
+    @property
+    def lora(self) -> LoraSection:
+        """The section `[lora]`."""
+        ...
+
+    @property
+    def data(self) -> DataSection:
+        """The section `[data]`."""
+        ...
+
+    @property
+    def privacy(self) -> PrivacySection:
+        """The section `[privacy]`."""
         ...
 
     @property
@@ -153,6 +170,8 @@ def rules(config: SectionsRead) -> Iterator[str]:
             "'fixed', 'random' or 'update-difference'"
         )
     yield from _automatic_rate(config, can)
+    if config.privacy.on:
+        yield from with_privacy(config, can, able(private=True))
     if config.federation.secure_sums:
         yield from _secure_sums(config, can)
 

@@ -18,6 +18,7 @@ from fedforward.config.sections import (
     MethodSection,
     ModelSection,
     PlanningSection,
+    PrivacySection,
     RunSection,
     ServerSection,
 )
@@ -35,6 +36,7 @@ class Config(Section):
     evaluation: EvaluationSection = EvaluationSection()
     federation: FederationSection = FederationSection()
     method: MethodSection = MethodSection()
+    privacy: PrivacySection = PrivacySection()
     server: ServerSection = ServerSection()
     planning: PlanningSection = PlanningSection()
     simulation: SimulationSection = SimulationSection()

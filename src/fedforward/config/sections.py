@@ -498,6 +498,58 @@ class MethodSection(Section):
         return self
 
 
+class PrivacySection(Section):
+    """[privacy], differential privacy of each client's examples; off without `clip`"""
+
+    clip: Positive | None = Field(
+        None,
+        description="C, most that one example's projected gradients of a step may be long together",
+    )
+    noise_multiplier: Positive | None = Field(
+        None, description="sigma: noise of a step's sum as a multiple of clip"
+    )
+    target_epsilon: Positive | None = Field(
+        None,
+        description="in place of noise_multiplier: epsilon of all federation.rounds together, from "
+        "which the noise follows",
+    )
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None, description="chance that epsilon does not hold; below 1 / examples"
+    )
+    examples: Count | None = Field(
+        None,
+        description="about how many examples a client has, as all may know; each is in a step's "
+        "sample with the chance method.batch_size / examples",
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether a run has noise."""
+        return self.clip is not None
+
+    @model_validator(mode="after")
+    def _all_or_nothing(self) -> "PrivacySection":
+        given = {name: value for name, value in self if value is not None}
+        if not given:
+            return self
+        for name in ("clip", "delta", "examples"):
+            if name not in given:
+                found = ", ".join(f"{key} = {value:g}" for key, value in given.items())
+                raise ValueError(f"{name} is missing beside {found}; set it, or leave all out")
+        if (self.noise_multiplier is None) == (self.target_epsilon is None):
+            raise ValueError(
+                "either noise_multiplier or target_epsilon must be given, and not both; the one "
+                "decides the other"
+            )
+        if self.delta is not None and self.examples is not None and self.delta * self.examples >= 1:
+            raise ValueError(
+                f"delta = {self.delta:g} is not below 1 / examples = {1 / self.examples:g}, and "
+                "would let one example be shown to all; use a smaller one, such as "
+                f"{0.1 / self.examples:.1g}"
+            )
+        return self
+
+
 class ServerSection(Section):
     """[server]"""
 

@@ -194,6 +194,14 @@ class LimitsSection(Section):
         description="sites that a sum of reports must be of at least before this one takes part: "
         "above 1 the terms must have federation.secure_sums",
     )
+    epsilon: Positive | None = Field(
+        None,
+        description="most that all rounds of a run may cost: terms without [privacy], or with a "
+        "larger epsilon, are refused",
+    )
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        1e-5, description="with epsilon: most that privacy.delta of terms may be"
+    )
     active_blocks: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
         None, description="blocks that this site can perturb at once; default all"
     )

@@ -19,6 +19,7 @@ from fedforward.core.batches import (
     PromptBatch,
     TokenBatch,
 )
+from fedforward.core.entropy import Entropy
 from fedforward.core.seeds import generator
 from fedforward.data.examples import Example, lengths, take
 
@@ -210,6 +211,36 @@ class Batches:
             order[begin : begin + len(part)] = batches[random.permutation(count)].ravel()
             begin += len(part)
         return order
+
+
+class PoissonSamples:
+    """Samples of one client's examples, each example drawn by itself; new ones at every look.
+
+    A sample is a list of batches of similar lengths, which are as large as `batch_size` at most.
+
+    Example:
+        >>> len(PoissonSamples(batches, SystemEntropy(), chance=0.0, said=100)[0])
+        0
+    """
+
+    def __init__(self, batches: Batches, entropy: Entropy, *, chance: float, said: int) -> None:
+        """`said` is told as the number of examples, in place of the true one."""
+        self.batches = batches
+        self.entropy = entropy
+        self.chance = chance
+        self.said = said
+
+    def __len__(self) -> int:
+        return self.said
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        """A sample; it does not depend on the step."""
+        examples = self.batches.examples
+        drawn = take(examples, self.entropy.chosen(len(examples), self.chance))
+        if not len(drawn):
+            return []
+        parts = by_length(drawn, self.batches.batch_size)
+        return [self.batches.collate(part) for part in parts]
 
 
 def by_length(examples: Sequence[Example], rows: int) -> list[Sequence[Example]]:

@@ -26,6 +26,7 @@ from fedforward.deployment.secure import sum_site
 from fedforward.evaluation import heldout as evaluation
 from fedforward.federation.client import Client, Replica
 from fedforward.federation.rate_search import line_search_batches
+from fedforward.federation.releases import Releases
 from fedforward.messages.envelope import (
     RUN_BYTES,
     Enrollment,
@@ -36,11 +37,12 @@ from fedforward.messages.envelope import (
 from fedforward.messages.refusal import Refusal, RefusalCode
 from fedforward.messages.task import Task
 from fedforward.methods.base import Method
+from fedforward.methods.privacy import Mechanism
 from fedforward.methods.report_filters import ReportFilter, build_filters
 from fedforward.models.base import CausalModel
 from fedforward.models.loading import longest_sequence
 from fedforward.training import build as experiment
-from fedforward.training.assembly import build_method
+from fedforward.training.assembly import build_method, guarantee_of, mechanism_of
 from fedforward.training.run_directory import strict, write_json
 
 if TYPE_CHECKING:
@@ -81,6 +83,8 @@ class Tuning:
         clients: the one that this site is, by the number that the server gave it.
         answered: how often each kind of message was answered that measures something.
         sums: masks reports, where the terms have secure sums.
+        mechanism: clipping and noise, where the terms have privacy.
+        releases: the rounds that were answered with noise, kept in a file.
     """
 
     run: bytes
@@ -94,6 +98,8 @@ class Tuning:
     identity: ModelIdentity
     filters: tuple[ReportFilter, ...] = ()
     sums: "SumSite | None" = None
+    mechanism: Mechanism | None = None
+    releases: Releases | None = None
     clients: dict[int, Client] = field(default_factory=dict)
     answered: Counter[MessageKind] = field(default_factory=Counter)
 
@@ -119,7 +125,13 @@ class Tuning:
                 collate=self.collate,
             )
             self.clients[number] = Client(
-                number, batches, self.replica, self.filters, sums=self.sums is not None
+                number,
+                batches,
+                self.replica,
+                self.filters,
+                sums=self.sums is not None,
+                mechanism=self.mechanism,
+                releases=self.releases,
             )
         return self.clients[number]
 
@@ -139,6 +151,10 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
         reader = experiment.corpus_reader(config)
         plan = experiment.resolve_plan(config)
         _check_classes(config)
+        mechanism = mechanism_of(config)
+        releases = _releases(run, settings) if mechanism is not None else None
+    with _refusing(RefusalCode.LIMITS):
+        _check_privacy(config, settings)
     with _refusing(RefusalCode.DATA):
         _check_conversation(config, reader, settings)
         _check_columns(config, reader, settings)
@@ -173,6 +189,8 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
         identity=experiment.identity(model, tokenizer),
         filters=filters,
         sums=sum_site(run, config),
+        mechanism=mechanism,
+        releases=releases,
     )
 
 
@@ -201,6 +219,34 @@ def _check_classes(config: Config) -> None:
             "in the terms or in the site.toml of this site: the names of the classes are sent, and "
             "none is taken from a site's data."
         )
+
+
+def _check_privacy(config: Config, settings: SiteConfig) -> None:
+    """Refuse terms that would spend more of the examples' privacy than this site allows."""
+    limits, found = settings.limits, guarantee_of(config)
+    if limits.epsilon is None:
+        return
+    if found is None:
+        raise FedForwardError(
+            f"The terms have no privacy.clip, and this site has limits.epsilon = "
+            f"{limits.epsilon:g}."
+        )
+    if found.delta > limits.delta:
+        raise FedForwardError(
+            f"privacy.delta = {found.delta:g} is above this site's limits.delta = {limits.delta:g}."
+        )
+    spent = found.epsilon(config.federation.rounds)
+    if spent > limits.epsilon:
+        raise FedForwardError(
+            f"{config.federation.rounds} rounds (federation.rounds) with this noise "
+            f"(privacy.noise_multiplier) have epsilon {spent:.3f}, above this site's "
+            f"limits.epsilon = {limits.epsilon:g}."
+        )
+
+
+def _releases(run: bytes, settings: SiteConfig) -> Releases:
+    """The rounds of a run that this site has answered with noise, before a restart as well."""
+    return Releases(home(settings.site.out) / "privacy" / f"{run.hex()}.json")
 
 
 def _check_conversation(config: Config, reader: CorpusReader, settings: SiteConfig) -> None:
@@ -341,10 +387,12 @@ class Site:
                 len(tuning.corpus.clients[0]),
                 tuning.model.layout.parameters,
             )
+        # With privacy how many there are is not told.
+        private, true = tuning.mechanism, len(tuning.corpus.clients[0])
         return Enrollment(
             name=self.settings.site.name,
             model=tuning.identity,
-            examples=len(tuning.corpus.clients[0]),
+            examples=true if private is None else private.examples,
             heldout=len(tuning.corpus.heldout),
             rounds=tuning.replica.rounds,
             active_blocks=self.settings.limits.active_blocks,

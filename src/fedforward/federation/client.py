@@ -7,19 +7,22 @@ has its own; in a simulation all clients share one, and only the first to catch 
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedforward.core.errors import MessageError
 from fedforward.core.steps import Evaluation, Probe
+from fedforward.data.sampler import Batches, PoissonSamples
+from fedforward.federation.releases import Releases
 from fedforward.federation.secure_sums import part_of
 from fedforward.messages.entry import Entry
 from fedforward.messages.report import DIGEST_BYTES, NO_FLOATS, Report
 from fedforward.messages.snapshot import Snapshot
 from fedforward.messages.task import Task
 from fedforward.methods.base import BatchStream, Method
+from fedforward.methods.privacy import Mechanism
 from fedforward.methods.report_filters import ReportFilter
 from fedforward.models.base import CausalModel
 
@@ -154,6 +157,8 @@ class Client:
     Attributes:
         filters: what is done to a report before it leaves, in this order.
         sums: whether it answers with a part of a sum, a `MaskedReport` without masks.
+        mechanism: that its scalars go through before it moves or reports; None is none.
+        releases: the rounds that it has answered with noise.
     """
 
     def __init__(
@@ -164,12 +169,17 @@ class Client:
         filters: Sequence[ReportFilter] = (),
         *,
         sums: bool = False,
+        mechanism: Mechanism | None = None,
+        releases: Releases | None = None,
     ) -> None:
+        """`batches` are `Batches` where there is a mechanism."""
         self.number = number
         self.batches = batches
         self.replica = replica
         self.filters = tuple(filters)
         self.sums = sums
+        self.mechanism = mechanism
+        self.releases = Releases() if releases is None else releases
 
     def answer(self, data: bytes) -> Generator[Sequence[Probe], Sequence[Evaluation], bytes]:
         """Do an encoded task; yields probes, is sent evaluations, returns the encoded report."""
@@ -179,6 +189,8 @@ class Client:
                 f"A task for client {task.client} was refused by client {self.number}."
             )
         self.sync(task)
+        if self.mechanism is not None:
+            return (yield from self._answer_once(task, self.mechanism))
         digest = self.replica.digest() if task.digest_wanted else b""
         searched = NO_FLOATS
         if task.line_search:
@@ -197,6 +209,33 @@ class Client:
         for apply in self.filters:
             report = apply(report)
         return method.with_scalars(report, report.gradients) if votes else report
+
+    def _answer_once(
+        self, task: Task, mechanism: Mechanism
+    ) -> Generator[Sequence[Probe], Sequence[Evaluation], bytes]:
+        """The report of a private round: a new one, or the one that was sent before."""
+        if task.line_search:
+            raise MessageError("A task with a line search was refused: these terms have [privacy].")
+        state = self.replica.digest()
+        report = self.releases.again(task, state)
+        if report is None:
+            report = yield from self._private_round(task, mechanism)
+            self.releases.note(task, state, report)
+        return replace(report, digest=state if task.digest_wanted else b"").encode()
+
+    def _private_round(
+        self, task: Task, mechanism: Mechanism
+    ) -> Generator[Sequence[Probe], Sequence[Evaluation], Report]:
+        """The method's round on noisy scalars of Poisson samples."""
+        method = mechanism.applied(self.replica.method)
+        samples = PoissonSamples(
+            cast(Batches, self.batches),
+            mechanism.entropy,
+            chance=mechanism.chance,
+            said=mechanism.examples,
+        )
+        report = yield from method.local_round(task, samples)
+        return self._filtered(report)
 
     def _search(
         self, task: Task

@@ -57,6 +57,8 @@ class Capabilities:
         votes: clients report signs alone, and their majority is the update: there are no sizes
             that rates could follow, and no rule to choose.
         sums: the server needs no more of a round than the sum of its reports' scalars.
+        private: clients may do a step with scalars that were clipped and got noise, and report
+            nothing else of their data.
     """
 
     forward_only: bool = True
@@ -69,6 +71,7 @@ class Capabilities:
     scales: bool = False
     votes: bool = False
     sums: bool = False
+    private: bool = False
 
     @property
     def state_is_whole(self) -> bool:

@@ -40,7 +40,7 @@ class DeComFL(Method):
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(
-        shared_directions=True, scales=True, sums=True
+        shared_directions=True, scales=True, sums=True, private=True
     )
 
     def seeds(self, round_number: int, client: int, payload: bytes = b"") -> NDArray[np.uint64]:

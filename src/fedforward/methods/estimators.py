@@ -103,6 +103,12 @@ class TwoPoint:
         gradients[~np.isfinite(gradients)] = np.nan
         return gradients, float(losses.mean())
 
+    def by_example(self, evaluations: Sequence[Evaluation]) -> NDArray[np.float64]:
+        """The same of each example's own mean loss, float64 [examples, n]."""
+        losses = _by_example(evaluations)
+        with np.errstate(invalid="ignore", over="ignore"):
+            return (losses[:, 0::2] - losses[:, 1::2]) / (2.0 * self.mu)
+
 
 @dataclass(frozen=True)
 class OneSided:
@@ -157,6 +163,13 @@ class OneSided:
         gradients[~np.isfinite(gradients)] = np.nan
         return gradients, float(losses.mean())
 
+    def by_example(self, evaluations: Sequence[Evaluation]) -> NDArray[np.float64]:
+        """The same of each example's own mean loss, float64 [examples, n]."""
+        losses = _by_example(evaluations)
+        with np.errstate(invalid="ignore", over="ignore"):
+            away = losses - losses.mean(axis=1, keepdims=True)
+            return np.asarray(away * (self.directions / (self.directions - 1) / self.mu))
+
 
 @dataclass(frozen=True)
 class FZOO:
@@ -208,6 +221,15 @@ class FZOO:
         spread = float(away.std(ddof=1))
         gradients = (away - losses[0]) / spread if spread else np.zeros(self.directions)
         return gradients.astype(np.float32), float(losses.mean())
+
+
+def _by_example(evaluations: Sequence[Evaluation]) -> NDArray[np.float64]:
+    """Mean losses, float64 [examples, probes], of probes on the same batch.
+
+    That of an example without a counted token is 0.
+    """
+    means = [part.sums / np.maximum(part.counts, 1) for part in evaluations]
+    return np.stack(means, axis=1)
 
 
 def _check_settings(directions: int, mu: float) -> None:

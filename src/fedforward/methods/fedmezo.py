@@ -29,7 +29,7 @@ class FedMeZO(Method):
         (3,)
     """
 
-    capabilities: ClassVar[Capabilities] = Capabilities(scales=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(scales=True, private=True)
 
     def seeds(self, round_number: int, client: int, payload: bytes = b"") -> NDArray[np.uint64]:
         """s_ih, new for each client and step."""

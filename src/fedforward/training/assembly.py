@@ -5,6 +5,7 @@ What a server across machines has, which holds no model: nothing here imports Py
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fedforward.config.schema import Config
@@ -14,6 +15,7 @@ from fedforward.core.registry import AGGREGATORS
 from fedforward.directions import VERSION, Distribution
 from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.ledger import Ledger
+from fedforward.federation.privacy import Guarantee, noise_for
 from fedforward.federation.rate_search import RateSearch
 from fedforward.federation.server import Allocate, ServerSettings
 from fedforward.federation.server_optimizer import ServerOptimizer
@@ -21,6 +23,7 @@ from fedforward.methods.aggregation import Aggregator
 from fedforward.methods.base import Method, method_class
 from fedforward.methods.estimators import build_estimator
 from fedforward.methods.parameters import check_parameters
+from fedforward.methods.privacy import Mechanism
 
 
 def build_method(config: Config) -> Method:
@@ -56,6 +59,59 @@ def quorum_of(config: Config) -> int:
     return max(federation.quorum, aggregator_of(config).least, least)
 
 
+def guarantee_of(config: Config) -> Guarantee | None:
+    """What decides the run's privacy; None without `[privacy]`.
+
+    Raises:
+        FedForwardError: no noise is enough for `privacy.target_epsilon`, or the accountant is not
+            installed.
+    """
+    privacy, method = config.privacy, config.method
+    if privacy.clip is None or privacy.delta is None or privacy.examples is None:
+        return None
+    given = Guarantee(
+        clip=privacy.clip,
+        noise_multiplier=privacy.noise_multiplier or 0.0,
+        delta=privacy.delta,
+        batch_size=method.batch_size,
+        examples=privacy.examples,
+        local_steps=method.local_steps,
+    )
+    steps = config.federation.rounds * method.local_steps
+    if privacy.target_epsilon is not None:
+        noise = noise_for(privacy.target_epsilon, given.chance, steps, given.delta)
+        return replace(given, noise_multiplier=noise)
+    # Without an accountant nothing begins.
+    given.epsilon(config.federation.rounds)
+    return given
+
+
+def mechanism_of(config: Config) -> Mechanism | None:
+    """Clipping and noise of every client, from the system's entropy; None without `[privacy]`.
+
+    Raises:
+        FedForwardError: as `guarantee_of`.
+    """
+    found = guarantee_of(config)
+    if found is None:
+        return None
+    return Mechanism(
+        clip=found.clip,
+        noise_multiplier=found.noise_multiplier,
+        expected=found.batch_size,
+        chance=found.chance,
+        examples=found.examples,
+    )
+
+
+def _privacy_of(config: Config) -> list[float] | None:
+    """What a ledger holds of its noise: C, σ, δ and q; None without."""
+    found = guarantee_of(config)
+    if found is None:
+        return None
+    return [found.clip, found.noise_multiplier, found.delta, found.chance]
+
+
 def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
     """What the ledger of a run is bound to: enough to replay it, and to refuse another's."""
     # The file with the initial A is known by its digest.
@@ -81,6 +137,7 @@ def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
         "initial_a": model.initial_a or None,
         "lora": lora,
         "secure_sums": config.federation.secure_sums or None,
+        "privacy": _privacy_of(config),
     }
 
 
@@ -104,6 +161,8 @@ def check_header(ledger: Ledger, header: dict[str, Any]) -> None:
                 "data": "the data are not those of the run, or have changed",
                 "classes": "the data have other classes than when the run started",
                 "lora": "the adapters are set up in another way",
+                "privacy": "the noise that its rounds have, with C, delta and chance of an example "
+                "(privacy, and federation.rounds for target_epsilon), is another",
                 "layout": "the model's tuned tensors are not those of the run",
                 "direction_version": "it was made with another version of the directions",
             }.get(key, f"its {key} differs")

@@ -16,6 +16,7 @@ from fedforward.core.errors import UpdateNotFiniteError
 from fedforward.federation.ledger import Ledger
 from fedforward.training import metrics
 from fedforward.training.advice import Adviser
+from fedforward.training.assembly import guarantee_of
 from fedforward.training.metrics import DivergenceError, ProgressCallback, RoundOutcome
 from fedforward.training.metrics_lines import with_metrics
 from fedforward.training.run_directory import RunDirectory, write_json
@@ -92,6 +93,7 @@ class Loop:
         self.summary: RunSummary | None = None
         self._rounding = metrics.RoundingWatch(config)
         self._adviser = Adviser(config)
+        self._guarantee = guarantee_of(config)
 
     def run(self) -> RunSummary:
         """Carry the run to its end, write the summary and close the ledger.
@@ -100,7 +102,7 @@ class Loop:
             DivergenceError: after the results so far have been written.
         """
         self._restore()
-        reason = metrics.reason_to_stop(self.config, self.lines)
+        reason = self._reason()
         while self.ledger.length < self.config.federation.rounds and not reason:
             began = self.clock()
             try:
@@ -109,8 +111,20 @@ class Loop:
                 reason = "diverged: the update of the next round was not finite"
                 break
             self._write_line(outcome, self.clock() - began)
-            reason = metrics.reason_to_stop(self.config, self.lines)
+            reason = self._reason()
         return self._finish(reason)
+
+    def _reason(self) -> str:
+        """Why the run ends here, or nothing."""
+        if words := metrics.reason_to_stop(self.config, self.lines):
+            return words
+        target, after = self.config.privacy.target_epsilon, self.ledger.length + 1
+        if self._guarantee is None or target is None or after > self.config.federation.rounds:
+            return ""
+        coming = self._guarantee.epsilon(after)
+        if coming <= target:
+            return ""
+        return f"privacy: one more round has epsilon {coming:.3f}, above target_epsilon {target:g}"
 
     def _restore(self) -> None:
         """Make the metrics agree with the ledger, and begin them if there are none."""
@@ -134,6 +148,9 @@ class Loop:
         if "passes" in line:
             known = (earlier["passes"] for earlier in reversed(self.lines) if "passes" in earlier)
             line["passes"] = round(line["passes"] + next(known, 0.0), 3)
+        if self._guarantee is not None:
+            line["epsilon"] = self._guarantee.epsilon(line["round"])
+            line["delta"] = self._guarantee.delta
         if self._due(line["round"]):
             self._evaluate_into(line)
         self.lines.append(line)

@@ -58,6 +58,8 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "learning_rates": _each(_number),
     "bytes": _traffic,
     "clients": _each(_count),
+    "epsilon": _finite,
+    "delta": _finite,
     "passes": _finite,
     "changed_share": _finite,
     "metrics": _each(_number_or_null),

@@ -149,8 +149,16 @@ class Run:
         self.server = self._build_server(allocate)
         batches = build.client_batches(config, self.corpus, self.collate)
         filters = build_filters(config.method.report_filters, "method.report_filters")
+        mechanism = assembly.mechanism_of(config)
         clients = [
-            Client(number, stream, self.replica, filters, sums=config.federation.secure_sums)
+            Client(
+                number,
+                stream,
+                self.replica,
+                filters,
+                sums=config.federation.secure_sums,
+                mechanism=mechanism,
+            )
             for number, stream in enumerate(batches)
         ]
         step = config.method.probes_per_step
