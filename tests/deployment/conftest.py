@@ -13,9 +13,9 @@ from fedforward.config import site as sites
 from fedforward.config.site import SiteConfig
 from fedforward.deployment import site as site_module
 from fedforward.deployment.secure import sum_site
-from fedforward.deployment.site import Tuning, build
+from fedforward.deployment.site import Tuning, build, releases_of
 from fedforward.federation.client import Replica
-from fedforward.training.assembly import build_method
+from fedforward.training.assembly import build_method, mechanism_of
 from tests.conftest import DEMO_MODEL
 from tests.support.coordinator import Undisturbed, World, configured, rounds
 
@@ -51,6 +51,8 @@ def models() -> Callable[..., Tuning]:
             clients={},
             answered=Counter(),
             sums=sum_site(run, config),
+            mechanism=mechanism_of(config),
+            releases=releases_of(run, config, settings),
         )
 
     return again

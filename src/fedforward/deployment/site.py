@@ -152,7 +152,7 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
         plan = experiment.resolve_plan(config)
         _check_classes(config)
         mechanism = mechanism_of(config)
-        releases = _releases(run, settings) if mechanism is not None else None
+        releases = releases_of(run, config, settings)
     with _refusing(RefusalCode.LIMITS):
         _check_privacy(config, settings)
     with _refusing(RefusalCode.DATA):
@@ -244,8 +244,16 @@ def _check_privacy(config: Config, settings: SiteConfig) -> None:
         )
 
 
-def _releases(run: bytes, settings: SiteConfig) -> Releases:
-    """The rounds of a run that this site has answered with noise, before a restart as well."""
+def releases_of(run: bytes, config: Config, settings: SiteConfig) -> Releases | None:
+    """The rounds of a run that this site has answered with noise, before a restart as well.
+
+    None without `[privacy]`.
+
+    Raises:
+        FedForwardError: the file that says so cannot be read.
+    """
+    if not config.privacy.on:
+        return None
     return Releases(home(settings.site.out) / "privacy" / f"{run.hex()}.json")
 
 
