@@ -168,3 +168,16 @@ def test_a_site_takes_terms_that_are_within_its_own(tmp_path: Path) -> None:
     answer = party(tmp_path, "a", limits__epsilon=50.0).answer(hello(terms))
     envelope = Envelope.decode(answer)
     assert envelope.kind is MessageKind.ENROLLMENT and envelope.json()["examples"] == 8
+
+
+def test_terms_may_have_aligned_adapters(tmp_path: Path) -> None:
+    """Whoever made A did so before: each site has the file."""
+    path = tmp_path / "run.toml"
+    path.write_text(
+        "method.learning_rate = 1e-3\n"
+        'lora.init = "aligned"\n'
+        'federation.weights = "equal"\n'
+        "privacy = {clip = 1.0, noise_multiplier = 1.0, delta = 1e-5, examples = 1000}\n",
+        encoding="utf-8",
+    )
+    assert sites.load_terms(path, []).privacy.on

@@ -232,7 +232,7 @@ def test_the_folder_of_a_server(copy: Path) -> None:
     """It has neither a model nor examples, and its sites have names."""
     config = (copy / "config.toml").read_text(encoding="utf-8")
     config = re.sub(r"(?m)^path = .*", 'path = "at-sites"', config, count=1)
-    from fedforward.config.site import AT_SITES
+    from fedforward.config.fields import AT_SITES
 
     config = config.replace('"at-sites"', json.dumps(AT_SITES))
     (copy / "config.toml").write_text(config, encoding="utf-8")

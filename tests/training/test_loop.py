@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedforward.config.fields import AT_SITES
 from fedforward.config.loading import validate
 from fedforward.config.schema import Config
-from fedforward.config.site import AT_SITES
 from fedforward.core.errors import UpdateNotFiniteError
 from fedforward.federation.ledger import Ledger, Round
 from fedforward.messages.entry import Contribution, Entry

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedforward.config.fields import AT_SITES
 from fedforward.config.schema import Config
-from fedforward.config.site import AT_SITES
 from fedforward.core.batches import Batch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.logs import PHASES

@@ -14,6 +14,8 @@ Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Chance = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+#: Stands in a server's configuration for what only sites have.
+AT_SITES = "(each site's own)"
 #: What a report or a ledger entry counts in 16 bits: clients, and the steps of a round.
 MOST_COUNTED = 65535
 PathText = Annotated[str, AfterValidator(as_path)]

@@ -6,6 +6,7 @@ Imports no PyTorch.
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from fedforward.config.fields import AT_SITES
 from fedforward.core.registry import ESTIMATORS
 from fedforward.methods.base import Capabilities
 
@@ -59,7 +60,8 @@ def with_privacy(config: "SectionsRead", can: Capabilities, able: str) -> Iterat
             "leave one of them out"
         )
     made = config.lora.init == "aligned" and config.lora.init_file is None
-    if made and config.data.public is None:
+    # Sites have a file, which is refused where it is not there.
+    if made and config.data.public is None and config.data.source != AT_SITES:
         yield (
             f"{key} does not cover the A that lora.init = 'aligned' makes of the training rows; "
             "name data.public or lora.init_file, or leave lora.init out"

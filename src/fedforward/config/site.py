@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from fedforward.config import rules
 from fedforward.config.fields import (
+    AT_SITES,
     MOST_COUNTED,
     Classes,
     Count,
@@ -28,8 +29,6 @@ from fedforward.config.template import example_of
 from fedforward.core.errors import FedForwardError
 from fedforward.messages.secure import MOST_SITES
 
-#: Stands in a server's configuration for what only sites have.
-AT_SITES = "(each site's own)"
 #: Keys that never travel: they are a site's own, the server's alone, or mean nothing across
 #: machines.
 _LOCAL = {

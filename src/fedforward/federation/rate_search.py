@@ -162,7 +162,7 @@ def plausible(rows: NDArray[np.float64]) -> NDArray[np.bool_]:
     rises = rows[:, 1:3] - rows[:, :1]
     away = np.abs(rises - np.median(rises, axis=0))
     chance = np.median(away, axis=0) + np.median(rows[:, 3]) * np.array([1.0, 2.0])
-    kept: NDArray[np.bool_] = (away <= OUTLIER * chance).all(axis=1)
+    kept: NDArray[np.bool_] = np.logical_and.reduce(away <= OUTLIER * chance, axis=1)
     return kept if kept.any() else np.ones(len(rows), np.bool_)
 
 

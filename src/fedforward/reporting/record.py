@@ -14,8 +14,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from fedforward.config.fields import AT_SITES
 from fedforward.config.schema import Config
-from fedforward.config.site import AT_SITES
 from fedforward.core.errors import FedForwardError
 from fedforward.core.files import parse_json
 from fedforward.federation.ledger import Ledger

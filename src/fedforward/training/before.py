@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from fedforward.config.fields import AT_SITES
 from fedforward.config.schema import Config
-from fedforward.config.site import AT_SITES
 from fedforward.core.errors import FedForwardError
 from fedforward.core.files import write_bytes
 from fedforward.core.paths import home

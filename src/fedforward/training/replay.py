@@ -7,8 +7,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedforward.config.fields import AT_SITES
 from fedforward.config.schema import Config
-from fedforward.config.site import AT_SITES
 from fedforward.core.errors import FedForwardError
 from fedforward.core.identity import ModelIdentity
 from fedforward.core.paths import (

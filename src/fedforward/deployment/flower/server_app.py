@@ -6,9 +6,10 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import ServerApp
 
+from fedforward.config.fields import AT_SITES
 from fedforward.config.loading import assign, parse_override, validate
 from fedforward.config.schema import Config
-from fedforward.config.site import AT_SITES, check_terms
+from fedforward.config.site import check_terms
 from fedforward.config.template import toml_value
 from fedforward.core.errors import FedForwardError
 from fedforward.deployment.coordinator import Coordinator
