@@ -180,6 +180,7 @@ def test_no_key_is_forgotten() -> None:
             },
             "method": {"mask", "density", "report_filters", "parameters"},
             "planning": {"weights"},
+            "privacy": {"clip", "noise_multiplier", "target_epsilon", "delta", "examples"},
         }
         assert set(part.model_fields) == known | optional.get(section, set()), section
 
