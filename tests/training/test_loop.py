@@ -71,6 +71,11 @@ class Runner:
         self.ledger.append(found.record)
         return found
 
+    def go_back(self, rounds: int) -> RoundOutcome:
+        record = Round(Entry(self.ledger.length, (), keeps=rounds), ())
+        self.ledger.append(record)
+        return RoundOutcome(record)
+
     def evaluate(self, rounds: int) -> dict[str, Any]:
         self.asked.append(rounds)
         loss = self.losses(rounds)

@@ -125,6 +125,11 @@ def rules(config: SectionsRead) -> Iterator[str]:
             f"steps of a round, and method.name = {method.name!r} writes rounds in a form of its "
             "own; leave them at 1, 1 and 0"
         )
+    if config.run.on_divergence == "rollback" and not can.replayable:
+        yield (
+            "run.on_divergence = 'rollback' makes an earlier state again from the ledger, and the "
+            f"one of method.name = {method.name!r} has no steps to replay; leave it at 'stop'"
+        )
     if can.votes:
         yield from _votes(config)
     if not can.blocks:

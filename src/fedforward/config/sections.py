@@ -655,6 +655,11 @@ class RunSection(Section):
     patience: Annotated[int, Field(ge=0)] = Field(
         0, description="evaluations without a lower held-out loss before stopping; 0 is never"
     )
+    on_divergence: Literal["stop", "rollback"] = Field(
+        "stop",
+        description='"rollback" takes back the rounds after the lowest held-out loss, goes on with '
+        "a third of the rate, and stops after five times",
+    )
     probes_per_call: Annotated[int, Field(ge=0)] = Field(
         0, description="most probes that share a forward pass; 0 chooses"
     )

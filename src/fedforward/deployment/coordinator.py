@@ -237,6 +237,13 @@ class Coordinator:
                 self._note_disbelieved()
         return self._outcome(record, len(asked))
 
+    def go_back(self, rounds: int) -> RoundOutcome:
+        """See `RoundRunner`: sites that hold a later round are sent the ledger from the base on."""
+        with errors_of_the_disk(self.directory.path):
+            record = self._server.go_back(rounds)
+        self.state.note_reset(self._server.reset)
+        return RoundOutcome(record)
+
     def _close_round(self, asked: Sequence[Participant]) -> Round:
         return self._server.close_round() if self._sums is None else self._sums.close(asked)
 

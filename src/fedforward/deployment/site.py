@@ -27,6 +27,7 @@ from fedforward.evaluation import heldout as evaluation
 from fedforward.federation.client import Client, Replica
 from fedforward.federation.rate_search import line_search_batches
 from fedforward.federation.releases import Releases
+from fedforward.messages.entry import takes_back
 from fedforward.messages.envelope import (
     RUN_BYTES,
     Enrollment,
@@ -472,7 +473,8 @@ def _check_bounds(task: Task, kind: MessageKind, tuning: Tuning) -> None:
     """
     config = tuning.config
     agreed, method = config.federation.rounds, config.method
-    last = agreed - 1 if kind is MessageKind.TASK else agreed
+    # After the last round there may be one that takes others back.
+    last = agreed - 1 if kind is MessageKind.TASK else agreed + 1
     if task.round > last:
         raise MessageError(f"Round {task.round + 1} was refused: the terms have {agreed}.")
     probes = method.local_steps * method.probes_per_step
@@ -497,6 +499,6 @@ def _first_missing(task: Task, rounds: int) -> int:
     """
     if task.reset or task.snapshot:
         return 0
-    if rounds > task.round:
+    if rounds > task.round or (takes_back(task.entries, rounds) and task.entries[0].round):
         return rounds + 1
     return task.entries[0].round if task.entries else task.round

@@ -5,6 +5,7 @@ The entry that the report leads to does not. It needs no model, and imports no P
 """
 
 import math
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,16 +36,25 @@ class Audit:
     """
 
     def __init__(
-        self, settings: RoundSettings, method: Method, *, examples_told: bool = False
+        self,
+        settings: RoundSettings,
+        method: Method,
+        remaining: Callable[[int], Iterable[Round]],
+        *,
+        examples_told: bool = False,
     ) -> None:
-        """`examples_told`: whether reports have the numbers of examples that weights were made of.
+        """Begin before the first round.
 
-        Sites across machines tell them when they enrol, and may tell others later.
+        Args:
+            remaining: those of the first n rounds that none of them takes back.
+            examples_told: whether reports have the numbers of examples that weights were made of.
+                Sites across machines tell them when they enrol, and may tell others later.
         """
         self.settings = settings
         self.method = method
         self.difference = ""
         self._maker = RoundMaker(settings, method)
+        self._remaining_rounds = remaining
         self._entries = type(method).kept is Method.kept
         self._rates = settings.rates.client_rates in _OF_ONE_CLIENT
         self._weights = settings.weights == "equal" or examples_told
@@ -65,13 +75,26 @@ class Audit:
         try:
             # Absurd numbers are to end in a sentence, not in warnings on the way.
             with np.errstate(all="ignore"):
-                words = self._compared(record)
-                self._maker.observe(record)
-                self._maker.remember(record)
+                if record.entry.goes_back:
+                    words = self._went_back(record)
+                else:
+                    words = self._compared(record)
+                    self._maker.observe(record)
+                    self._maker.remember(record)
         except (FedForwardError, ArithmeticError, ValueError) as error:
             words = f"its reports cannot be joined ({str(error).rstrip('.')})"
         if words:
             self.difference = f"round {record.entry.round}: {words}"
+
+    def _went_back(self, record: Round) -> str:
+        """What is wrong with a round that takes others back, in words; empty if nothing is."""
+        entry = record.entry
+        if record.results or record.total is not None:
+            return "it takes rounds back, and has reports"
+        if entry.keeps <= self._maker.last_return:
+            return f"it takes back round {self._maker.last_return}, which took others back"
+        self._maker.go_back(record, self._remaining_rounds(entry.round))
+        return ""
 
     def _compared(self, record: Round) -> str:
         """What of a round does not agree with its reports, in words; empty if all does."""

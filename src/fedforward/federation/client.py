@@ -17,7 +17,7 @@ from fedforward.core.steps import Evaluation, Probe
 from fedforward.data.sampler import Batches, PoissonSamples
 from fedforward.federation.releases import Releases
 from fedforward.federation.secure_sums import part_of
-from fedforward.messages.entry import Entry
+from fedforward.messages.entry import Entry, remaining, takes_back
 from fedforward.messages.report import DIGEST_BYTES, NO_FLOATS, Report
 from fedforward.messages.snapshot import Snapshot
 from fedforward.messages.task import Task
@@ -54,9 +54,18 @@ class Replica:
     def catch_up(self, entries: Sequence[Entry]) -> None:
         """Commit the entries that are not yet in the weights.
 
+        Where one takes back rounds that the weights contain, all begins again from the base.
+
         Raises:
             MessageError: entries are missing in between, or are not of this run's method.
         """
+        if takes_back(entries, self.rounds):
+            if entries[0].round:
+                raise MessageError(
+                    f"Ledger rounds from {entries[0].round} on were refused: they take back rounds "
+                    "that this client holds, so all rounds from 0 on are needed."
+                )
+            self.reset()
         due = [entry for entry in entries if entry.round >= self.rounds]
         for place, entry in enumerate(due):
             if entry.round != self.rounds + place:
@@ -66,7 +75,11 @@ class Replica:
                 )
         before = self.state.encode()
         try:
-            updates = [self.method.update(entry, self.state) for entry in due]
+            updates = [
+                self.method.update(entry, self.state)
+                for entry in remaining(due)
+                if not entry.goes_back
+            ]
         except Exception:
             # What the first entries changed would be changed again when they come again.
             self.state = self.method.new_state()
@@ -78,7 +91,7 @@ class Replica:
             # Some of the weights may have moved.
             self.reset()
             raise
-        self.rounds += len(updates)
+        self.rounds += len(due)
         # A snapshot comes with the last entry that is in it.
         if entries and entries[-1].round == self.rounds - 1:
             self.last_entry = entries[-1]

@@ -21,7 +21,7 @@ from fedforward.core.files import parse_json
 from fedforward.federation import ledger_file
 from fedforward.federation.ledger_head import Head, head_file, read_head, write_head
 from fedforward.messages.codec import Reader
-from fedforward.messages.entry import Entry
+from fedforward.messages.entry import Entry, remaining
 from fedforward.messages.report import ClientResult, decode_results
 from fedforward.messages.secure import Total
 
@@ -222,6 +222,11 @@ class Ledger:
         """Entries with what they were made from; see `entries`."""
         for number, entry, origin in self._rows("entry, origin", max(0, begin), end):
             yield self._decoded(number, entry, origin)
+
+    def remaining_rounds(self, end: int | None = None) -> Iterator[Round]:
+        """The rounds before `end` that no later one of them takes back, oldest first."""
+        kept = {entry.round for entry in remaining(self.entries(0, end))}
+        return (record for record in self.rounds(0, end) if record.entry.round in kept)
 
     def _decoded(self, number: int, entry: bytes, origin: bytes) -> Round:
         try:

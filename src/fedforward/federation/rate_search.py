@@ -266,6 +266,12 @@ class RateSearch:
             # Of logarithms, so that one round whose clients went astray counts for little.
             self.mean_square = known * (square / known) ** FRESH_SQUARE if known else square
 
+    def lower(self, factor: float) -> None:
+        """Take a part of the rate, and of the least one: rounds were taken back by the last one."""
+        self.rate *= factor
+        self._least = min(self._least, self.rate)
+        self.applied = 0.0
+
     @property
     def _fresh(self) -> float:
         """How much of the averages the coming round replaces."""

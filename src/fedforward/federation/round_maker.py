@@ -5,7 +5,7 @@ follows from the settings and the ledger. It knows scalars and seeds, and no wei
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +25,9 @@ from fedforward.messages.entry import Entry
 from fedforward.messages.report import ClientResult, Report
 from fedforward.messages.secure import Total
 from fedforward.methods.base import Method
+
+#: What learning rates are multiplied with whenever rounds are taken back.
+SLOWER = 1.0 / 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,32 +65,59 @@ class RoundMaker:
         rounds: that were taken in.
         state: what the method remembers.
         search: of the learning rate; None where it is given.
-        history: the last rounds, oldest first.
+        history: the last rounds, oldest first; none of those that were taken back.
+        last_return: the number of the last round that took others back; -1 if none did.
     """
 
     def __init__(self, settings: RoundSettings, method: Method) -> None:
         self.settings = settings
         self.method = method
-        self.rounds = 0
-        self.state: Any = method.new_state()
-        self.search = copy(settings.search)
-        self.history: list[Round] = []
         self._window = max(WINDOW, settings.optimizer.window)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.rounds = 0
+        self.state: Any = self.method.new_state()
+        self.search = copy(self.settings.search)
+        self.history: list[Round] = []
+        self.last_return = -1
+        self._slower = 1.0
         self._first: Round | None = None
         self._payload_before = b""
 
+    def go_back(self, record: Round, remaining: Iterable[Round]) -> None:
+        """Take in a round that takes others back.
+
+        Args:
+            remaining: rounds before it that no earlier one took back, oldest first.
+        """
+        self._begin()
+        kept = (earlier for earlier in remaining if earlier.entry.round < record.entry.keeps)
+        for earlier in kept:
+            self.observe(earlier)
+            self.remember(earlier)
+        self.remember(record)
+
     def observe(self, record: Round) -> None:
         """Take a round into what the method remembers."""
+        if record.entry.goes_back:
+            return
         self._payload_before = self.method.task_payload(self.state)
         self.method.observe(record.entry, record.results, self.state)
 
     def remember(self, record: Round) -> None:
         """Take in a round that was observed and is in the ledger."""
+        self.rounds = record.entry.round + 1
+        if record.entry.goes_back:
+            self.last_return = record.entry.round
+            self._slower *= SLOWER
+            if self.search is not None:
+                self.search.lower(SLOWER)
+            return
         if self.search is not None:
             self.search.observe(record)
         self._first = self._first or record
         self.history = [*self.history, record][-self._window :]
-        self.rounds += 1
 
     def multipliers(self, participants: Sequence[int]) -> dict[int, float]:
         """Each client's learning rate as the schedule and its score have it."""
@@ -111,6 +141,8 @@ class RoundMaker:
             # Known only when the first round's projected gradients are; that round stays where
             # it begins.
             factor *= self.search.factor(1.0) / max(1, len(multipliers))
+        else:
+            factor *= self._slower
         return {client: factor * rate for client, rate in multipliers.items()}
 
     def results(

@@ -93,7 +93,8 @@ class Server:
         self._digest_wanted = self._unproven = False
         self._own: tuple[int, bytes] = (-1, b"")
         self._read: tuple[int, dict[int, tuple[Entry, ...]]] = (0, {})
-        for record in ledger.rounds():
+        self._returns: list[Entry] = []
+        for record in ledger.remaining_rounds():
             self._maker.observe(record)
             self._remember(record)
         if not method.capabilities.replayable:
@@ -116,6 +117,10 @@ class Server:
 
     def _remember(self, record: Round) -> None:
         """Take in a round that is in the ledger."""
+        if record.entry.goes_back:
+            self._returns.append(record.entry)
+            # Sites that hold other rounds say so.
+            self.held = dict.fromkeys(self.held, record.entry.round + 1)
         for result in record.results:
             self.held[result.report.client] = record.entry.round
         self._maker.remember(record)
@@ -209,8 +214,9 @@ class Server:
             self.examples.append(examples)
         self.examples[client] = examples
         self.held[client] = min(rounds, self.round)
-        if rounds > self.round:
-            # It holds rounds that this ledger has not, so what it holds is another run's.
+        if rounds > self.round or any(e.keeps < rounds <= e.round for e in self._returns):
+            # It holds rounds that this ledger has not, so what it holds is another run's; or
+            # rounds that were taken back.
             self.reset.add(client)
 
     @property
@@ -450,6 +456,35 @@ class Server:
             raise QuorumError(str(error)) from error
         results = self._results([bare_report(part, self.examples[part.client]) for part in parts])
         return self._close(Round(self._maker.entry(results, total), tuple(results), total))
+
+    def go_back(self, rounds: int) -> Round:
+        """Take back all rounds after the first so many, as a round of its own.
+
+        Rates are a third from then on. Clients that hold any of those rounds start again from the
+        base. Of the rounds before an earlier return none can be taken back.
+
+        Raises:
+            ValueError: there are not so many rounds, or an earlier return is not among them.
+        """
+        if not self._maker.last_return < rounds <= self.round:
+            raise ValueError(
+                f"{rounds} rounds cannot be kept of {self.round}, of which round "
+                f"{self._maker.last_return} is the last that took others back"
+            )
+        record = Round(Entry(self.round, (), keeps=rounds), ())
+        before = list(self.held.items())
+        self.ledger.append(record)
+        self._maker.go_back(record, self.ledger.remaining_rounds(record.entry.round))
+        self._returns.append(record.entry)
+        self.snapshots.forget_after(rounds)
+        self._start_again(client for client, held in before if held > rounds)
+        self._reports, self._rates = {}, {}
+        return record
+
+    @property
+    def last_return(self) -> int:
+        """The number of the last round that took others back; -1 if none did."""
+        return self._maker.last_return
 
     def _check_quorum(self, reports: int, least: int = 1) -> None:
         needed = self.quorum if self.settings.secure_sums else min(self.quorum, len(self._rates))

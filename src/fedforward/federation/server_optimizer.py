@@ -48,12 +48,14 @@ class ServerOptimizer:
             for part in entry.contributions
         ]
         parts = list(fresh)
-        for age in range(1, min(self.window, len(history) + 1)):
-            factor = self.momentum**age
+        for back in range(1, min(self.window, len(history) + 1)):
+            factor, before = self.momentum**back, history[-back].entry
+            # Rounds that were taken back lie in between.
+            age = entry.round - before.round
             parts += [
                 replace(part, coefficients=_times(factor, part.coefficients), age=age)
-                for part in history[-age].entry.contributions
-                if not part.age and factor
+                for part in before.contributions
+                if not part.age and factor and age <= MAX_AGE
             ]
         return replace(entry, contributions=tuple(parts), decay=entry.decay * self.decay)
 
@@ -70,6 +72,8 @@ class ServerOptimizer:
         return sqrt(_mean_square(first) / now) if now else 1.0
 
 
+#: Rounds that an entry can look back.
+MAX_AGE = 2**16 - 1
 #: The clients' average as it is.
 PLAIN = ServerOptimizer()
 

@@ -99,6 +99,12 @@ class Snapshots:
             self.newest = None
             self.recipients.clear()
 
+    def forget_after(self, rounds: int) -> None:
+        """Drop a snapshot that holds more rounds than these: the others were taken back."""
+        if self.newest is not None and self.newest.rounds > rounds:
+            self.newest = None
+            self.recipients.clear()
+
     def shown(self, clients: Iterable[int]) -> None:
         """Note that clients have shown their state."""
         self.recipients -= set(clients)

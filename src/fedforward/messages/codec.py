@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fedforward.core.errors import MessageError
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 MAGIC = b"FF"
 HEADER = struct.Struct("<2sBB")
 #: A float64 beyond this does not fit float32.

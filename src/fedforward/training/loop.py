@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from fedforward.config.schema import Config
 from fedforward.core.errors import UpdateNotFiniteError
 from fedforward.federation.ledger import Ledger
+from fedforward.methods.base import method_class
 from fedforward.training import metrics
 from fedforward.training.advice import Adviser
 from fedforward.training.assembly import guarantee_of
@@ -29,6 +30,8 @@ from fedforward.training.summary import (
 )
 
 LOGGER = logging.getLogger("fedforward.training.loop")
+#: How often a run that has diverged goes back, before it stops.
+MOST_RETURNS = 5
 
 
 class RoundRunner(Protocol):
@@ -48,6 +51,10 @@ class RoundRunner(Protocol):
         Raises:
             UpdateNotFiniteError: the round's update is not finite; nothing was committed.
         """
+        ...
+
+    def go_back(self, rounds: int) -> RoundOutcome:
+        """Take back all rounds after the first so many, as a round of the ledger."""
         ...
 
     def evaluate(self, rounds: int) -> dict[str, Any]:
@@ -102,17 +109,44 @@ class Loop:
             DivergenceError: after the results so far have been written.
         """
         self._restore()
-        reason = self._reason()
+        reason = self._returned(self._reason())
         while self.ledger.length < self.config.federation.rounds and not reason:
-            began = self.clock()
-            try:
-                outcome = self.runner.run_round()
-            except UpdateNotFiniteError:
-                reason = "diverged: the update of the next round was not finite"
-                break
-            self._write_line(outcome, self.clock() - began)
-            reason = self._reason()
+            reason = self._returned(self._round())
         return self._finish(reason)
+
+    def _round(self) -> str:
+        """One round and its line; why the run ends here, or nothing."""
+        began = self.clock()
+        try:
+            outcome = self.runner.run_round()
+        except UpdateNotFiniteError:
+            return "diverged: the update of the next round was not finite"
+        self._write_line(outcome, self.clock() - began)
+        return self._reason()
+
+    def _returned(self, reason: str) -> str:
+        """Why the run ends here, unless it goes back to where it was best and on from there."""
+        if not reason.startswith("diverged") or self.config.run.on_divergence != "rollback":
+            return reason
+        if not isfinite(self.lines[0]["heldout_loss"]):
+            return reason
+        returns = [line["round"] for line in self.lines if "taken_back" in line]
+        if len(returns) == MOST_RETURNS:
+            return f"{reason}; it went back {MOST_RETURNS} times"
+        # Unless it is the coming round that could not be made, the last one is not good.
+        last = metrics.reason_to_stop(self.config, self.lines)
+        good = self.lines[:-1] if last else self.lines
+        rounds = max(metrics.best_round(self.config, good), *returns[-1:], 0)
+        LOGGER.warning(
+            "The run has %s. It goes back to what it was after round %d, and on with a third of "
+            "the learning rate.",
+            reason,
+            rounds,
+        )
+        began = self.clock()
+        outcome = self.runner.go_back(rounds)
+        self._write_line(outcome, self.clock() - began)
+        return ""
 
     def _reason(self) -> str:
         """Why the run ends here, or nothing."""
@@ -151,18 +185,24 @@ class Loop:
         if self._guarantee is not None:
             line["epsilon"] = self._guarantee.epsilon(line["round"])
             line["delta"] = self._guarantee.delta
-        if self._due(line["round"]):
+        if self._due(line["round"]) or "taken_back" in line:
             self._evaluate_into(line)
         self.lines.append(line)
         self.directory.append_metrics(line)
+        if "taken_back" not in line:
+            self._advise(outcome)
+        if self.progress is not None:
+            self.progress(line["round"], self.config.federation.rounds, line)
+
+    def _advise(self, outcome: RoundOutcome) -> None:
+        """Say what there is to change by the last line."""
+        line = self.lines[-1]
         if words := self._rounding.look(line):
             LOGGER.warning("%s", words)
-        if words := self._adviser.look(self.lines, outcome.record):
+        if words := self._adviser.look(metrics.remaining_lines(self.lines), outcome.record):
             more = line["round"] < self.config.federation.rounds
             more = more and not metrics.reason_to_stop(self.config, self.lines)
             LOGGER.warning("%s%s", words, " The run goes on." if more else "")
-        if self.progress is not None:
-            self.progress(line["round"], self.config.federation.rounds, line)
 
     def _due(self, done: int) -> bool:
         """Whether there is an evaluation after so many rounds."""
@@ -190,6 +230,13 @@ class Loop:
             raise DivergenceError(words)
         return summary
 
+    def _way_back(self) -> str:
+        """What else can be done about a run that has diverged."""
+        can = method_class(self.config.method.name).capabilities.replayable
+        if not can or self.config.run.on_divergence == "rollback":
+            return ""
+        return " --resume run.on_divergence=rollback goes back to the lowest held-out loss."
+
     def _divergence(self, reason: str) -> str:
         """Why the run has diverged and what to do, in one sentence; empty if it has not."""
         if not isfinite(self.lines[0]["heldout_loss"]):
@@ -209,5 +256,5 @@ class Loop:
         return (
             f"The run {reason} after round {self.lines[-1]['round']}. {advice} "
             "method.local_steps, or average more method.directions. Everything up to here is in "
-            f"{self.directory.path}."
+            f"{self.directory.path}.{self._way_back()}"
         )

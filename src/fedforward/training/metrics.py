@@ -118,6 +118,8 @@ def round_line(outcome: RoundOutcome, seconds: float) -> dict[str, Any]:
     }
     if outcome.traffic is not None:
         line["bytes"] = _known(outcome.traffic)
+    if record.entry.goes_back:
+        line["taken_back"] = record.entry.round - record.entry.keeps
     if attendance is not None and (attendance.reported < attendance.asked or attendance.late):
         line["clients"] = _known(attendance)
     if outcome.passes:
@@ -182,12 +184,43 @@ def _larger(mu: float, dtype: str) -> float:
     return usual if mu < usual else 10 * mu
 
 
+def remaining_lines(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of rounds that no later one took back, without those that took others back."""
+    found: list[dict[str, Any]] = []
+    for line in lines:
+        if "taken_back" not in line:
+            found.append(line)
+            continue
+        while found[-1]["round"] >= line["round"] - line["taken_back"]:
+            found.pop()
+    return found
+
+
+def best_round(config: Config, lines: Sequence[dict[str, Any]]) -> int:
+    """The number of rounds after which what a run optimises was best; the latest of equals.
+
+    Rounds that were taken back are left out; one that took others back has the value of those that
+    stayed.
+    """
+    stayed = {line["round"] for line in remaining_lines(lines)}
+    values = {
+        line["round"]: heldout_objective(config.objective, line)
+        for line in lines
+        if "heldout_loss" in line and (line["round"] in stayed or "taken_back" in line)
+    }
+    finite = {number: value for number, value in values.items() if math.isfinite(value)}
+    return min(finite, key=lambda number: (finite[number], -number), default=0)
+
+
 def reason_to_stop(config: Config, lines: Sequence[dict[str, Any]]) -> str:
     """Why a run ends before its last round, or nothing.
 
     Args:
         lines: of the base model and of each round so far.
     """
+    if "taken_back" in lines[-1]:
+        return ""
+    lines = remaining_lines(lines)
     if len(lines) == 1:
         return ""
     if words := _persists(_training_diverged, config, lines):

@@ -138,7 +138,8 @@ def rebuild(
         identity = experiment.identity(model)
         check_header(ledger, ledger_header(config, identity))
         method = build_method(config)
-        audit = _audit(config, identity, method, at_sites=kept.model.path == AT_SITES)
+        at_sites = kept.model.path == AT_SITES
+        audit = _audit(config, identity, method, ledger, at_sites=at_sites)
         replay = RoundReplay(ledger, count, Replica(model, method), audit)
         replay.run(directory.read_metrics(count), on_round)
         return Rebuilt(
@@ -223,8 +224,11 @@ def _base_model(
     return model, tokenizer
 
 
-def _audit(config: Config, identity: ModelIdentity, method: Method, *, at_sites: bool) -> Audit:
-    return Audit(server_settings(config, identity, ()), method, examples_told=not at_sites)
+def _audit(
+    config: Config, identity: ModelIdentity, method: Method, ledger: Ledger, *, at_sites: bool
+) -> Audit:
+    settings = server_settings(config, identity, ())
+    return Audit(settings, method, ledger.remaining_rounds, examples_told=not at_sites)
 
 
 def _with_base(directory: RunDirectory, config: Config, base: str | None) -> Config:

@@ -6,7 +6,7 @@ from fedforward.federation.audit import Audit
 from fedforward.federation.client import Replica
 from fedforward.federation.ledger import Ledger, Round
 from fedforward.federation.state_file import read_state
-from fedforward.messages.entry import Entry
+from fedforward.messages.entry import Entry, takes_back
 from fedforward.messages.snapshot import Snapshot
 from fedforward.training.metrics import RoundOutcome, round_line
 from fedforward.training.run_directory import strict
@@ -56,7 +56,7 @@ class RoundReplay:
         for record in self.ledger.rounds(0, self.count + 1):
             claimed = {r.report.digest for r in record.results if r.report.digest}
             if replayable and (claimed or len(due) == _AT_ONCE):
-                self.replica.catch_up(due)
+                self._catch_up(due)
                 due = []
                 self._compare(record.entry.round, claimed)
             if record.entry.round == self.count:
@@ -67,9 +67,15 @@ class RoundReplay:
                 due.append(record.entry)
             on_round(record.entry.round + 1, self.count)
         if replayable:
-            self.replica.catch_up(due)
+            self._catch_up(due)
             return
         self._restore()
+
+    def _catch_up(self, due: list[Entry]) -> None:
+        """Commit the next entries; from the base on where they take back what is committed."""
+        if takes_back(due, self.replica.rounds):
+            due = list(self.ledger.entries(0, due[-1].round + 1))
+        self.replica.catch_up(due)
 
     def _compare_line(self, record: Round, lines: Lines) -> None:
         """Compare a round with its line of metrics, if there is one."""

@@ -27,6 +27,7 @@ from fedforward.evaluation import heldout as evaluation
 from fedforward.federation.client import Client, Replica
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import Server
+from fedforward.messages.entry import takes_back
 from fedforward.messages.snapshot import Snapshot
 from fedforward.methods.report_filters import build_filters
 from fedforward.models.base import CausalModel
@@ -370,6 +371,15 @@ class Run:
             LOGGER.warning("%s", words)
         return replace(outcome, changed_share=self.model.changed_share, passes=passes)
 
+    def go_back(self, rounds: int) -> RoundOutcome:
+        """See `RoundRunner`."""
+        record = self.server.go_back(rounds)
+        self.catch_up()
+        for client in range(len(self.server.examples)):
+            # All of them work on the one replica.
+            self.server.arrived(client)
+        return RoundOutcome(record, changed_share=self.model.changed_share)
+
     def catch_up(self, rounds: int | None = None) -> None:
         """Bring the shared replica to so many rounds of the ledger, or to its end."""
         if not self.method.capabilities.replayable:
@@ -378,8 +388,10 @@ class Run:
                 self.replica.restore(Snapshot(self.ledger.length, b"", b"", data))
             return
         last = self.ledger.length if rounds is None else rounds
-        entries = self.ledger.entries(self.replica.rounds)
-        self.replica.catch_up([entry for entry in entries if entry.round < last])
+        entries = list(self.ledger.entries(self.replica.rounds, last))
+        if takes_back(entries, self.replica.rounds):
+            entries = list(self.ledger.entries(0, last))
+        self.replica.catch_up(entries)
 
     def evaluate(self, rounds: int) -> dict[str, Any]:
         """The held-out figures at the model's weights, which are those after `rounds` rounds.

@@ -36,7 +36,12 @@ from fedforward.training.folder_lock import COORDINATOR_LOCK, HOLDER, LOCK, Fold
 from fedforward.training.metrics_lines import read_line
 
 #: Keys that may change on resume: no committed step depends on them.
-FREE_KEYS = {"run.patience", "run.evaluate_every", "run.activation_cache"}
+FREE_KEYS = {
+    "run.patience",
+    "run.evaluate_every",
+    "run.activation_cache",
+    "run.on_divergence",
+}
 #: What a start that was cut short may leave behind; nothing has been computed yet.
 _FIRST_FILES = {LOCK, HOLDER, COORDINATOR_LOCK, f"{COORDINATOR_LOCK}.json"} | {
     name + ending
