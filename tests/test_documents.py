@@ -27,6 +27,7 @@ from fedforward.core.identity import ModelIdentity
 from fedforward.core.logs import PHASES
 from fedforward.core.registry import (
     AGGREGATORS,
+    CALLBACKS,
     ESTIMATORS,
     METHODS,
     OBJECTIVES,
@@ -54,7 +55,15 @@ check_prose = runpy.run_path(str(ROOT / "scripts/check_prose.py"))
 #: What follows `fedforward.` in the groups of entry points, which are no modules but methods.
 ENTRY_POINTS = {
     registry.group.partition(".")[2]
-    for registry in (METHODS, ESTIMATORS, OBJECTIVES, AGGREGATORS, REPORT_FILTERS, RUNTIMES)
+    for registry in (
+        METHODS,
+        ESTIMATORS,
+        OBJECTIVES,
+        AGGREGATORS,
+        REPORT_FILTERS,
+        RUNTIMES,
+        CALLBACKS,
+    )
 }
 LOGGERS = {PHASES.name}
 #: Endings of files that look like keys of a section: `run.toml`, `federation.py`.

@@ -655,6 +655,11 @@ class RunSection(Section):
     patience: Annotated[int, Field(ge=0)] = Field(
         0, description="evaluations without a lower held-out loss before stopping; 0 is never"
     )
+    callbacks: list[str] = Field(
+        [],
+        description='who is told of the figures of each round: "csv", "tensorboard", "wandb", or '
+        "of a package of your own",
+    )
     on_divergence: Literal["stop", "rollback"] = Field(
         "stop",
         description='"rollback" takes back the rounds after the lowest held-out loss, goes on with '

@@ -175,6 +175,15 @@ OBJECTIVES = Registry(
         "rougeL": "fedforward.evaluation.objectives:ROUGE_L",
     },
 )
+CALLBACKS = Registry(
+    "callback",
+    "fedforward.callbacks",
+    {
+        "csv": "fedforward.training.callbacks:CsvFile",
+        "tensorboard": "fedforward.training.callbacks:TensorBoard",
+        "wandb": "fedforward.training.callbacks:WeightsAndBiases",
+    },
+)
 RUNTIMES = Registry(
     "runtime", "fedforward.runtimes", {"flower": "fedforward.deployment.flower.runtime:RUNTIME"}
 )

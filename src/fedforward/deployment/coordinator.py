@@ -35,6 +35,7 @@ from fedforward.messages.envelope import Enrollment, Envelope, MessageKind, enco
 from fedforward.messages.refusal import Refusal
 from fedforward.planning.allocator import BlockAllotment
 from fedforward.training import assembly
+from fedforward.training.callbacks import Callbacks
 from fedforward.training.loop import Loop
 from fedforward.training.metrics import Attendance, RoundOutcome, Traffic
 from fedforward.training.run_directory import RunDirectory, errors_of_the_disk
@@ -88,6 +89,7 @@ class Coordinator:
         self.sleep = sleep
         self.directory = RunDirectory(path)
         self.state = CoordinatorState(self.directory)
+        self.callbacks = Callbacks(config.run.callbacks)
         config = self.config = self.state.open(config, resume)
         hello = encode_json({"terms": terms(config)})
         self.participants = Participants(transport, self.state, hello, clock)
@@ -138,7 +140,14 @@ class Coordinator:
         if self.config.federation.secure_sums:
             self._sums = sum_rounds(self.config, self.participants, self.server, self._poll)
         self.admission.admit(self.server)
-        self.loop = Loop(self.config, self.directory, ledger, self, clock=self.clock)
+        self.loop = Loop(
+            self.config,
+            self.directory,
+            ledger,
+            self,
+            callbacks=self.callbacks,
+            clock=self.clock,
+        )
 
     @property
     def _server(self) -> Server:

@@ -44,6 +44,7 @@ from fedforward.models.base import CausalModel
 from fedforward.models.loading import longest_sequence
 from fedforward.training import build as experiment
 from fedforward.training.assembly import build_method, guarantee_of, mechanism_of
+from fedforward.training.model_card import write_card
 from fedforward.training.run_directory import strict, write_json
 
 if TYPE_CHECKING:
@@ -434,6 +435,7 @@ class Site:
         kept = folder / ("adapter" if tuning.config.model.tune == "lora" else "model")
         tuning.model.save(kept)
         progress = self._progress(tuning)
+        write_card(kept, tuning.config, rounds=progress["rounds"], state_digest=progress["digest"])
         write_json(folder / "state.json", {"run": tuning.run.hex(), **progress})
         LOGGER.info("the run is over after %d rounds: wrote %s", task.round, kept)
         return MessageKind.METRICS, encode_json(progress)

@@ -18,6 +18,7 @@ from fedforward.methods.base import method_class
 from fedforward.training import metrics
 from fedforward.training.advice import Adviser
 from fedforward.training.assembly import guarantee_of
+from fedforward.training.callbacks import Callbacks
 from fedforward.training.metrics import DivergenceError, ProgressCallback, RoundOutcome
 from fedforward.training.metrics_lines import with_metrics
 from fedforward.training.run_directory import RunDirectory, write_json
@@ -87,6 +88,7 @@ class Loop:
         runner: RoundRunner,
         *,
         progress: ProgressCallback | None = None,
+        callbacks: Callbacks | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`clock` gives seconds."""
@@ -95,9 +97,11 @@ class Loop:
         self.ledger = ledger
         self.runner = runner
         self.progress = progress
+        self.callbacks = Callbacks(config.run.callbacks) if callbacks is None else callbacks
         self.clock = clock
         self.lines: list[dict[str, Any]] = []
         self.summary: RunSummary | None = None
+        self._restored = False
         self._rounding = metrics.RoundingWatch(config)
         self._adviser = Adviser(config)
         self._guarantee = guarantee_of(config)
@@ -109,10 +113,14 @@ class Loop:
             DivergenceError: after the results so far have been written.
         """
         self._restore()
-        reason = self._returned(self._reason())
-        while self.ledger.length < self.config.federation.rounds and not reason:
-            reason = self._returned(self._round())
-        return self._finish(reason)
+        self.callbacks.begin(self.config, self.directory.path, self.lines)
+        try:
+            reason = self._returned(self._reason())
+            while self.ledger.length < self.config.federation.rounds and not reason:
+                reason = self._returned(self._round())
+            return self._finish(reason)
+        finally:
+            self.callbacks.end()
 
     def _round(self) -> str:
         """One round and its line; why the run ends here, or nothing."""
@@ -176,6 +184,7 @@ class Loop:
             self._write_line(outcome, 0.0)
         if self._due(self.lines[-1]["round"]):
             self._evaluate_last()
+        self._restored = True
 
     def _write_line(self, outcome: RoundOutcome, seconds: float) -> None:
         line = metrics.round_line(outcome, self.lines[-1]["seconds"] + seconds)
@@ -189,6 +198,8 @@ class Loop:
             self._evaluate_into(line)
         self.lines.append(line)
         self.directory.append_metrics(line)
+        if self._restored:
+            self.callbacks.line(line)
         if "taken_back" not in line:
             self._advise(outcome)
         if self.progress is not None:

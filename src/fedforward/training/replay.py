@@ -34,6 +34,7 @@ from fedforward.training.assembly import (
     ledger_header,
     server_settings,
 )
+from fedforward.training.model_card import write_card
 from fedforward.training.round_replay import RoundCallback, RoundReplay
 from fedforward.training.run_directory import RunDirectory
 from fedforward.training.saved import compare
@@ -349,6 +350,8 @@ def export(
             f"{path} does not agree with its ledger: {rebuilt.differences[0]}. See `fedforward "
             f"verify {path}`."
         )
+    digest = rebuilt.model.digest().hex()
+    merged_in = isinstance(rebuilt.model, LoraModel) and merge
     if isinstance(rebuilt.model, LoraModel) and merge:
         merged = rebuilt.model.merge()
         merged.save_pretrained(str(out))
@@ -356,4 +359,14 @@ def export(
         copy_processor(merged.name_or_path, out)
     else:
         rebuilt.model.save(out)
+    directory = RunDirectory(path)
+    write_card(
+        out,
+        directory.config(),
+        rounds=rebuilt.rounds,
+        whole=merged_in,
+        state_digest=digest,
+        ledger_digest=rebuilt.chain.hex(),
+        summary=directory.summary_of(rebuilt.chain.hex()),
+    )
     return out

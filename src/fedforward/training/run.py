@@ -43,9 +43,11 @@ from fedforward.planning.memory.growth import (
 )
 from fedforward.planning.memory.tracker import before_and_peak, peak_bytes
 from fedforward.training import activation_cache, assembly, build, summary
+from fedforward.training.callbacks import Callbacks
 from fedforward.training.divided import write_divided
 from fedforward.training.loop import Loop
 from fedforward.training.metrics import ProgressCallback, RoundOutcome
+from fedforward.training.model_card import write_card
 from fedforward.training.plots import draw
 from fedforward.training.run_directory import RunDirectory, errors_of_the_disk
 from fedforward.training.simulation import LocalRuntime
@@ -88,6 +90,7 @@ class Run:
         self.config = config
         self.directory = RunDirectory(out)
         self.progress = progress
+        self.callbacks = Callbacks(config.run.callbacks)
         self._initial_a: PinnedFile | None = None
         self.directory.lock()
         try:
@@ -185,13 +188,29 @@ class Run:
         """
         with self.directory.locked(), errors_of_the_disk(self.directory.path):
             self._measure_memory()
-            loop = Loop(self.config, self.directory, self.ledger, self, progress=self.progress)
+            loop = Loop(
+                self.config,
+                self.directory,
+                self.ledger,
+                self,
+                progress=self.progress,
+                callbacks=self.callbacks,
+            )
             try:
                 return loop.run()
             finally:
                 # A run that has diverged has results as well.
                 if loop.summary is not None:
-                    draw(self.directory.plot, loop.lines, loop.summary.to_json())
+                    content = loop.summary.to_json()
+                    draw(self.directory.plot, loop.lines, content)
+                    write_card(
+                        self.directory.tuned(self.config),
+                        self.config,
+                        rounds=loop.summary.rounds,
+                        state_digest=content["state_digest"],
+                        ledger_digest=loop.summary.ledger_digest,
+                        summary=content,
+                    )
 
     def _describe_plan(self) -> str:
         """How probes are grouped and trajectories kept, with the cost, in words."""

@@ -41,6 +41,7 @@ FREE_KEYS = {
     "run.evaluate_every",
     "run.activation_cache",
     "run.on_divergence",
+    "run.callbacks",
 }
 #: What a start that was cut short may leave behind; nothing has been computed yet.
 _FIRST_FILES = {LOCK, HOLDER, COORDINATOR_LOCK, f"{COORDINATOR_LOCK}.json"} | {
@@ -283,6 +284,11 @@ class RunDirectory:
             # Where no site gave its state, there is none.
             if content[name] != value and (name != "state_digest" or content[name] is not None)
         ]
+
+    def summary_of(self, ledger_digest: str) -> dict[str, Any] | None:
+        """The summary, if there is one and it is of the ledger's state with this chain hash."""
+        content = self._summary() if self.summary.is_file() else {}
+        return content if content.get("ledger_digest") == ledger_digest else None
 
     def _rounds_measured(self) -> int:
         return len(self.read_metrics(sys.maxsize - 1)) - 1
