@@ -333,6 +333,14 @@ def verify(
     init_file: InitFileOption = None,
     mask_file: MaskFileOption = None,
     rounds: RoundOption = None,
+    seen: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--seen",
+            help="seen/RUN.json of a site's folder: was it sent this ledger? May be repeated",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Rebuild the tuned parameters from base and ledger, and say whether every bit agrees."""
@@ -344,11 +352,15 @@ def verify(
 
         from fedforward.training import replay
 
-        result = replay.verify(run, model, progress.count, adapter, init_file, mask_file, rounds)
+        result = replay.verify(
+            run, model, progress.count, adapter, init_file, mask_file, rounds, seen or ()
+        )
     if as_json:
         print(json.dumps(asdict(result), indent=2))
     elif not result.differences:
         say(out_console, "\n".join(_verified(result)))
+        for file in seen or ():
+            say(out_console, f"{file}: that site was sent this ledger")
     if result.differences:
         raise FedForwardError(f"{run} does not verify: " + "; ".join(result.differences) + ".")
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedforward.config.schema import Config, sections_of
@@ -27,6 +28,7 @@ from fedforward.evaluation import heldout as evaluation
 from fedforward.federation.client import Client, Replica
 from fedforward.federation.rate_search import line_search_batches
 from fedforward.federation.releases import Releases
+from fedforward.federation.witness import Seen, Witness, read_witness
 from fedforward.messages.entry import takes_back
 from fedforward.messages.envelope import (
     RUN_BYTES,
@@ -179,6 +181,9 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
             *build_filters(config.method.report_filters, "method.report_filters"),
             *build_filters(settings.site.filters, "site.filters"),
         )
+    with _refusing(RefusalCode.TERMS):
+        replica = Replica(model, method)
+        replica.known = seen_before(run, settings)
     return Tuning(
         run=run,
         terms=terms,
@@ -186,7 +191,7 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
         corpus=corpus,
         collate=collate,
         heldout=heldout,
-        replica=Replica(model, method),
+        replica=replica,
         method=method,
         identity=experiment.identity(model, tokenizer),
         filters=filters,
@@ -244,6 +249,21 @@ def _check_privacy(config: Config, settings: SiteConfig) -> None:
             f"(privacy.noise_multiplier) have epsilon {spent:.3f}, above this site's "
             f"limits.epsilon = {limits.epsilon:g}."
         )
+
+
+def seen_file(settings: SiteConfig, run: bytes) -> Path:
+    """Where a site keeps what it has seen of a run."""
+    return home(settings.site.out) / "seen" / f"{run.hex()}.json"
+
+
+def seen_before(run: bytes, settings: SiteConfig) -> dict[int, Seen]:
+    """What this site has seen of a run before it was started.
+
+    Raises:
+        FedForwardError: the file that says so cannot be read.
+    """
+    path = seen_file(settings, run)
+    return read_witness(path).seen if path.exists() else {}
 
 
 def releases_of(run: bytes, config: Config, settings: SiteConfig) -> Releases | None:
@@ -359,7 +379,23 @@ class Site:
         _check_bounds(task, kind, tuning)
         if _first_missing(task, tuning.replica.rounds) > tuning.replica.rounds:
             return MessageKind.OUT_OF_SYNC, encode_json({"rounds": tuning.replica.rounds})
-        return answers[kind](tuning, task, body)
+        answer = answers[kind](tuning, task, body)
+        self._note_seen(tuning)
+        return answer
+
+    def _note_seen(self, tuning: Tuning) -> None:
+        """Keep what this site was sent of the ledger, for the time after a restart and for others.
+
+        A write that a power failure undoes is of no harm: less was seen then.
+        """
+        seen, known = tuning.replica.seen, tuning.replica.known
+        before = known.get(seen.begin)
+        if not seen.rounds or (before is not None and before.rounds >= seen.rounds):
+            return
+        known[seen.begin] = seen
+        path = seen_file(self.settings, tuning.run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, Witness(tuning.run.hex(), known).to_json())
 
     def enroll(self, envelope: Envelope) -> Enrollment:
         """Build what a HELLO asks for, and say what this site has in common with others.

@@ -17,6 +17,7 @@ from fedforward.core.steps import Evaluation, Probe
 from fedforward.data.sampler import Batches, PoissonSamples
 from fedforward.federation.releases import Releases
 from fedforward.federation.secure_sums import part_of
+from fedforward.federation.witness import Seen
 from fedforward.messages.entry import Entry, remaining, takes_back
 from fedforward.messages.report import DIGEST_BYTES, NO_FLOATS, Report
 from fedforward.messages.snapshot import Snapshot
@@ -35,6 +36,8 @@ class Replica:
         method: knows what a ledger entry does to them.
         rounds: ledger rounds that the weights contain.
         state: what the method remembers.
+        seen: what it was sent of the ledger.
+        known: what was seen before, by the round where it begins; other entries are refused.
         last_entry: the last round that the weights contain; None before one, or if it came in a
             snapshot alone.
     """
@@ -45,6 +48,8 @@ class Replica:
         self.method = method
         self.rounds = 0
         self.state: Any = method.new_state()
+        self.seen = Seen(0, 0)
+        self.known: dict[int, Seen] = {}
         self.last_entry: Entry | None = None
         self._digest: tuple[int, bytes] = (-1, b"")
         if method.capabilities.from_base:
@@ -73,6 +78,7 @@ class Replica:
                     f"Ledger round {entry.round} was refused: this client has "
                     f"{self.rounds + place} rounds, so the ones in between are missing."
                 )
+        seen = self._recognised(due)
         before = self.state.encode()
         try:
             updates = [
@@ -92,6 +98,7 @@ class Replica:
             self.reset()
             raise
         self.rounds += len(due)
+        self.seen = seen
         # A snapshot comes with the last entry that is in it.
         if entries and entries[-1].round == self.rounds - 1:
             self.last_entry = entries[-1]
@@ -107,8 +114,21 @@ class Replica:
         self.model.reset()
         self.rounds = 0
         self.state = self.method.new_state()
+        self.seen = Seen(0, 0)
         self.last_entry = None
         self._digest = (-1, b"")
+
+    def _recognised(self, entries: Sequence[Entry]) -> Seen:
+        """What was seen with the next entries, which are those that were seen before."""
+        found, known = self.seen, self.known.get(self.seen.begin)
+        for found in self.seen.each(entries):
+            if known is not None and found.rounds == known.rounds and found != known:
+                raise MessageError(
+                    f"Ledger rounds {known.begin} to {known.rounds - 1} were refused: they are not "
+                    "those that this site was sent before. The server has another history of this "
+                    "run now."
+                )
+        return found
 
     def snapshot(self) -> Snapshot:
         """The tuned state as another client can take it over."""
@@ -130,6 +150,7 @@ class Replica:
             self.reset()
             raise
         self.rounds = snapshot.rounds
+        self.seen = Seen(snapshot.rounds, snapshot.rounds)
         self.last_entry = None
         if (snapshot.data or snapshot.digest) and self.model.digest() != snapshot.digest:
             self.reset()

@@ -3,6 +3,7 @@
 Both rebuild the tuned state from the base model and the ledger alone.
 """
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from fedforward.config.fields import AT_SITES
 from fedforward.config.schema import Config
 from fedforward.core.errors import FedForwardError
+from fedforward.core.files import read_object
 from fedforward.core.identity import ModelIdentity
 from fedforward.core.paths import (
     absolute_text,
@@ -22,6 +24,8 @@ from fedforward.core.paths import (
 from fedforward.federation.audit import Audit
 from fedforward.federation.client import Replica
 from fedforward.federation.ledger import Ledger
+from fedforward.federation.witness import differences as differences_of
+from fedforward.federation.witness import read_witness
 from fedforward.methods.base import Method, method_class
 from fedforward.models.base import CausalModel
 from fedforward.models.folders import copy_processor
@@ -266,6 +270,7 @@ def verify(
     init_file: str | None = None,
     mask_file: str | None = None,
     rounds: int | None = None,
+    witnesses: Sequence[str | Path] = (),
 ) -> Verification:
     """Rebuild the tuned state and compare it, bit for bit, with all that the run left.
 
@@ -280,14 +285,17 @@ def verify(
         init_file: see `rebuild`.
         mask_file: see `rebuild`.
         rounds: see `rebuild`.
+        witnesses: files in which sites have kept what they were sent of the ledger.
 
     Raises:
-        FedForwardError: this is not a run, or its ledger or base model cannot be used.
+        FedForwardError: this is not a run, or its ledger, base model or a file of a site cannot be
+            used.
     """
     directory = RunDirectory(Path(path))
     config = directory.config()
+    unseen = _unseen(directory, witnesses)
     rebuilt = rebuild(directory, base, on_round, adapter, init_file, mask_file, rounds)
-    differences = list(rebuilt.differences)
+    differences = [*unseen, *rebuilt.differences]
     digest = rebuilt.model.digest().hex()
     found = {"state_digest": digest, "ledger_digest": rebuilt.chain.hex()}
     recorded, words = directory.compare_summary(rebuilt.rounds, found)
@@ -310,6 +318,22 @@ def verify(
         unchecked=list(rebuilt.unchecked),
         differences=differences,
     )
+
+
+def _unseen(directory: RunDirectory, files: Sequence[str | Path]) -> list[str]:
+    """A sentence for each file of a site that has seen another ledger than this run's."""
+    if not files:
+        return []
+    found = []
+    known = [read_witness(Path(file)) for file in files]
+    federation = directory.path / "federation.json"
+    own = read_object(federation, "Only a run across machines has sites.").get("run")
+    with closing(Ledger(directory.ledger, read_only=True)) as ledger:
+        for file, witness in zip(files, known, strict=True):
+            if witness.run != own:
+                raise FedForwardError(f"{file} is of run {witness.run}, and this is {own}.")
+            found += [f"{file}: {words}" for words in differences_of(ledger, witness)]
+    return found
 
 
 def export(
