@@ -36,3 +36,19 @@ def test_the_study_of_robustness_runs_and_goes_on(tmp_path: Path) -> None:
     page = (folder / "robustness.md").read_text("utf-8")
     assert "| `decomfl` | records | 0.05 | 0.417 | 0.100 | 76 % |" in page
     assert (folder / "robustness.png").stat().st_size > 1000
+
+
+def test_the_study_of_settings_runs(tmp_path: Path) -> None:
+    script = ROOT / "studies" / "settings.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--quick", "--group", "rate", "--out", str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    _, row = (tmp_path / "settings.csv").read_text("utf-8").splitlines()
+    group, setting, seed, start, end, *_ = row.split(",")
+    assert (group, setting, seed) == ("rate", "0.003", "0") and float(end) < float(start)
+    assert "| 0.003 | 1 |" in (tmp_path / "settings.md").read_text("utf-8")
