@@ -2,12 +2,16 @@
 
 import json
 import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedforward.config import site as sites
+from fedforward.core.errors import FedForwardError
 from fedforward.deployment import site as site_module
 from fedforward.deployment.site import Site, Tuning, build
 from fedforward.federation.ledger import Ledger
@@ -17,6 +21,7 @@ from fedforward.messages.refusal import RefusalCode
 from fedforward.messages.report import Report
 from tests.deployment.test_site_secrets import hello, refusal
 from tests.methods.test_privacy import Seeded
+from tests.support.command_line import command
 from tests.support.coordinator import ALL, KilledError
 from tests.support.sites import party, run_toml
 
@@ -74,32 +79,142 @@ def test_a_whole_run_and_what_leaves_its_sites(world: Any) -> None:
     ]
 
 
-def test_reports_depend_on_data_only_through_the_mechanism(
-    world: Any, monkeypatch: pytest.MonkeyPatch
+def sent(
+    world: Any, changed: Callable[[list[dict[str, str]]], None], **changes: Any
+) -> list[tuple[str, MessageKind, bytes]]:
+    """All that sites send in a whole run, on rows that a function has changed."""
+    found = world(**(PRIVATE | changes))
+    for name in "abc":
+        text = (found.path / f"{name}.jsonl").read_text(encoding="utf-8")
+        rows = [json.loads(row) for row in text.splitlines()]
+        changed(rows)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        settings = found.inside[name].settings
+        Path(settings.data.source).write_text(text, encoding="utf-8")
+        found.inside[name] = Site(settings)
+    found.transport.inside.update(found.inside)
+    found.run()
+    return list(found.transport.answers)
+
+
+def unchanged(rows: list[dict[str, str]]) -> None:
+    """Leave rows as they are."""
+
+
+def others(rows: list[dict[str, str]]) -> None:
+    """Other answers in all rows, held-out ones among them."""
+    for row in rows:
+        row["answer"] = "quite another answer than before"
+
+
+def one_less(rows: list[dict[str, str]]) -> None:
+    """The last row goes; which rows are held out changes with it."""
+    del rows[-1]
+
+
+@pytest.mark.parametrize("changed", [others, one_less])
+def test_nothing_depends_on_rows_but_through_the_mechanism(
+    world: Any, monkeypatch: pytest.MonkeyPatch, changed: Any
 ) -> None:
-    """With the same draws and a bound of nearly nothing, other data send the same bytes."""
+    """With the same draws and a bound of nearly nothing, other rows send the same bytes."""
     seeded(monkeypatch)
     # Each site reads its own rows anew.
     monkeypatch.setattr(site_module, "build", build)
-    tiny = PRIVATE | {"privacy__clip": 1e-30, "privacy__noise_multiplier": 1e12}
-    first = world(**tiny)
-    first.run()
-    bodies = {(name, body) for name, kind, body in first.transport.answers if kind == kind.REPORT}
-    assert len(bodies) == 12
-    second = world(**tiny)
-    for name in "abc":
-        text = (second.path / f"{name}.jsonl").read_text(encoding="utf-8")
-        rows = [json.loads(row) for row in text.splitlines()]
-        for row in rows:
-            row["answer"] = "quite another answer than before"
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        settings = second.inside[name].settings
-        Path(settings.data.source).write_text(text, encoding="utf-8")
-        second.inside[name] = Site(settings)
-    second.transport.inside.update(second.inside)
-    second.run()
-    others = {(name, body) for name, kind, body in second.transport.answers if kind == kind.REPORT}
-    assert bodies == others
+    tiny = {"privacy__clip": 1e-30, "privacy__noise_multiplier": 1e12}
+    first, second = (sent(world, how, **tiny) for how in (unchanged, changed))
+    assert Counter(kind for _, kind, _ in first)[MessageKind.REPORT] == 12
+    assert Counter(kind for _, kind, _ in first)[MessageKind.METRICS] >= 9
+    assert first == second
+
+
+def test_with_a_bound_that_lets_rows_speak_only_the_gradients_do(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first round's reports are equal in every byte but those of the scalars."""
+    seeded(monkeypatch)
+    monkeypatch.setattr(site_module, "build", build)
+    reports = [
+        [
+            Report.decode(body)
+            for _, kind, body in sent(world, how, federation__rounds=1)
+            if kind is MessageKind.REPORT
+        ]
+        for how in (unchanged, others)
+    ]
+    assert len(reports[0]) == 3
+    for one, other in zip(*reports, strict=True):
+        assert (one.gradients != other.gradients).any()
+        assert replace(one, gradients=other.gradients).encode() == other.encode()
+
+
+def test_figures_of_held_out_rows_stay_at_the_sites(world: Any, tmp_path: Path) -> None:
+    found = world(**PRIVATE)
+    summary = found.run()
+    for kind in (MessageKind.METRICS, MessageKind.ENROLLMENT):
+        bodies = [json.loads(body) for _, what, body in found.transport.answers if what is kind]
+        assert bodies
+        for body in bodies:
+            assert "heldout_loss" not in body and "metrics" not in body
+            assert {body.get("heldout", 0), body.get("tokens", 0)} == {0}
+    assert summary["heldout_loss"] is None and summary["rounds"] == 4
+    assert all("heldout_loss" not in line for line in found.lines)
+    assert found.status["heldout_loss"] is None
+    page = command("report", found.out, "--out", tmp_path / "page.html")
+    assert page.code == 0, page
+    assert "withheld" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_private_run_goes_on_without_figures(world: Any) -> None:
+    found = world(**PRIVATE)
+
+    def kill(name: str, message: Envelope, answer: Any) -> Any:
+        if message.kind is MessageKind.EVALUATION and found.round == 2:
+            raise KilledError
+        return answer()
+
+    found.transport.hook = kill
+    found.killed()
+    summary = found.run(resume=True)
+    assert set(found.digests().values()) == {summary["state_digest"]}
+    assert [line["round"] for line in found.lines] == [0, 1, 2, 3, 4]
+    # A first line that says neither is no line.
+    file = found.out / "metrics.jsonl"
+    file.write_text(file.read_text("utf-8").replace(', "withheld": true', "", 1), "utf-8")
+    assert found.run(resume=True)["state_digest"] == summary["state_digest"]
+    assert found.lines[0]["withheld"] is True
+
+
+def test_figures_are_sent_where_the_terms_and_the_site_have_it_so(
+    world: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = world(**PRIVATE, privacy__heldout="plain")
+    assert found.run()["heldout_loss"]["end"] > 0.0
+    terms = sites.terms(
+        run_toml(tmp_path, *OVERRIDES, "privacy.delta=1e-5", "privacy.heldout=plain")
+    )
+    refused = refusal(party(tmp_path, "a", limits__epsilon=50.0).answer(hello(terms)))
+    assert refused.code is RefusalCode.LIMITS and "privacy.heldout" in refused.keys
+    assert "sends figures of held-out rows without noise" in caplog.text
+
+
+def test_a_site_that_sends_what_it_should_withhold_is_told_from_the_others(world: Any) -> None:
+    found = world(**PRIVATE)
+
+    def hook(name: str, message: Envelope, answer: Any) -> bytes:
+        data = Envelope.decode(answer())
+        if data.kind is MessageKind.METRICS and name == "c":
+            body = json.dumps({**data.json(), "heldout_loss": 0.5}).encode()
+            data = replace(data, body=body)
+        return data.encode()
+
+    found.transport.hook = hook
+    assert found.run()["heldout_loss"] is None
+    assert "should have withheld" in found.of("c")["note"]
+
+
+def test_patience_needs_figures(tmp_path: Path) -> None:
+    with pytest.raises(FedForwardError, match=r"run.patience = 3 .*privacy.heldout"):
+        run_toml(tmp_path, *OVERRIDES, "privacy.delta=1e-5", "run.patience=3")
 
 
 def test_a_server_that_starts_again_gets_the_report_that_was_drawn(world: Any) -> None:

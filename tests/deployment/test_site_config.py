@@ -186,7 +186,14 @@ def test_no_key_is_forgotten() -> None:
             },
             "method": {"mask", "density", "report_filters", "parameters"},
             "planning": {"weights"},
-            "privacy": {"clip", "noise_multiplier", "target_epsilon", "delta", "examples"},
+            "privacy": {
+                "clip",
+                "noise_multiplier",
+                "target_epsilon",
+                "delta",
+                "examples",
+                "heldout",
+            },
         }
         assert set(part.model_fields) == known | optional.get(section, set()), section
 

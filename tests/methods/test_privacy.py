@@ -20,13 +20,13 @@ from fedforward.methods.privacy import Mechanism
 
 
 class Seeded:
-    """Draws that a test can make again."""
+    """Draws that a test can make again; noise does not depend on how many rows there are."""
 
     def __init__(self, seed: int = 0) -> None:
-        self.generator = np.random.default_rng(seed)
+        self.generator, self.samples = np.random.default_rng(seed), np.random.default_rng(seed)
 
     def chosen(self, count: int, chance: float) -> NDArray[np.int64]:
-        return np.flatnonzero(self.generator.random(count) < chance)
+        return np.flatnonzero(self.samples.random(count) < chance)
 
     def normal(self, count: int) -> NDArray[np.float64]:
         return self.generator.standard_normal(count)

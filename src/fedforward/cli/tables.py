@@ -37,7 +37,8 @@ def heldout_values(
 
 def _changes(summary: dict[str, Any]) -> list[tuple[str, Any]]:
     """Losses and metrics of a run with their values before and after, what is optimised first."""
-    rows = [("held-out loss", summary["heldout_loss"])]
+    loss = summary["heldout_loss"]
+    rows = [] if loss is None else [("held-out loss", loss)]
     metrics = {n: value for n, value in summary["metrics"].items() if n != "loss"}
     if summary["objective"] in LOSSES and summary["objective"] in metrics:
         name = summary["objective"]

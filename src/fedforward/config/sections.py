@@ -522,14 +522,26 @@ class PrivacySection(Section):
         "sample with the chance method.batch_size / examples",
     )
 
+    heldout: Literal["withheld", "plain"] = Field(
+        "withheld",
+        description="what sites across machines send of their held-out rows: nothing, or figures "
+        "without noise",
+    )
+
     @property
     def on(self) -> bool:
         """Whether a run has noise."""
         return self.clip is not None
 
+    @property
+    def withholds(self) -> bool:
+        """Whether figures of held-out rows stay at the sites."""
+        return self.on and self.heldout == "withheld"
+
     @model_validator(mode="after")
     def _all_or_nothing(self) -> "PrivacySection":
-        given = {name: value for name, value in self if value is not None}
+        numbers = ("clip", "noise_multiplier", "target_epsilon", "delta", "examples")
+        given = {name: value for name, value in self if name in numbers and value is not None}
         if not given:
             return self
         for name in ("clip", "delta", "examples"):

@@ -295,6 +295,11 @@ def check_terms(config: Config, origin: str) -> None:
             f"data.public = {config.data.public!r} is read by `fedforward align` and `mask`, "
             "before the run. Leave it out."
         )
+    if config.privacy.withholds and config.run.patience:
+        problems.append(
+            f"run.patience = {config.run.patience} waits for held-out figures, and [privacy] "
+            "withholds them (privacy.heldout). Leave it out."
+        )
     if config.evaluation.source is not None:
         problems.append(
             f"evaluation.source = {config.evaluation.source!r}: sites evaluate on their own "

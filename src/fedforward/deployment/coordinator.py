@@ -195,7 +195,10 @@ class Coordinator:
             self._sums.accept(participant, reply)
         elif asked is not MessageKind.REJECT:
             metrics = SiteMetrics.decode(reply.json())
-            if asked is MessageKind.EVALUATION and not metrics.complete(self.config.metrics):
+            if self.config.privacy.withholds:
+                if not metrics.withheld:
+                    raise MessageError("Metrics were refused that a site should have withheld.")
+            elif asked is MessageKind.EVALUATION and not metrics.complete(self.config.metrics):
                 raise MessageError(
                     f"Metrics of {', '.join(metrics.metrics) or 'nothing'} were refused where "
                     f"{', '.join(('loss', *self.config.metrics))} were asked for."
@@ -384,7 +387,7 @@ class Coordinator:
                 self._wait("waiting for a site to evaluate the base model" + site)
             self.what = "evaluating the base model"
             found = self._evaluate(MessageKind.EVALUATION, self._evaluators())
-            if "heldout_loss" in found:
+            if "heldout_loss" in found or "withheld" in found:
                 return found
         if self._disagreement:
             raise QuorumError(self._disagreement)
@@ -424,6 +427,8 @@ class Coordinator:
         replies = self._agreeing(evaluators)
         if not replies:
             return {}
+        if self.config.privacy.withholds:
+            return {"withheld": True, "state_digest": replies[0].digest}
         return {**combined(replies), "state_digest": replies[0].digest}
 
     def _agreeing(self, evaluators: Sequence[Participant]) -> list[SiteMetrics]:

@@ -238,6 +238,11 @@ def _check_privacy(config: Config, settings: SiteConfig) -> None:
             f"The terms have no privacy.clip, and this site has limits.epsilon = "
             f"{limits.epsilon:g}."
         )
+    if not config.privacy.withholds:
+        raise FedForwardError(
+            f"privacy.heldout = {config.privacy.heldout!r} sends figures of held-out rows without "
+            f"noise, and this site has limits.epsilon = {limits.epsilon:g}."
+        )
     if found.delta > limits.delta:
         raise FedForwardError(
             f"privacy.delta = {found.delta:g} is above this site's limits.delta = {limits.delta:g}."
@@ -439,7 +444,7 @@ class Site:
             name=self.settings.site.name,
             model=tuning.identity,
             examples=true if private is None else private.examples,
-            heldout=len(tuning.corpus.heldout),
+            heldout=0 if tuning.config.privacy.withholds else len(tuning.corpus.heldout),
             rounds=tuning.replica.rounds,
             active_blocks=self.settings.limits.active_blocks,
         )
@@ -463,7 +468,8 @@ class Site:
         tuning.client(task.client).sync(task)
         measured = evaluation.measure(tuning.model, tuning.heldout)
         LOGGER.info("after round %d: held-out loss %.4f", task.round, measured["heldout_loss"])
-        return MessageKind.METRICS, encode_json(strict({**self._progress(tuning), **measured}))
+        sent = {} if tuning.config.privacy.withholds else measured
+        return MessageKind.METRICS, encode_json(strict({**self._progress(tuning), **sent}))
 
     def _keep(self, tuning: Tuning, task: Task, body: bytes) -> tuple[MessageKind, bytes]:
         tuning.client(task.client).sync(task)
@@ -477,11 +483,12 @@ class Site:
         return MessageKind.METRICS, encode_json(progress)
 
     def _progress(self, tuning: Tuning) -> dict[str, Any]:
+        told = not tuning.config.privacy.withholds
         return {
             "rounds": tuning.replica.rounds,
             "digest": tuning.model.digest().hex(),
-            "examples": len(tuning.corpus.heldout),
-            "tokens": tuning.answer_tokens(),
+            "examples": len(tuning.corpus.heldout) if told else 0,
+            "tokens": tuning.answer_tokens() if told else 0,
         }
 
 

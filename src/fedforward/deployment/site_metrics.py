@@ -60,6 +60,11 @@ class SiteMetrics:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise MessageError(f"Metrics were refused: {error!r} in them.") from error
 
+    @property
+    def withheld(self) -> bool:
+        """Whether it says nothing of held-out rows."""
+        return self.loss is None and not self.metrics
+
     def complete(self, names: Sequence[str]) -> bool:
         """Whether the loss and these metrics are there, and no others."""
         return self.loss is not None and set(self.metrics) == set(names)

@@ -30,7 +30,7 @@ _MOST_BARS = 12
 
 def charts_of(record: RunRecord) -> list[Chart]:
     """Every chart of a run that there are figures for."""
-    found = [_loss(record), *_metrics(record)]
+    found = [*_loss(record), *_metrics(record)]
     if record.clients is not None:
         found += _of_clients(record, record.clients)
     found += _partition(record)
@@ -70,7 +70,7 @@ def _drawn(series: Sequence[Series]) -> list[Series]:
     return [each for each in series if any(map(isfinite, each.y))]
 
 
-def _loss(record: RunRecord) -> Chart:
+def _loss(record: RunRecord) -> Iterator[Chart]:
     """Held-out and training loss, of what is optimised if that is a loss."""
     objective = record.config.objective
     name = objective if objective in LOSSES else "loss"
@@ -78,7 +78,8 @@ def _loss(record: RunRecord) -> Chart:
     if objective in LOSSES:
         series.insert(0, _training(record))
     what = "cross-entropy of label words" if name == "choice" else "nats per answer token"
-    return line_chart("Loss", _drawn(series), "round", what)
+    if "withheld" not in record.lines[0] or _drawn(series):
+        yield line_chart("Loss", _drawn(series), "round", what)
 
 
 def _metrics(record: RunRecord) -> Iterator[Chart]:

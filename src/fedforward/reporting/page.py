@@ -157,7 +157,7 @@ def _view(record: RunRecord, name: str, verified: str) -> RunView:
 def _change(record: RunRecord, name: str) -> str:
     values = [value for value in heldout(record, name).y if isfinite(value)]
     if not values:
-        return "not finite"
+        return "withheld" if "withheld" in record.lines[0] else "not finite"
     first, last = values[0], values[-1]
     relative = f" ({100 * (last / first - 1):+.1f} %)" if first > 0 and len(values) > 1 else ""
     return f"{number(first)} → {number(last)}{relative}"

@@ -63,7 +63,8 @@ class RoundRunner(Protocol):
 
         Returns:
             `heldout_loss` and what else belongs in the metrics line; after 0 rounds `example` may
-            be among it. Without `heldout_loss` where there are no figures, or none yet.
+            be among it. Without `heldout_loss` where there are no figures, or none yet; with
+            `withheld` where there will be none.
         """
         ...
 
@@ -175,7 +176,7 @@ class Loop:
         )
         while not self.lines:
             figures = self.runner.evaluate(0)
-            if "heldout_loss" in figures:
+            if "heldout_loss" in figures or "withheld" in figures:
                 self.lines = [{"round": 0, "example": None, **figures, "seconds": 0.0}]
         self.directory.rewrite_metrics(self.lines)
         # A kill between a round and its line loses the line, never the round. What is written
@@ -226,7 +227,7 @@ class Loop:
 
     def _evaluate_last(self) -> None:
         """Measure the last line where that is missing."""
-        if "heldout_loss" not in self.lines[-1]:
+        if not {"heldout_loss", "withheld"} & self.lines[-1].keys():
             self._evaluate_into(self.lines[-1])
             self.directory.rewrite_metrics(self.lines)
 
@@ -250,7 +251,7 @@ class Loop:
 
     def _divergence(self, reason: str) -> str:
         """Why the run has diverged and what to do, in one sentence; empty if it has not."""
-        if not isfinite(self.lines[0]["heldout_loss"]):
+        if not isfinite(self.lines[0].get("heldout_loss", 0.0)):
             return (
                 f"The loss of the base model itself is not a number: the weights of model.path = "
                 f"{self.config.model.path!r} are damaged, or model.dtype = "

@@ -255,7 +255,7 @@ def _persists(
     if not words or config.method.learning_rate != "auto":
         return words
     final = lines[-1]["round"] >= config.federation.rounds
-    if final or not math.isfinite(lines[0]["heldout_loss"]):
+    if final or not math.isfinite(lines[0].get("heldout_loss", 0.0)):
         return words
     ends = range(len(lines), len(lines) - PERSISTENT, -1)
     return words if all(end > 1 and diverged(config, lines[:end]) for end in ends) else ""
@@ -263,13 +263,14 @@ def _persists(
 
 def _training_diverged(config: Config, lines: Sequence[dict[str, Any]]) -> str:
     """Why a run has diverged by its last line's training loss, or nothing."""
-    line, start = lines[-1], _decisive(lines[0], "heldout_loss")
+    line = lines[-1]
     steps = config.method.local_steps * len(line["learning_rates"])
     if line["skipped_steps"] >= steps:
         return "diverged: no step of the last round had a finite loss"
-    if line["training_loss"] is None:
+    if line["training_loss"] is None or "heldout_loss" not in lines[0]:
         # Sites may withhold their losses.
         return ""
+    start = _decisive(lines[0], "heldout_loss")
     told = [entry["training_loss"] for entry in lines[1:] if entry["training_loss"] is not None]
     rounds = -(-LEAST_EXAMPLES // (steps * config.method.batch_size))
     if len(told) < rounds:

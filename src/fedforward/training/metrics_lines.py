@@ -65,8 +65,9 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "metrics": _each(_number_or_null),
     "medians": _each(_number_or_null),
     "example": _example,
+    "withheld": lambda value: value is True,
 }
-_BASE = {"seconds", "heldout_loss", "example"}
+_BASE = {"seconds", "example"}
 _ROUND = {"seconds", "training_loss", "skipped_steps", "learning_rates"}
 
 
@@ -83,6 +84,8 @@ def read_line(text: str, number: int) -> dict[str, Any] | None:
     if not isinstance(line, dict) or not (_ROUND if number else _BASE) <= line.keys():
         return None
     if type(line.get("round")) is not int or line["round"] != number:
+        return None
+    if not number and not {"heldout_loss", "withheld"} & line.keys():
         return None
     if not all(kind(line[name]) for name, kind in _KINDS.items() if name in line):
         return None

@@ -14,12 +14,15 @@ def draw(path: Path, lines: Sequence[dict[str, Any]], summary: dict[str, Any]) -
     """Losses over rounds, and below them the metrics that are shares, written to `path`.
 
     What the clients optimise is drawn with the loss, or as a score with the metrics; where it is
-    the cross-entropy of label words, that is the loss that is drawn.
+    the cross-entropy of label words, that is the loss that is drawn. Nothing is drawn where all
+    losses are withheld.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shares = [name for name in summary["metrics"] if name in SHARES]
+    if not any("heldout_loss" in line or _known(line) for line in lines):
+        return
     figure = Figure(figsize=(7, 6.5 if shares else 4), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes, *below = figure.subplots(2 if shares else 1, squeeze=False, sharex=True)[:, 0]
@@ -32,15 +35,16 @@ def draw(path: Path, lines: Sequence[dict[str, Any]], summary: dict[str, Any]) -
     ]
     if training and objective in LOSSES:
         _pale(axes, training, "training, all clients")
-    _line(axes, heldout, DARK, "held-out")
-    start, end = heldout[0][1], heldout[-1][1]
-    axes.set_title(
-        f"{summary['method']}, {summary['clients']} clients: held-out "
-        + ("choice " if objective == "choice" else "loss ")
-        + f"{start:.3f} to {end:.3f} nats per "
-        + ("example" if objective == "choice" else "token"),
-        fontsize=10,
-    )
+    title = f"{summary['method']}, {summary['clients']} clients"
+    if heldout:
+        _line(axes, heldout, DARK, "held-out")
+        start, end = heldout[0][1], heldout[-1][1]
+        title += (
+            (": held-out choice " if objective == "choice" else ": held-out loss ")
+            + f"{start:.3f} to {end:.3f} nats per "
+            + ("example" if objective == "choice" else "token")
+        )
+    axes.set_title(title, fontsize=10)
     axes.set_ylabel(
         "cross-entropy of the label words (nats)"
         if objective == "choice"

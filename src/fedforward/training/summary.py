@@ -155,7 +155,7 @@ class RunSummary:
         rounds: in the ledger.
         local_steps: of each round.
         stopped: why the run ended before its last round; None if it did not.
-        heldout_loss: of the base model and after.
+        heldout_loss: of the base model and after; None where clients withhold it.
         metrics: by name.
         seconds: that the rounds and evaluations took.
         ledger_digest: the ledger's chain hash, hexadecimal.
@@ -169,7 +169,7 @@ class RunSummary:
     rounds: int
     local_steps: int
     stopped: str | None
-    heldout_loss: LossChange
+    heldout_loss: LossChange | None
     metrics: dict[str, MetricChange]
     seconds: float
     ledger_digest: str
@@ -194,7 +194,7 @@ def summarize(
     """The summary of a run.
 
     Args:
-        lines: the metrics of the base model and of every round; the first has a held-out loss.
+        lines: the metrics of the base model and of every round.
         reason: why the run ended before its last round; empty if it did not.
         own: what only this kind of run knows.
     """
@@ -207,7 +207,7 @@ def summarize(
         rounds=lines[-1]["round"],
         local_steps=config.method.local_steps,
         stopped=reason or None,
-        heldout_loss=LossChange(losses[0], losses[-1], min(losses)),
+        heldout_loss=LossChange(losses[0], losses[-1], min(losses)) if losses else None,
         metrics={
             name: MetricChange(value, last[name]) for name, value in first.items() if name in last
         },
