@@ -15,6 +15,7 @@ from fedforward.deployment import site as site_module
 from fedforward.deployment.secure import sum_site
 from fedforward.deployment.site import Tuning, build, releases_of
 from fedforward.federation.client import Replica
+from fedforward.training import build as experiment
 from fedforward.training.assembly import build_method, mechanism_of
 from tests.conftest import DEMO_MODEL
 from tests.support.coordinator import Undisturbed, World, configured, rounds
@@ -52,7 +53,7 @@ def models() -> Callable[..., Tuning]:
             answered=Counter(),
             sums=sum_site(run, config),
             mechanism=mechanism_of(config),
-            releases=releases_of(run, config, settings),
+            releases=releases_of(run, config, settings, experiment.corpus_reader(config)),
         )
 
     return again

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from fedforward.config import site as sites
+from fedforward.config.template import toml_value
 from fedforward.core.errors import FedForwardError
 from fedforward.deployment import site as site_module
 from fedforward.deployment.site import Site, Tuning, build
+from fedforward.federation.budget import Accounts
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.privacy import epsilon
 from fedforward.messages.envelope import Envelope, MessageKind
@@ -296,3 +298,83 @@ def test_terms_may_have_aligned_adapters(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     assert sites.load_terms(path, []).privacy.on
+
+
+def test_the_cost_of_all_runs_is_bounded(
+    world: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = world(**PRIVATE)
+    found.run()
+    cost = epsilon(0.25, 2.0, 8, 1e-5)
+    (account,) = Accounts(found.path / "a" / "privacy").all()
+    assert (account.rounds, account.last, account.epsilon) == (4, 3, cost)
+    # The same rows in another file, and another run.
+    own = found.inside["a"].settings
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(Path(own.data.source).read_bytes())
+    again = own.model_copy(
+        update={
+            "data": own.data.model_copy(update={"source": str(moved)}),
+            "limits": own.limits.model_copy(update={"epsilon": 1.9 * cost, "delta": 1e-4}),
+        }
+    )
+    terms = sites.terms(found.config)
+    refused = refusal(Site(again).answer(hello(terms)))
+    assert refused.code is RefusalCode.LIMITS and "limits.epsilon" in refused.keys
+    assert f"other runs have spent {cost:.4g} on these rows" in caplog.text
+    enough = again.limits.model_copy(update={"epsilon": 2.1 * cost})
+    twice = Site(again.model_copy(update={"limits": enough}))
+    assert Envelope.decode(twice.answer(hello(terms))).kind is MessageKind.ENROLLMENT
+    # What cannot be read is no licence.
+    (found.path / "a" / "privacy" / "spent.json").write_text("{", encoding="utf-8")
+    refused = refusal(Site(own).answer(hello(terms)))
+    assert refused.code is RefusalCode.LIMITS and not refused.keys
+    assert "spent.json cannot be read" in caplog.text
+
+
+def test_a_round_that_nothing_is_left_for_is_refused(
+    world: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another run has spent it since this one began."""
+    cost = epsilon(0.25, 2.0, 8, 1e-5)
+    limits = {"c": {"epsilon": 1.2 * cost, "delta": 1e-3}}
+    found = world(**PRIVATE, limits=limits, federation__quorum=2)
+
+    def hook(name: str, message: Envelope, answer: Any) -> bytes:
+        if found.round == 2 and name == "c" and message.kind is MessageKind.TASK:
+            accounts = Accounts(found.path / "c" / "privacy")
+            if len(accounts.all()) == 1:
+                (mine,) = accounts.all()
+                accounts.keep(replace(mine, run="ff", epsilon=cost), accounts.rows(mine.rows))
+        return bytes(answer())
+
+    found.transport.hook = hook
+    found.run()
+    assert found.clients() == [ALL, ALL, [0, 1], [0, 1]]
+    assert "limits.epsilon" in found.of("c")["note"]
+    assert "other runs have spent" in caplog.text
+
+
+def test_an_operator_sees_what_was_spent(world: Any, tmp_path: Path) -> None:
+    found = world(**PRIVATE)
+    own = found.inside["a"].settings
+    file = tmp_path / "site.toml"
+    content = own.model_dump(exclude_unset=True)
+    content["limits"]["epsilon"] = 50.0
+    lines = [
+        f"{section}.{key} = {toml_value(value)}"
+        for section, values in content.items()
+        for key, value in values.items()
+    ]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    before = command("privacy", file)
+    assert before.code == 0 and "no run with [privacy]" in before.out, before
+    found.run()
+    shown = command("privacy", file, "--json")
+    told = json.loads(shown.out)
+    cost = epsilon(0.25, 2.0, 8, 1e-5)
+    assert (told["rows"], told["epsilon"], told["limit_epsilon"]) == (12, cost, 50.0)
+    assert [run["rounds"] for run in told["runs"]] == [4]
+    text = " ".join(command("privacy", file).out.split())
+    assert f"epsilon {cost:.4g} spent on one" in text and f"leaves {50.0 - cost:.4g}" in text
+    command("privacy", tmp_path / "no.toml").refused("no.toml")

@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 from fedforward.cli import deploy, inspect, train
 from fedforward.cli.console import friendly, out_console, set_up_logging
 from fedforward.cli.diagnose import diagnose
+from fedforward.cli.privacy import privacy
 from fedforward.cli.report import report
 from fedforward.core.logs import tolerate_narrow_encodings
 from fedforward.core.version import __version__
@@ -54,6 +55,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "client": deploy.client,
         "submit": deploy.submit,
         "status": deploy.status,
+        "privacy": privacy,
         "stop": deploy.stop,
     },
     "Inspection": {"inspect-message": inspect.inspect_message},

@@ -196,11 +196,11 @@ class LimitsSection(Section):
     )
     epsilon: Positive | None = Field(
         None,
-        description="most that all rounds of a run may cost: terms without [privacy], or with a "
-        "larger epsilon, are refused",
+        description="most that all runs together may cost a row: terms without [privacy], or with "
+        "a larger epsilon than is left, are refused",
     )
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        1e-5, description="with epsilon: most that privacy.delta of terms may be"
+        1e-5, description="with epsilon: most that privacy.delta of all runs may add up to"
     )
     active_blocks: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
         None, description="blocks that this site can perturb at once; default all"

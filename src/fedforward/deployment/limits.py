@@ -6,11 +6,13 @@ no PyTorch.
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from fedforward.config import rules
 from fedforward.config.site import SiteConfig
 from fedforward.core.errors import FedForwardError
+from fedforward.core.paths import home
 from fedforward.core.registry import METHODS
 from fedforward.data import chat
 from fedforward.data.readers import begins
@@ -102,6 +104,11 @@ def _too_long(given: Terms) -> Iterator[Refused]:
     names = targets if isinstance(targets, list) else [targets]
     if targets is not None and not all(isinstance(n, str) and _NAME.fullmatch(n) for n in names):
         yield "lora.targets", "a pattern; a site takes 'all-linear' and names of modules"
+
+
+def spending_folder(settings: SiteConfig) -> Path:
+    """Where a site keeps what it has answered with noise, and what that has cost."""
+    return home(settings.site.out) / "privacy"
 
 
 def released(settings: SiteConfig) -> set[str]:

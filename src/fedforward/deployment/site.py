@@ -20,11 +20,13 @@ from fedforward.core.errors import FedForwardError, MessageError, out_of_memory
 from fedforward.core.identity import ModelIdentity
 from fedforward.core.paths import home
 from fedforward.data.corpus import Corpus, CorpusReader
+from fedforward.data.rows import fingerprints
 from fedforward.data.sampler import Batches, Collate
 from fedforward.data.templates import Template
-from fedforward.deployment.limits import refusals, released
+from fedforward.deployment.limits import refusals, released, spending_folder
 from fedforward.deployment.secure import sum_site
 from fedforward.evaluation import heldout as evaluation
+from fedforward.federation.budget import Accounts, Budget, SpentError
 from fedforward.federation.client import Client, Replica
 from fedforward.federation.rate_search import line_search_batches
 from fedforward.federation.releases import Releases
@@ -156,12 +158,12 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
         plan = experiment.resolve_plan(config)
         _check_classes(config)
         mechanism = mechanism_of(config)
-        releases = releases_of(run, config, settings)
     with _refusing(RefusalCode.LIMITS):
         _check_privacy(config, settings)
     with _refusing(RefusalCode.DATA):
         _check_conversation(config, reader, settings)
         _check_columns(config, reader, settings)
+        releases = releases_of(run, config, settings, reader)
         classes = experiment.read_classes(config, reader)
     with _refusing(RefusalCode.MODEL):
         model, tokenizer = experiment.build_model(config, plan, classes)
@@ -271,17 +273,28 @@ def seen_before(run: bytes, settings: SiteConfig) -> dict[int, Seen]:
     return read_witness(path).seen if path.exists() else {}
 
 
-def releases_of(run: bytes, config: Config, settings: SiteConfig) -> Releases | None:
+def releases_of(
+    run: bytes, config: Config, settings: SiteConfig, reader: CorpusReader
+) -> Releases | None:
     """The rounds of a run that this site has answered with noise, before a restart as well.
 
     None without `[privacy]`.
 
     Raises:
-        FedForwardError: the file that says so cannot be read.
+        RefusedError: the run costs more than the rows of this site have left, or the files that
+            say so cannot be read.
     """
-    if not config.privacy.on:
+    guarantee, limits = guarantee_of(config), settings.limits
+    if guarantee is None:
         return None
-    return Releases(home(settings.site.out) / "privacy" / f"{run.hex()}.json")
+    most = None if limits.epsilon is None else (limits.epsilon, limits.delta)
+    rows = fingerprints(reader.sources)
+    folder = spending_folder(settings)
+    with _refusing(RefusalCode.LIMITS):
+        budget = Budget(Accounts(folder), run.hex(), rows, guarantee, most)
+        budget.accounts.spent(rows)
+        budget.check(config.federation.rounds)
+        return Releases(folder / f"{run.hex()}.json", budget)
 
 
 def _check_conversation(config: Config, reader: CorpusReader, settings: SiteConfig) -> None:
@@ -500,6 +513,9 @@ def _refusal(error: Exception) -> Refusal:
     if out_of_memory(error):
         LOGGER.error("refused: there is not enough memory here for what was asked")
         return Refusal(RefusalCode.MEMORY)
+    if isinstance(error, SpentError):
+        LOGGER.error("refused: %s", error)
+        return Refusal(RefusalCode.LIMITS, ("limits.epsilon",))
     if isinstance(error, FedForwardError):
         LOGGER.error("refused: %s", error)
         return Refusal(RefusalCode.MESSAGE)

@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 
 from fedforward.core.errors import FedForwardError, MessageError
-from fedforward.core.files import write_bytes
+from fedforward.core.files import keep_names, write_bytes
+from fedforward.federation.budget import Budget
 from fedforward.messages.report import Report
 from fedforward.messages.task import Task
 
@@ -20,15 +21,17 @@ class Releases:
     Attributes:
         round: its number; -1 before one.
         path: file that outlasts the process; None keeps it in memory.
+        budget: what answers cost; None where nobody counts.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, budget: Budget | None = None) -> None:
         """Goes on with what is in the file.
 
         Raises:
             FedForwardError: the file is there and is none of these.
         """
         self.path = path
+        self.budget = budget
         self.round = -1
         self._question = self._report = b""
         if path is None or not path.is_file():
@@ -52,10 +55,16 @@ class Releases:
 
         Raises:
             MessageError: the round was answered with other weights, or is before the last one.
+            SpentError: a new answer would cost more than is left.
         """
         if task.round > self.round:
+            if self.budget is not None:
+                self.budget.check_round(task.round)
             return None
         if task.round == self.round and self._question == _question(task, state):
+            if self.budget is not None:
+                # Whoever was killed between the two notes has made the first alone.
+                self.budget.spend(task.round)
             return Report.decode(self._report)
         raise MessageError(
             f"Round {task.round + 1} was refused: with [privacy] a round is answered once, and "
@@ -63,7 +72,7 @@ class Releases:
         )
 
     def note(self, task: Task, state: bytes, report: Report) -> None:
-        """Keep a report before it leaves."""
+        """Keep a report, and what it costs, before it leaves."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             content = {
@@ -72,8 +81,11 @@ class Releases:
                 "report": report.encode().hex(),
             }
             write_bytes(self.path, json.dumps(content).encode())
+            keep_names(self.path.parent)
         self.round, self._question = task.round, _question(task, state)
         self._report = report.encode()
+        if self.budget is not None:
+            self.budget.spend(task.round)
 
 
 def _question(task: Task, state: bytes) -> bytes:
