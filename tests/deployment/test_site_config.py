@@ -188,6 +188,8 @@ def test_no_key_is_forgotten() -> None:
             "planning": {"weights"},
             "privacy": {
                 "clip",
+                "mechanism",
+                "adjacency",
                 "noise_multiplier",
                 "target_epsilon",
                 "delta",

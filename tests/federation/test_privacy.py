@@ -11,7 +11,7 @@ import pytest
 from fedforward.core.errors import FedForwardError, MessageError
 from fedforward.federation import privacy
 from fedforward.federation.ledger import Ledger
-from fedforward.federation.privacy import ORDERS, epsilon, noise_for, rdp
+from fedforward.federation.privacy import ORDERS, Guarantee, epsilon, rdp
 from fedforward.federation.releases import Releases
 from fedforward.messages.report import Report
 from fedforward.messages.task import Task
@@ -48,7 +48,8 @@ def test_without_sampling_it_is_the_gaussian_mechanism() -> None:
 @pytest.mark.parametrize(("target", "wanted"), [(2.0, 13.791), (6.0, 5.272)])
 def test_the_settings_of_dpzero(target: float, wanted: float) -> None:
     """n = 1,000, B = 64 and 10,000 steps at δ = 1e-5."""
-    found = noise_for(target, 0.064, 10_000, 1e-5)
+    asked = Guarantee(200.0, 0.0, 1e-5, batch_size=64, examples=1000, local_steps=1)
+    found = asked.calibrated(target, 10_000).noise_multiplier
     assert found == pytest.approx(wanted, abs=2e-3)
     assert epsilon(0.064, found, 10_000, 1e-5) <= target
     assert epsilon(0.064, found * (1 - 3e-4), 10_000, 1e-5) > target
@@ -61,7 +62,7 @@ def test_epsilon_grows_with_steps_and_begins_at_none() -> None:
 
 def test_a_target_that_no_noise_keeps() -> None:
     with pytest.raises(FedForwardError, match=r"privacy.target_epsilon = 1e-09 cannot be kept"):
-        noise_for(1e-9, 1.0, 10_000, 1e-5)
+        Guarantee(1.0, 0.0, 1e-5, 9, 9, local_steps=10).calibrated(1e-9, 1000)
 
 
 def test_a_missing_accountant_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +101,8 @@ GOOD = SECTION | {
         ({"privacy__delta": 0.01}, ["delta = 0.01 is not below 1 / examples = 0.01", "0.001"]),
         ({"privacy__target_epsilon": 2.0}, ["noise_multiplier or target_epsilon", "not both"]),
         ({"privacy__clip": None}, ["clip is missing"]),
+        ({"privacy__mechanism": "laplace"}, ["delta = 0.001", "'laplace' epsilon always holds"]),
+        ({"privacy__noise_multiplier": 1e-4}, ["noise_multiplier", "0.001"]),
     ],
 )
 def test_what_privacy_does_not_go_with(changes: dict[str, Any], words: list[str]) -> None:
@@ -129,7 +132,7 @@ def test_a_simulated_run(tmp_path: Path, method: str) -> None:
     assert all(line["training_loss"] is None and not line["skipped_steps"] for line in found[1:])
     ledger = Ledger(tmp_path / "run" / "ledger.sqlite")
     reports = [part.report for record in ledger.rounds() for part in record.results]
-    assert ledger.header["privacy"] == [20.0, 1.5, 1e-3, 0.5]
+    assert ledger.header["privacy"] == [20.0, 1.5, 1e-3, 0.5, "gaussian", "add-remove"]
     ledger.close()
     assert {report.examples for report in reports} == {4}
     assert all(math.isnan(report.loss) and report.gradients.all() for report in reports)
@@ -142,6 +145,20 @@ def test_a_simulated_run(tmp_path: Path, method: str) -> None:
     assert all(
         (one.gradients != other.gradients).all() for one, other in zip(reports, others, strict=True)
     )
+
+
+def test_a_run_with_laplace_noise_has_no_delta(tmp_path: Path) -> None:
+    config, out = write_config(tmp_path), tmp_path / "run"
+    options = [option for option in PRIVATE if not option.startswith("privacy.delta")]
+    options += ["privacy.mechanism=laplace", "privacy.adjacency=replace-one"]
+    done = command("run", config, *options, "privacy.target_epsilon=8.0", "--out", out)
+    assert done.code == 0 and "epsilon" in done.out + done.error, done
+    assert "at delta" not in done.out + done.error
+    last = lines(out)[-1]
+    assert 7.99 < last["epsilon"] <= 8.0 and last["delta"] == 0.0
+    assert command("verify", out).code == 0
+    more = [*options, "privacy.target_epsilon=8.0", "--out", out, "--resume"]
+    command("run", config, *more, "privacy.adjacency=add-remove").refused("noise")
 
 
 def test_a_run_goes_on_with_its_own_noise(tmp_path: Path) -> None:

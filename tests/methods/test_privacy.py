@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.stats import chi2
 
 from fedforward.core.entropy import SystemEntropy
 from fedforward.core.steps import Evaluation, Probe
@@ -28,8 +31,15 @@ class Seeded:
     def chosen(self, count: int, chance: float) -> NDArray[np.int64]:
         return np.flatnonzero(self.samples.random(count) < chance)
 
+    def gaussian(self, count: int, scale: int) -> NDArray[np.int64]:
+        return np.rint(scale * self.generator.standard_normal(count)).astype(np.int64)
+
+    def laplace(self, count: int, scale: int) -> NDArray[np.int64]:
+        return np.rint(scale * self.generator.laplace(size=count)).astype(np.int64)
+
     def normal(self, count: int) -> NDArray[np.float64]:
-        return self.generator.standard_normal(count)
+        """The same draws in units of their deviation."""
+        return self.gaussian(count, 2**30) / 2**30
 
 
 class Samples:
@@ -146,16 +156,90 @@ def test_an_empty_sample_is_noise_alone() -> None:
 def test_noise_has_the_deviation_that_was_asked_for() -> None:
     mechanism = Mechanism(clip=3.0, noise_multiplier=2.0, expected=4, chance=0.5, examples=8)
     assert isinstance(mechanism.entropy, SystemEntropy)
-    drawn = mechanism.release(np.empty((0, 20_000)))
+    drawn = mechanism.release(np.empty((0, 10_000)))
     # Five standard errors: false once in two million runs.
-    assert abs(drawn.mean()) < 5 * 1.5 / math.sqrt(20_000)
-    assert abs(drawn.std() / 1.5 - 1) < 5 / math.sqrt(40_000)
-    assert abs((np.abs(drawn) > 1.5 * 1.959964).mean() - 0.05) < 5 * math.sqrt(0.0475 / 20_000)
+    assert abs(drawn.mean()) < 5 * 1.5 / math.sqrt(10_000)
+    assert abs(drawn.std() / 1.5 - 1) < 5 / math.sqrt(20_000)
+    assert abs((np.abs(drawn) > 1.5 * 1.959964).mean() - 0.05) < 5 * math.sqrt(0.0475 / 10_000)
+    pure = replace(mechanism, noise="laplace").release(np.empty((0, 10_000)))
+    # |x| is exponential with the mean σC / B, and as much deviation.
+    assert abs(np.abs(pure).mean() / 1.5 - 1) < 5 / math.sqrt(10_000)
+    assert abs((np.abs(pure) > 1.5 * math.log(20)).mean() - 0.05) < 5 * math.sqrt(0.0475 / 10_000)
+    assert abs((pure > 0).mean() - 0.5) < 5 * 0.5 / math.sqrt(10_000)
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+def test_noise_has_the_weights_of_whole_numbers(scale: int) -> None:
+    """Chi-square of 5,000 draws against the weights by their definition."""
+    values = np.arange(-60, 61)
+    for draw, weights in (
+        (SystemEntropy().gaussian, np.exp(-(values**2) / (2.0 * scale**2))),
+        (SystemEntropy().laplace, np.exp(-np.abs(values) / scale)),
+    ):
+        wanted = 5_000 * weights / weights.sum()
+        common = wanted > 10
+        found = np.array(
+            [(drawn == value).sum() for drawn in [draw(5_000, scale)] for value in values]
+        )
+        cells = np.append(found[common], 5_000 - found[common].sum())
+        expected = np.append(wanted[common], 5_000 - wanted[common].sum())
+        statistic = ((cells - expected) ** 2 / expected).sum()
+        # False once in a million runs.
+        assert statistic < chi2.ppf(1 - 1e-6, len(cells) - 1)
+
+
+def test_last_bits_tell_nothing() -> None:
+    """The attack of Mironov (2012): which sums could the noise have led to what came out?"""
+    mechanism = private(1.0, clip=1.0)
+    near, far = np.zeros((1, 8)), np.zeros((1, 8))
+    far[:, 0] = 0.9
+    for noise in ("gaussian", "laplace"):
+        outputs = [
+            replace(mechanism, noise=noise, entropy=Seeded(3)).total(rows) for rows in (near, far)
+        ]
+        # Either sum could have given either output: their difference is whole, whatever the noise.
+        shift = outputs[1] - outputs[0]
+        assert outputs[0].dtype == np.int64
+        assert abs(shift[0] - 0.9 * 2**30) < 2 and not shift[1:].any()
+    # Plain floating-point noise is told from 1,000 more by its bits alone.
+    plain = np.random.default_rng(0).standard_normal(1000)
+    fine = 2.0**-44
+    assert (np.mod(1000.0 + plain, fine) == 0).all() and (np.mod(plain, fine) != 0).mean() > 0.9
+
+
+def test_no_example_is_more_than_the_bound_in_units() -> None:
+    """In whole numbers, with no rounding on the way, for both lengths."""
+    rows = np.random.default_rng(1).standard_normal((2000, 7)) * 100.0
+    for noise, sigma in (("gaussian", 0.37), ("laplace", 3.3)):
+        mechanism = private(sigma, clip=0.7, noise=noise)
+        # 2³⁰ units are σC, so C is 2³⁰ / σ units.
+        most = Fraction(2**30) / Fraction(sigma)
+        for row in rows:
+            units = [int(x) for x in replace(mechanism, entropy=Still()).total(row[None])]
+            length = sum(map(abs, units)) if noise == "laplace" else sum(x * x for x in units)
+            assert length <= (most if noise == "laplace" else most**2)
+            assert length > 0.999 * (most if noise == "laplace" else most**2)
+
+
+class Still(Seeded):
+    """No noise."""
+
+    def gaussian(self, count: int, scale: int) -> NDArray[np.int64]:
+        return np.zeros(count, np.int64)
+
+    laplace = gaussian
+
+
+def test_laplace_clips_the_sum_of_absolute_values() -> None:
+    mechanism = private(0.0, clip=1.0, noise="laplace")
+    rows = np.array([[3.0, -1.0], [0.2, 0.3], [np.nan, 0.0]])
+    assert mechanism.clipped(rows) == pytest.approx(np.array([[0.75, -0.25], [0.2, 0.3], [0, 0]]))
 
 
 def test_draws_of_the_system_are_new_each_time_and_have_their_chance() -> None:
     entropy = SystemEntropy()
-    assert (entropy.normal(4) != entropy.normal(4)).all()
+    for draw in (entropy.gaussian, entropy.laplace):
+        assert (draw(4, 2**30) != draw(4, 2**30)).all()
     drawn = entropy.chosen(100_000, 0.25)
     assert abs(len(drawn) - 25_000) < 5 * math.sqrt(18_750)
     assert (np.diff(drawn) > 0).all() and drawn[0] >= 0 and drawn[-1] < 100_000

@@ -188,7 +188,8 @@ class Display:
         training = line["training_loss"]
         losses = f"training {training:.3f}" if training is not None else "training not known"
         if "epsilon" in line:
-            losses = f"epsilon {line['epsilon']:.3f} at delta {line['delta']:g}"
+            losses = f"epsilon {line['epsilon']:.3f}"
+            losses += f" at delta {line['delta']:g}" if line["delta"] else ""
         text = f"round {done}/{total}  {losses}{self.heldout}"
         self.rich.update(self.task, description=text, total=total, completed=done)
         if self._plain and ("heldout_loss" in line or done == total):

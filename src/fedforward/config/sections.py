@@ -505,8 +505,18 @@ class PrivacySection(Section):
         None,
         description="C, most that one example's projected gradients of a step may be long together",
     )
-    noise_multiplier: Positive | None = Field(
-        None, description="sigma: noise of a step's sum as a multiple of clip"
+    mechanism: Literal["gaussian", "laplace"] = Field(
+        "gaussian",
+        description='the noise; with "laplace" lengths are sums of absolute values, and epsilon '
+        "holds without a delta",
+    )
+    adjacency: Literal["add-remove", "replace-one"] = Field(
+        "add-remove",
+        description="what epsilon compares: data with an example more or fewer, or with one "
+        "replaced by another",
+    )
+    noise_multiplier: Annotated[float, Field(ge=1e-3)] | None = Field(
+        None, description="sigma: scale of the noise of a step's sum as a multiple of clip"
     )
     target_epsilon: Positive | None = Field(
         None,
@@ -514,7 +524,9 @@ class PrivacySection(Section):
         "which the noise follows",
     )
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
-        None, description="chance that epsilon does not hold; below 1 / examples"
+        None,
+        description="chance that epsilon does not hold; below 1 / examples, and none with "
+        '"laplace"',
     )
     examples: Count | None = Field(
         None,
@@ -544,7 +556,13 @@ class PrivacySection(Section):
         given = {name: value for name, value in self if name in numbers and value is not None}
         if not given:
             return self
-        for name in ("clip", "delta", "examples"):
+        pure = self.mechanism == "laplace"
+        if pure and self.delta is not None:
+            raise ValueError(
+                f"delta = {self.delta:g} is for mechanism = 'gaussian': with 'laplace' epsilon "
+                "always holds; leave delta out"
+            )
+        for name in ("clip", "examples") if pure else ("clip", "delta", "examples"):
             if name not in given:
                 found = ", ".join(f"{key} = {value:g}" for key, value in given.items())
                 raise ValueError(f"{name} is missing beside {found}; set it, or leave all out")

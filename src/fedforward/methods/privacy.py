@@ -1,13 +1,14 @@
-"""The Gaussian mechanism on projected gradients: DPZero's form (arXiv 2310.09639, algorithm 2).
+"""Noise on projected gradients: DPZero's form (arXiv 2310.09639, algorithm 2).
 
 A step of a client draws a Poisson sample of its examples. Each example's K differences of losses
 are clipped as one vector, their sum gets noise, and the client moves along and reports what comes
-out. Nothing else of the sample is used or leaves. Imports no PyTorch.
+out. Nothing else of the sample is used or leaves. Sums and noise are whole multiples of one unit:
+no bit of what comes out says more than the number does. Imports no PyTorch.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,12 @@ from fedforward.core.entropy import Entropy, SystemEntropy
 from fedforward.core.steps import Evaluation, Probe, Steps
 from fedforward.methods.base import Method
 from fedforward.methods.estimators import Estimator
+
+Noise = Literal["gaussian", "laplace"]
+#: Units of the grid that the scale of the noise has.
+UNITS = 2**30
+#: What clipped vectors are shortened by, so that no rounding on the way makes one too long.
+_SHORTER = 1.0 - 2.0**-40
 
 
 class ByExample(Protocol):
@@ -31,17 +38,19 @@ class Mechanism:
     """Clipping and noise of one step.
 
     Attributes:
-        clip: C, most that an example's vector of n projected gradients may be long (L2).
-        noise_multiplier: σ; the noise on a sum is N(0, (σC)²) in each of its n numbers.
+        clip: C, most that an example's vector of n projected gradients may be long.
+        noise_multiplier: σ; σC is the scale of the noise in each of a sum's n numbers.
         expected: B, examples that a sample is expected to have; sums are divided by it.
         chance: q, with which each example enters a sample.
         examples: what is said in place of how many examples there are.
+        noise: "gaussian", with the L2 length and deviation σC, or "laplace", with the L1 length
+            and weights exp(-|x| / σC).
         entropy: where samples and noise come from.
 
     Example:
         >>> Mechanism(clip=1.0, noise_multiplier=0.0, expected=2, chance=1.0, examples=2).release(
         ...     np.array([[3.0, 4.0], [0.0, 0.5]])
-        ... )
+        ... ).round(6)
         array([0.3 , 0.65], dtype=float32)
     """
 
@@ -50,6 +59,7 @@ class Mechanism:
     expected: int
     chance: float
     examples: int
+    noise: Noise = "gaussian"
     entropy: Entropy = field(default_factory=SystemEntropy, compare=False)
 
     def clipped(self, vectors: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -62,18 +72,31 @@ class Mechanism:
         # Divided first, so that squares stay in range.
         largest = np.abs(known).max(axis=1, keepdims=True, initial=0.0)
         scale = np.where(largest > 0, largest, 1.0)
-        lengths = scale * np.linalg.norm(known / scale, axis=1, keepdims=True)
+        order = 1 if self.noise == "laplace" else 2
+        lengths = scale * np.linalg.norm(known / scale, ord=order, axis=1, keepdims=True)
         return np.asarray(known * np.minimum(1.0, self.clip / np.maximum(lengths, self.clip)))
 
-    def release(self, vectors: NDArray[np.float64]) -> NDArray[np.float32]:
-        """(Σ clipped + N(0, (σC)² I)) / B, float32 [n].
+    @property
+    def unit(self) -> float:
+        """The step of the grid: σC / 2³⁰."""
+        return (self.noise_multiplier or 1.0) * self.clip / UNITS
+
+    def total(self, vectors: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Σ clipped + noise in whole units, int64 [n].
+
+        Each number is rounded towards 0, so that no vector gets longer.
 
         Args:
             vectors: float64 [examples of the sample, n]; there may be none.
         """
-        noise = self.noise_multiplier * self.clip * self.entropy.normal(vectors.shape[1])
-        total = self.clipped(vectors).sum(axis=0) + noise
-        return np.asarray(total / self.expected, np.float32)
+        units = np.trunc(self.clipped(vectors) * (_SHORTER / self.unit))
+        drawn = self.entropy.laplace if self.noise == "laplace" else self.entropy.gaussian
+        total: NDArray[np.int64] = units.astype(np.int64).sum(axis=0)
+        return total + drawn(vectors.shape[1], UNITS) if self.noise_multiplier else total
+
+    def release(self, vectors: NDArray[np.float64]) -> NDArray[np.float32]:
+        """(Σ clipped + noise) / B, float32 [n]; it depends on nothing but `total`."""
+        return np.asarray(self.total(vectors) * (self.unit / self.expected), np.float32)
 
     def applied(self, method: Method) -> Method:
         """The method with estimates that have gone through this mechanism."""

@@ -5,7 +5,7 @@ What a server across machines has, which holds no model: nothing here imports Py
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from fedforward.config.schema import Config
@@ -15,7 +15,7 @@ from fedforward.core.registry import AGGREGATORS
 from fedforward.directions import VERSION, Distribution
 from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.ledger import Ledger
-from fedforward.federation.privacy import Guarantee, noise_for
+from fedforward.federation.privacy import Guarantee
 from fedforward.federation.rate_search import RateSearch
 from fedforward.federation.server import Allocate, ServerSettings
 from fedforward.federation.server_optimizer import ServerOptimizer
@@ -67,23 +67,28 @@ def guarantee_of(config: Config) -> Guarantee | None:
             installed.
     """
     privacy, method = config.privacy, config.method
-    if privacy.clip is None or privacy.delta is None or privacy.examples is None:
+    if privacy.clip is None or privacy.examples is None:
         return None
     given = Guarantee(
         clip=privacy.clip,
         noise_multiplier=privacy.noise_multiplier or 0.0,
-        delta=privacy.delta,
+        delta=privacy.delta or 0.0,
         batch_size=method.batch_size,
         examples=privacy.examples,
         local_steps=method.local_steps,
+        noise=privacy.mechanism,
+        adjacency=privacy.adjacency,
     )
-    steps = config.federation.rounds * method.local_steps
     if privacy.target_epsilon is not None:
-        noise = noise_for(privacy.target_epsilon, given.chance, steps, given.delta)
-        return replace(given, noise_multiplier=noise)
+        return _calibrated(given, privacy.target_epsilon, config.federation.rounds)
     # Without an accountant nothing begins.
     given.epsilon(config.federation.rounds)
     return given
+
+
+@cache
+def _calibrated(given: Guarantee, target: float, rounds: int) -> Guarantee:
+    return given.calibrated(target, rounds)
 
 
 def mechanism_of(config: Config) -> Mechanism | None:
@@ -101,15 +106,17 @@ def mechanism_of(config: Config) -> Mechanism | None:
         expected=found.batch_size,
         chance=found.chance,
         examples=found.examples,
+        noise=found.noise,
     )
 
 
-def _privacy_of(config: Config) -> list[float] | None:
-    """What a ledger holds of its noise: C, σ, δ and q; None without."""
+def _privacy_of(config: Config) -> list[Any] | None:
+    """What a ledger holds of its noise: C, σ, δ, q, mechanism and adjacency; None without."""
     found = guarantee_of(config)
     if found is None:
         return None
-    return [found.clip, found.noise_multiplier, found.delta, found.chance]
+    numbers = [found.clip, found.noise_multiplier, found.delta, found.chance]
+    return [*numbers, found.noise, found.adjacency]
 
 
 def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
