@@ -1,10 +1,11 @@
 """Can a server tell from a site's scalars whether a row was in its batch?
 
-The attack is passive. It knows the base model, the seeds and a site's report, and has the row that
-it asks about. It runs the row along the site's own trajectory and directions, and compares the
-row's slopes with the reported ones. The model and the rows are those of `fedforward demo`. Rows of
-the site's batches are members; rows of the same kind that it does not hold are not. Cells are kept
-in a CSV as they are done, so that a study that was stopped goes on where it was.
+The attack is passive, but for cells in which the server picks directions. It knows the base model,
+the seeds and a site's report, and has the row that it asks about. It runs the row along the site's
+own trajectory and directions, and compares the row's slopes with the reported ones. The model and
+the rows are those of `fedforward demo`. Rows of the site's batches are members; rows of the same
+kind that it does not hold are not. Cells are kept in a CSV as they are done, so that a study that
+was stopped goes on where it was.
 
     python studies/membership.py            # all cells, about ten minutes on one core
     python studies/membership.py --quick --out FOLDER    # two trials of two cells
@@ -16,7 +17,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ class Cell:
         batch: rows.
         sites: whose mean is seen; 1 is what the server sees.
         noise: multiplier of Gaussian noise on clipped slopes of single rows; -1 for neither.
+        pool: directions of which an active server picks those that tell most of the row that it
+            asks about; 0 for a server that takes what the seed gives.
     """
 
     steps: int
@@ -64,16 +67,24 @@ class Cell:
     batch: int
     sites: int = 1
     noise: float = -1.0
+    pool: int = 0
 
 
+#: Trials of an active server, which measure many directions.
+ACTIVE_TRIALS = 8
+ACTIVE = (
+    *(Cell(1, 32, batch, pool=128) for batch in (4, 16)),
+    *(Cell(1, 32, 4, noise=noise, pool=128) for noise in (0.5, 2.0)),
+)
 CELLS = (
     *(Cell(1, directions, 1) for directions in (1, 8, 32)),
     *(Cell(1, 32, batch) for batch in (4, 16)),
     Cell(10, 8, 4),
     Cell(1, 32, 4, sites=4),
     *(Cell(1, 32, 4, noise=noise) for noise in (0.0, 0.5, 1.0, 2.0)),
+    *ACTIVE,
 )
-QUICK = (Cell(1, 8, 1), Cell(2, 4, 2, sites=2))
+QUICK = (Cell(1, 8, 1), Cell(2, 4, 2, sites=2), Cell(1, 4, 2, pool=8))
 NAMES = [field.name for field in fields(Cell)]
 FIELDS = [*NAMES, "members", "others", "auc", "auc_low", "auc_high", "tpr"]
 PAGE = """# What scalars tell of membership
@@ -105,13 +116,41 @@ median length. `0` clips alone.
 
 {conclusions}
 
+## A server that picks what it asks
+
+Directions follow from the run's seed, which the terms fix for all rounds. So a server can try out
+seeds before a run, and no more. The table has what it could learn if each round had the directions
+that tell most of one row: those along which the row is farthest from the public ones. It is of
+{trials} rounds with {most} members each.
+
+{active}
+
+Picking directions asks for them by their seeds, which a report cannot hide. What a server that
+does not keep to the protocol can send, and who finds it out:
+
+| what a server sends | who finds out |
+|---|---|
+| another base model | nobody need: a site loads its own folder, and no message carries one |
+| other seeds | they are not sent; a site derives them from the terms |
+| terms with another seed each time | the site: another run, and `limits.terms` bounds how many |
+| other entries to one site | that site: its `state.json` has another `digest` than the others' |
+| a snapshot that the entries do not lead to | the same, and whoever replays the ledger |
+| the same round again, at other weights | the site, with `[privacy]`: it refuses |
+
+A test has such a server tamper with every entry to one site, and forge that site's digests on the
+way back. The run ends as if all were well. The digest in the site's own `state.json` then differs
+from those of the other sites, and from what `fedforward verify` rebuilds from the ledger.
+So operators should compare these digests after a run, by another way than the server.
+Until then the site has answered at weights of the server's choice. `[privacy]` bounds what that
+tells: its ε holds for any weights and directions.
+
 ## What it does not show
 
 - It is one small model, one kind of text, and rounds from the base. An attack on many rounds of the
   same rows has more to go by.
 - Rows of one site are alike in kind. A row of another kind is easier to tell.
 - With `fedmezo` the server sees the same scalars along other seeds, so its rows are the same.
-- A server that changes the weights can ask for more than this. [What each party
+- What a server learns from weights of its choice was not measured. [What each party
   sees](../privacy.md#what-is-not-defended-against) has what bounds that.
 """
 
@@ -143,6 +182,8 @@ class Attack:
     def trial(self, cell: Cell, number: int) -> tuple[Floats, Floats]:
         """Scores of members and of others in one round."""
         held = cell.steps * cell.batch
+        if cell.pool:
+            return self._active(cell, number)
         order = self.random.permutation(len(self.examples))
         public, others = order[:PUBLIC], order[PUBLIC : PUBLIC + OTHERS]
         rest = order[PUBLIC + OTHERS :]
@@ -161,6 +202,36 @@ class Attack:
             seen, slopes, noise = self._private(cell, slopes, len(members))
         scores = likelihood_ratios(slopes, seen, cell, noise)
         return scores[PUBLIC : PUBLIC + len(members)], scores[PUBLIC + len(members) :]
+
+    def _active(self, cell: Cell, number: int) -> tuple[Floats, Floats]:
+        """Scores where each row that is asked about has the directions that tell most of it."""
+        order = self.random.permutation(len(self.examples))
+        members = order[PUBLIC + OTHERS : PUBLIC + OTHERS + MOST_MEMBERS]
+        asked = [*order[:PUBLIC], *members, *order[PUBLIC : PUBLIC + OTHERS]]
+        wide = replace(cell, directions=cell.pool, pool=0)
+        slopes = self._slopes(wide, number, asked, np.empty(0))
+        public = slopes[:PUBLIC]
+        # How far each row is from the public ones, along each direction.
+        away = np.abs(slopes - public.mean(0)) / (public.std(0) + 1e-30)
+        picked = np.argsort(-away, axis=1)[:, : cell.directions]
+        found, every = np.empty(len(asked)), range(PUBLIC, len(asked))
+        for row in every:
+            own = slopes[:, picked[row]]
+            begin = PUBLIC
+            if row < PUBLIC + len(members):
+                # Of the batches of members, the one that the row is in.
+                begin += (row - PUBLIC) // cell.batch * cell.batch
+            batch = own[begin : begin + cell.batch]
+            seen, noise = batch.mean(0), 0.0
+            if cell.noise >= 0.0:
+                rows = np.concatenate([own[:PUBLIC], batch, own[row : row + 1]])
+                seen, clipped, noise = self._private(cell, rows, len(batch))
+                own = np.concatenate([clipped[:PUBLIC], clipped[-1:]])
+                found[row] = likelihood_ratios(own, seen, cell, noise)[-1]
+            else:
+                found[row] = likelihood_ratios(own, seen, cell, noise)[row]
+        end = PUBLIC + len(members)
+        return found[PUBLIC:end], found[end:]
 
     def _report(self, cell: Cell, number: int, rows: NDArray[np.int64]) -> Floats:
         """Projected gradients of a round as a client makes them, float64 [H * P]."""
@@ -272,6 +343,8 @@ def measured(trials: Sequence[tuple[Floats, Floats]]) -> dict[str, str]:
 
 def trials_of(cell: Cell, quick: bool) -> int:
     """Rounds that give enough members, and rounds enough."""
+    if cell.pool and not quick:
+        return ACTIVE_TRIALS
     return 2 if quick else max(TRIALS, LEAST_MEMBERS // (cell.steps * cell.batch * cell.sites))
 
 
@@ -280,7 +353,30 @@ def read(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
     if not path.exists():
         return {}
     with path.open(encoding="utf-8", newline="") as stream:
-        return {tuple(row[name] for name in NAMES): row for row in csv.DictReader(stream)}
+        rows = [{"pool": "0", **row} for row in csv.DictReader(stream)]
+    return {tuple(row[name] for name in NAMES): row for row in rows}
+
+
+def active_table(done: Sequence[dict[str, str]]) -> str:
+    """The cells of an active server, beside the passive one of the same kind."""
+    known = {tuple(row[name] for name in NAMES): row for row in done}
+    lines = [
+        "| batch | noise | picked | AUC | 95 % | at 1 % | AUC without picking |",
+        "|---:|---:|---:|---:|---|---:|---:|",
+    ]
+    for row in done:
+        if row["pool"] == "0":
+            continue
+        noise = "" if float(row["noise"]) < 0 else f"{float(row['noise']):g}"
+        passive = known.get(tuple("0" if name == "pool" else row[name] for name in NAMES))
+        auc = f"{float(passive['auc']):.2f}" if passive else ""
+        lines.append(
+            f"| {row['batch']} | {noise} | {row['directions']} of {row['pool']} | "
+            f"{float(row['auc']):.2f} | {float(row['auc_low']):.2f} to "
+            f"{float(row['auc_high']):.2f} | {100 * float(row['tpr']):.0f} % | "
+            f"{auc} |"
+        )
+    return "\n".join(lines)
 
 
 def table(done: Sequence[dict[str, str]]) -> str:
@@ -290,6 +386,8 @@ def table(done: Sequence[dict[str, str]]) -> str:
         "|---:|---:|---:|---:|---:|---:|---:|---|---:|",
     ]
     for row in done:
+        if row["pool"] != "0":
+            continue
         noise = "" if float(row["noise"]) < 0 else f"{float(row['noise']):g}"
         lines.append(
             f"| {row['steps']} | {row['directions']} | {row['batch']} | {row['sites']} | {noise} | "
@@ -339,6 +437,8 @@ def draw(done: Sequence[dict[str, str]], path: Path) -> None:
             label += f", {row['sites']} sites"
         if float(row["noise"]) >= 0:
             label += f", noise {float(row['noise']):g}"
+        if row["pool"] != "0":
+            label += ", picked"
         labels.append(label)
         auc, low, high = (float(row[name]) for name in ("auc", "auc_low", "auc_high"))
         values.append(auc)
@@ -385,7 +485,13 @@ def main() -> None:
                 writer.writerows(known.values())
     done = [known[key] for cell in cells if (key := tuple(map(str, astuple(cell)))) in known]
     text = PAGE.format(
-        others=OTHERS, public=PUBLIC, table=table(done), conclusions=conclusions(done)
+        others=OTHERS,
+        public=PUBLIC,
+        table=table(done),
+        conclusions=conclusions(done),
+        active=active_table(done),
+        trials=ACTIVE_TRIALS,
+        most=MOST_MEMBERS,
     )
     (folder / "membership.md").write_text(text, encoding="utf-8")
     draw(done, folder / "membership.png")

@@ -378,3 +378,26 @@ def test_an_operator_sees_what_was_spent(world: Any, tmp_path: Path) -> None:
     text = " ".join(command("privacy", file).out.split())
     assert f"epsilon {cost:.4g} spent on one" in text and f"leaves {50.0 - cost:.4g}" in text
     command("privacy", tmp_path / "no.toml").refused("no.toml")
+
+
+def test_noise_of_the_server_is_not_the_sites_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    terms = sites.terms(
+        run_toml(
+            tmp_path,
+            "federation.weights=equal",
+            "federation.secure_sums=true",
+            "method.name=decomfl",
+            "privacy.level=client",
+            "privacy.clip=1.0",
+            "privacy.noise_multiplier=20.0",
+            "privacy.delta=1e-5",
+        )
+    )
+    refused = refusal(party(tmp_path, "a", limits__epsilon=50.0).answer(hello(terms)))
+    assert refused.code is RefusalCode.LIMITS and "privacy.level" in refused.keys
+    assert "noise that the server adds" in caplog.text
+    answer = Envelope.decode(party(tmp_path, "a").answer(hello(terms)))
+    # All examples of a client count as one, and how many they are is not told.
+    assert answer.kind is MessageKind.ENROLLMENT and answer.json()["examples"] == 1

@@ -188,6 +188,7 @@ def test_no_key_is_forgotten() -> None:
             "planning": {"weights"},
             "privacy": {
                 "clip",
+                "level",
                 "mechanism",
                 "adjacency",
                 "noise_multiplier",

@@ -132,7 +132,7 @@ def test_a_simulated_run(tmp_path: Path, method: str) -> None:
     assert all(line["training_loss"] is None and not line["skipped_steps"] for line in found[1:])
     ledger = Ledger(tmp_path / "run" / "ledger.sqlite")
     reports = [part.report for record in ledger.rounds() for part in record.results]
-    assert ledger.header["privacy"] == [20.0, 1.5, 1e-3, 0.5, "gaussian", "add-remove"]
+    assert ledger.header["privacy"] == [20.0, 1.5, 1e-3, 0.5, "gaussian", "add-remove", "example"]
     ledger.close()
     assert {report.examples for report in reports} == {4}
     assert all(math.isnan(report.loss) and report.gradients.all() for report in reports)

@@ -505,6 +505,11 @@ class PrivacySection(Section):
         None,
         description="C, most that one example's projected gradients of a step may be long together",
     )
+    level: Literal["example", "client"] = Field(
+        "example",
+        description="whose data are protected: one example's, with noise at each client, or all of "
+        "a client's, with noise at the server",
+    )
     mechanism: Literal["gaussian", "laplace"] = Field(
         "gaussian",
         description='the noise; with "laplace" lengths are sums of absolute values, and epsilon '
@@ -556,13 +561,19 @@ class PrivacySection(Section):
         given = {name: value for name, value in self if name in numbers and value is not None}
         if not given:
             return self
-        pure = self.mechanism == "laplace"
+        pure, whole = self.mechanism == "laplace", self.level == "client"
+        if whole and self.examples is not None:
+            raise ValueError(
+                f"examples = {self.examples} is for level = 'example': with 'client' all examples "
+                "of a client count as one; leave examples out"
+            )
         if pure and self.delta is not None:
             raise ValueError(
                 f"delta = {self.delta:g} is for mechanism = 'gaussian': with 'laplace' epsilon "
                 "always holds; leave delta out"
             )
-        for name in ("clip", "examples") if pure else ("clip", "delta", "examples"):
+        needed = ["clip", *([] if pure else ["delta"]), *([] if whole else ["examples"])]
+        for name in needed:
             if name not in given:
                 found = ", ".join(f"{key} = {value:g}" for key, value in given.items())
                 raise ValueError(f"{name} is missing beside {found}; set it, or leave all out")

@@ -47,7 +47,7 @@ from fedforward.methods.report_filters import ReportFilter, build_filters
 from fedforward.models.base import CausalModel
 from fedforward.models.loading import longest_sequence
 from fedforward.training import build as experiment
-from fedforward.training.assembly import build_method, guarantee_of, mechanism_of
+from fedforward.training.assembly import build_method, filters_of, guarantee_of, mechanism_of
 from fedforward.training.model_card import write_card
 from fedforward.training.run_directory import strict, write_json
 
@@ -179,10 +179,10 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
         if not method.capabilities.forward_only:
             raise FedForwardError(f"method.name = {config.method.name!r} would send tensors.")
         heldout = evaluation.prepare(config, corpus.heldout, tokenizer, model.plan, model.classes)
-        filters = (
-            *build_filters(config.method.report_filters, "method.report_filters"),
-            *build_filters(settings.site.filters, "site.filters"),
-        )
+        own = build_filters(settings.site.filters, "site.filters")
+        # What the terms bound is bounded last.
+        whole = config.privacy.on and config.privacy.level == "client"
+        filters = (*own, *filters_of(config)) if whole else (*filters_of(config), *own)
     with _refusing(RefusalCode.TERMS):
         replica = Replica(model, method)
         replica.known = seen_before(run, settings)
@@ -240,6 +240,11 @@ def _check_privacy(config: Config, settings: SiteConfig) -> None:
             f"The terms have no privacy.clip, and this site has limits.epsilon = "
             f"{limits.epsilon:g}."
         )
+    if config.privacy.level == "client":
+        raise FedForwardError(
+            "privacy.level = 'client' has noise that the server adds, and this site has "
+            f"limits.epsilon = {limits.epsilon:g}, which is of noise that it adds itself."
+        )
     if not config.privacy.withholds:
         raise FedForwardError(
             f"privacy.heldout = {config.privacy.heldout!r} sends figures of held-out rows without "
@@ -285,7 +290,7 @@ def releases_of(
             say so cannot be read.
     """
     guarantee, limits = guarantee_of(config), settings.limits
-    if guarantee is None:
+    if guarantee is None or config.privacy.level == "client":
         return None
     most = None if limits.epsilon is None else (limits.epsilon, limits.delta)
     rows = fingerprints(reader.sources)
@@ -452,11 +457,12 @@ class Site:
                 tuning.model.layout.parameters,
             )
         # With privacy how many there are is not told.
-        private, true = tuning.mechanism, len(tuning.corpus.clients[0])
+        private = tuning.config.privacy
+        true = len(tuning.corpus.clients[0])
         return Enrollment(
             name=self.settings.site.name,
             model=tuning.identity,
-            examples=true if private is None else private.examples,
+            examples=(private.examples or 1) if private.on else true,
             heldout=0 if tuning.config.privacy.withholds else len(tuning.corpus.heldout),
             rounds=tuning.replica.rounds,
             active_blocks=self.settings.limits.active_blocks,

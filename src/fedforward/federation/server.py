@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fedforward.core.errors import MessageError
 from fedforward.core.seeds import generator
 from fedforward.federation.agreement import QuorumError, majority
+from fedforward.federation.client_privacy import SumNoise
 from fedforward.federation.ledger import Ledger, Round
 from fedforward.federation.plausibility import plausible_sizes, size_of
 from fedforward.federation.rate_search import RateSearch, line_search_batches
@@ -47,6 +48,7 @@ class ServerSettings(RoundSettings):
         deadline: seconds after which a round is closed with the reports that are there.
         allocate: which blocks each participant perturbs; None is all.
         state_bytes: of the tuned tensors, which a snapshot carries.
+        sum_noise: what is added to a sum before it is written; None is nothing.
     """
 
     examples: tuple[int, ...]
@@ -55,6 +57,7 @@ class ServerSettings(RoundSettings):
     deadline: float = math.inf
     allocate: Allocate | None = None
     state_bytes: int = 0
+    sum_noise: SumNoise | None = None
 
 
 class Server:
@@ -454,6 +457,8 @@ class Server:
             check_total(total, self.method.local_steps, self._numbers)
         except MessageError as error:
             raise QuorumError(str(error)) from error
+        if self.settings.sum_noise is not None:
+            total = self.settings.sum_noise.added(total)
         results = self._results([bare_report(part, self.examples[part.client]) for part in parts])
         return self._close(Round(self._maker.entry(results, total), tuple(results), total))
 

@@ -13,6 +13,7 @@ from fedforward.core.errors import FedForwardError
 from fedforward.core.identity import ModelIdentity
 from fedforward.core.registry import AGGREGATORS
 from fedforward.directions import VERSION, Distribution
+from fedforward.federation.client_privacy import ClientBound, SumNoise
 from fedforward.federation.learning_rates import RateSettings
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.privacy import Guarantee
@@ -24,6 +25,7 @@ from fedforward.methods.base import Method, method_class
 from fedforward.methods.estimators import build_estimator
 from fedforward.methods.parameters import check_parameters
 from fedforward.methods.privacy import Mechanism
+from fedforward.methods.report_filters import ReportFilter, build_filters
 
 
 def build_method(config: Config) -> Method:
@@ -67,15 +69,17 @@ def guarantee_of(config: Config) -> Guarantee | None:
             installed.
     """
     privacy, method = config.privacy, config.method
-    if privacy.clip is None or privacy.examples is None:
+    if privacy.clip is None:
         return None
+    # A client's report has all of its data, and each is in each sum.
+    whole = privacy.level == "client"
     given = Guarantee(
         clip=privacy.clip,
         noise_multiplier=privacy.noise_multiplier or 0.0,
         delta=privacy.delta or 0.0,
-        batch_size=method.batch_size,
-        examples=privacy.examples,
-        local_steps=method.local_steps,
+        batch_size=1 if whole else method.batch_size,
+        examples=privacy.examples or 1,
+        local_steps=1 if whole else method.local_steps,
         noise=privacy.mechanism,
         adjacency=privacy.adjacency,
     )
@@ -92,13 +96,13 @@ def _calibrated(given: Guarantee, target: float, rounds: int) -> Guarantee:
 
 
 def mechanism_of(config: Config) -> Mechanism | None:
-    """Clipping and noise of every client, from the system's entropy; None without `[privacy]`.
+    """Clipping and noise of every client, from the system's entropy; None where none adds noise.
 
     Raises:
         FedForwardError: as `guarantee_of`.
     """
     found = guarantee_of(config)
-    if found is None:
+    if found is None or config.privacy.level == "client":
         return None
     return Mechanism(
         clip=found.clip,
@@ -110,13 +114,30 @@ def mechanism_of(config: Config) -> Mechanism | None:
     )
 
 
+def filters_of(config: Config) -> tuple[ReportFilter, ...]:
+    """What the terms have every client do to its reports, in this order."""
+    filters = build_filters(config.method.report_filters, "method.report_filters")
+    privacy = config.privacy
+    if privacy.clip is None or privacy.level != "client":
+        return tuple(filters)
+    return (*filters, ClientBound(privacy.clip, privacy.mechanism))
+
+
+def _sum_noise_of(config: Config) -> SumNoise | None:
+    """What the server adds to sums; None where it adds nothing."""
+    found = guarantee_of(config)
+    if found is None or config.privacy.level != "client":
+        return None
+    return SumNoise.of(found.clip, found.noise_multiplier, found.noise)
+
+
 def _privacy_of(config: Config) -> list[Any] | None:
-    """What a ledger holds of its noise: C, σ, δ, q, mechanism and adjacency; None without."""
+    """What a ledger has of its noise: C, σ, δ, q, kind, adjacency and level; None without."""
     found = guarantee_of(config)
     if found is None:
         return None
     numbers = [found.clip, found.noise_multiplier, found.delta, found.chance]
-    return [*numbers, found.noise, found.adjacency]
+    return [*numbers, found.noise, found.adjacency, config.privacy.level]
 
 
 def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
@@ -222,4 +243,5 @@ def server_settings(
         search=RateSearch(method.mu, method.directions) if method.learning_rate == "auto" else None,
         state_bytes=model.state_bytes,
         secure_sums=config.federation.secure_sums,
+        sum_noise=_sum_noise_of(config),
     )

@@ -29,7 +29,6 @@ from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import Server
 from fedforward.messages.entry import takes_back
 from fedforward.messages.snapshot import Snapshot
-from fedforward.methods.report_filters import build_filters
 from fedforward.models.base import CausalModel
 from fedforward.models.loading import longest_sequence, placement
 from fedforward.models.lora import LoraModel
@@ -152,7 +151,7 @@ class Run:
         self.replica = Replica(self.model, self.method)
         self.server = self._build_server(allocate)
         batches = build.client_batches(config, self.corpus, self.collate)
-        filters = build_filters(config.method.report_filters, "method.report_filters")
+        filters = assembly.filters_of(config)
         mechanism = assembly.mechanism_of(config)
         clients = [
             Client(
