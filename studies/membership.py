@@ -71,7 +71,7 @@ class Cell:
 
 
 #: Trials of an active server, which measure many directions.
-ACTIVE_TRIALS = 8
+ACTIVE_TRIALS = 6
 ACTIVE = (
     *(Cell(1, 32, batch, pool=128) for batch in (4, 16)),
     *(Cell(1, 32, 4, noise=noise, pool=128) for noise in (0.5, 2.0)),
@@ -173,6 +173,7 @@ class Attack:
         data = ff.Dataset.from_file(rows, prompt=PROMPT, answer=ANSWER, heldout=0.01)
         self.examples: Sequence[Any] = data.batches(self.model, batch_size=1).examples
         self.random = np.random.default_rng(seed)
+        self._wide: dict[tuple[int, int], Floats] = {}
 
     def method(self, cell: Cell) -> Any:
         """The method of a cell; its run seed is that of the library."""
@@ -205,20 +206,22 @@ class Attack:
 
     def _active(self, cell: Cell, number: int) -> tuple[Floats, Floats]:
         """Scores where each row that is asked about has the directions that tell most of it."""
-        order = self.random.permutation(len(self.examples))
-        members = order[PUBLIC + OTHERS : PUBLIC + OTHERS + MOST_MEMBERS]
-        asked = [*order[:PUBLIC], *members, *order[PUBLIC : PUBLIC + OTHERS]]
-        wide = replace(cell, directions=cell.pool, pool=0)
-        slopes = self._slopes(wide, number, asked, np.empty(0))
+        members = slice(PUBLIC + OTHERS, PUBLIC + OTHERS + MOST_MEMBERS)
+        if (cell.pool, number) not in self._wide:
+            order = self.random.permutation(len(self.examples))
+            asked = [*order[:PUBLIC], *order[members], *order[PUBLIC : PUBLIC + OTHERS]]
+            wide = replace(cell, directions=cell.pool, pool=0)
+            self._wide[cell.pool, number] = self._slopes(wide, number, asked, np.empty(0))
+        slopes = self._wide[cell.pool, number]
         public = slopes[:PUBLIC]
         # How far each row is from the public ones, along each direction.
         away = np.abs(slopes - public.mean(0)) / (public.std(0) + 1e-30)
         picked = np.argsort(-away, axis=1)[:, : cell.directions]
-        found, every = np.empty(len(asked)), range(PUBLIC, len(asked))
-        for row in every:
+        found = np.empty(len(slopes))
+        for row in range(PUBLIC, len(slopes)):
             own = slopes[:, picked[row]]
             begin = PUBLIC
-            if row < PUBLIC + len(members):
+            if row < PUBLIC + MOST_MEMBERS:
                 # Of the batches of members, the one that the row is in.
                 begin += (row - PUBLIC) // cell.batch * cell.batch
             batch = own[begin : begin + cell.batch]
@@ -230,7 +233,7 @@ class Attack:
                 found[row] = likelihood_ratios(own, seen, cell, noise)[-1]
             else:
                 found[row] = likelihood_ratios(own, seen, cell, noise)[row]
-        end = PUBLIC + len(members)
+        end = PUBLIC + MOST_MEMBERS
         return found[PUBLIC:end], found[end:]
 
     def _report(self, cell: Cell, number: int, rows: NDArray[np.int64]) -> Floats:
@@ -471,11 +474,14 @@ def main() -> None:
     known = read(path)
     cells = QUICK if arguments.quick else CELLS
     with tempfile.TemporaryDirectory() as scratch:
+        # Slopes along many directions are those of all active cells.
+        active = Attack(Path(scratch), seed=len(cells)) if cells[-1].pool else None
         for place, cell in enumerate(track(cells, "Attacking")):
             key = tuple(map(str, astuple(cell)))
             if key in known:
                 continue
-            attack = Attack(Path(scratch), seed=place)
+            attack = active if cell.pool else Attack(Path(scratch), seed=place)
+            assert attack is not None
             count = trials_of(cell, arguments.quick)
             found = measured([attack.trial(cell, number) for number in range(count)])
             known[key] = dict(zip(NAMES, key, strict=True)) | found

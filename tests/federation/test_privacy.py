@@ -86,6 +86,9 @@ GOOD = SECTION | {
         ({"method__learning_rate": "auto"}, ["method.learning_rate = 'auto' reads", "a number"]),
         ({"method__client_rates": "loss"}, ["method.client_rates = 'loss' reads", "'fixed'"]),
         ({"federation__weights": "examples"}, ["federation.weights = 'examples'", "'equal'"]),
+        ({"method__name": "feedsign"}, ["method.name = 'feedsign'", "use 'fedmezo'"]),
+        ({"method__name": "fedkseed"}, ["method.name = 'fedkseed'", "use 'fedmezo'"]),
+        ({"method__name": "fedavg"}, ["method.name = 'fedavg'"]),
         ({"method__name": "zorba"}, ["method.name = 'zorba'", "use 'fedmezo'", "'decomfl'"]),
         (
             {"method__estimator": "fzoo", "method__directions": 2},
@@ -159,6 +162,40 @@ def test_a_run_with_laplace_noise_has_no_delta(tmp_path: Path) -> None:
     assert command("verify", out).code == 0
     more = [*options, "privacy.target_epsilon=8.0", "--out", out, "--resume"]
     command("run", config, *more, "privacy.adjacency=add-remove").refused("noise")
+
+
+def test_masks_blocks_aligned_adapters_and_several_steps_go_with_it(tmp_path: Path) -> None:
+    config, out = write_config(tmp_path), tmp_path / "run"
+    public = tmp_path / "public.jsonl"
+    public.write_text('{"q": "what?", "a": "that."}\n' * 9, encoding="utf-8")
+    options = [
+        *PRIVATE,
+        SIGMA,
+        "method.local_steps=3",
+        "method.estimator=one-sided",
+        "method.directions=3",
+        "method.mask=random",
+        "method.density=0.5",
+        "model.blocks=[1]",
+        "lora.init=aligned",
+        f"data.public={public}",
+    ]
+    done = command("run", config, *options, "--out", out)
+    assert done.code == 0, done
+    found = lines(out)
+    assert [line["epsilon"] for line in found[1:]] == [
+        epsilon(0.5, 1.5, 3 * rounds, 1e-3) for rounds in (1, 2, 3, 4)
+    ]
+    ledger = Ledger(out / "ledger.sqlite")
+    sizes = {len(part.report.gradients) for record in ledger.rounds() for part in record.results}
+    ledger.close()
+    assert sizes == {9}
+    assert command("verify", out).code == 0
+
+
+def test_a_rate_is_not_looked_for_on_private_rows(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    command("tune", config, *PRIVATE, SIGMA).refused("tune", "public rows", "data.source")
 
 
 def test_a_run_goes_on_with_its_own_noise(tmp_path: Path) -> None:

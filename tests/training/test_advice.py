@@ -131,6 +131,29 @@ def test_where_reports_have_no_sizes_nothing_is_said_of_them(
     assert "Raise method.learning_rate, 0.1 now" in words
 
 
+def test_a_private_run_is_not_sent_to_a_rate_that_privacy_forbids(configure: Configure) -> None:
+    changes = {
+        "method__learning_rate": 0.1,
+        "method__local_steps": 1,
+        "method__batch_size": 2,
+        "federation__weights": "equal",
+        "privacy__clip": 1.0,
+        "privacy__noise_multiplier": 1.0,
+        "privacy__delta": 1e-3,
+        "privacy__examples": 10,
+    }
+    adviser = Adviser(configure(**changes))
+    words = adviser.look([line(0, None, 2.0), line(1, None, 3.2)], record([2.0]))
+    assert "has surged" in words and "try 0.03. A shorter" in words
+    # Projected gradients are mostly noise, and say nothing of how long steps are.
+    assert "'auto'" not in words and "projected gradients method" not in words
+    adviser = Adviser(configure(**changes))
+    lines = [line(n, None, 2.0) for n in range(11)]
+    words = [adviser.look(lines[: n + 1], record([0.01])) for n in range(1, 11)][-1]
+    assert "has stayed" in words and "The noise of [privacy] may hide" in words
+    assert "auto" not in words and "too short" not in words and "diagnose" not in words
+
+
 def test_a_clients_large_numbers_do_not_overflow(configure: Configure) -> None:
     adviser = Adviser(configure(method__learning_rate=0.1, method__batch_size=16))
     with np.errstate(over="raise"):

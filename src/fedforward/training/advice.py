@@ -37,14 +37,16 @@ class Adviser:
         # Rates that are found are lowered by who finds them.
         self._rate = None if method.learning_rate == "auto" else float(method.learning_rate)
         can = method_class(method.name).capabilities
-        # Normalised steps and votes do not have the length of their projected gradients, and a
+        # Where losses travel, by which a rate is found.
+        self._losses = can.forward_only and not config.privacy.on
+        self._losses = self._losses and not config.federation.secure_sums
+        # Normalised steps, votes and noise do not have the length of projected gradients, and a
         # sum of reports has none of single clients.
         self._plain = (
-            can.forward_only
+            self._losses
             and not can.votes
             and method.estimator != "fzoo"
             and not config.server.normalise
-            and not config.federation.secure_sums
         )
         self._said: set[str] = set()
         self._falls: list[float] = []
@@ -82,10 +84,10 @@ class Adviser:
         """The loss has risen: by how much the steps are too long."""
         if self._rate is None:
             return ""
-        found = self._risen(lines)
-        if found is None:
+        risen = self._risen(lines)
+        if risen is None:
             return ""
-        what, low, now, rounds = found
+        what, low, now, rounds = risen
         method, rate = self.config.method, self._rate
         factor, how = 3.0, "The steps are too long"
         promised = sum(self._falls[-rounds:])
@@ -96,9 +98,10 @@ class Adviser:
                 f"By its projected gradients method.learning_rate = {rate:g} is at least "
                 f"{factor:.2g} times too large"
             )
+        found = ", or 'auto'" if self._losses else ""
         return (
             f"The {what} loss has surged from {low:.3f} to {now:.3f} by round "
-            f"{lines[-1]['round']}. {how}: try {_rounded(rate / factor)}, or 'auto'. A shorter "
+            f"{lines[-1]['round']}. {how}: try {_rounded(rate / factor)}{found}. A shorter "
             f"round (method.local_steps, {method.local_steps} now) or more method.directions "
             "also help."
         )
@@ -158,6 +161,12 @@ class Adviser:
         end = " `fedforward diagnose CONFIG` measures a rate."
         if self._rate is None:
             return f"{begin}Each step tells little: raise method.directions or batch_size.{end}"
+        if self.config.privacy.on:
+            return (
+                f"{begin}The noise of [privacy] may hide what rows say: raise method.batch_size or "
+                "take fewer federation.rounds with a privacy.target_epsilon. A "
+                f"method.learning_rate, {self._rate:g} now, can be found on public rows."
+            )
         if not self._plain or len(self._falls) < lines[-1]["round"]:
             return (
                 f"{begin}Raise method.learning_rate, {self._rate:g} now, or method.directions or "

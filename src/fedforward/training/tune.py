@@ -122,6 +122,11 @@ def tune(
         >>> tune(load("run.toml"), rounds=12).learning_rate  # doctest: +SKIP
         0.0031
     """
+    if config.privacy.on:
+        raise FedForwardError(
+            "`fedforward tune` measures losses of rows, which [privacy] does not allow. Find rates "
+            "on public rows: leave [privacy] out, and name them with data.source."
+        )
     config = _automatic(config, rounds)
     there = Path(tempfile.gettempdir())
     with errors_of_the_disk(there), tempfile.TemporaryDirectory(prefix="fedforward-") as folder:
