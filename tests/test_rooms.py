@@ -31,12 +31,15 @@ SINGLE = [
     "fedforward.planning.activation",
     "fedforward.planning.allocator",
     "fedforward.training.assembly",
+    "fedforward.training.comparison",
     "fedforward.training.divided",
     "fedforward.training.faults",
     "fedforward.training.loop",
     "fedforward.training.metrics",
     "fedforward.training.run_directory",
+    "fedforward.training.spending",
     "fedforward.training.summary",
+    "fedforward.training.variants",
 ]
 
 

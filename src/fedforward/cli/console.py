@@ -146,11 +146,13 @@ class Display:
 
     Attributes:
         objective: of the run whose rounds are shown.
+        title: what phases and rounds are of, where there are several runs.
     """
 
     def __init__(self, progress: Progress) -> None:
         self.rich = progress
         self.objective = "loss"
+        self.title = ""
         self._part: TaskID | None = None
         self.task = progress.add_task("starting", total=None)
         self.heldout = ""
@@ -161,6 +163,7 @@ class Display:
     def phase(self, text: str) -> None:
         """Show that a step begins whose length is not known."""
         self.end_phase()
+        text = f"{self.title}{text}"
         self._phase = text
         self.rich.update(self.task, description=text)
         if self._plain:
@@ -190,7 +193,7 @@ class Display:
         if "epsilon" in line:
             losses = f"epsilon {line['epsilon']:.3f}"
             losses += f" at delta {line['delta']:g}" if line["delta"] else ""
-        text = f"round {done}/{total}  {losses}{self.heldout}"
+        text = f"{self.title}round {done}/{total}  {losses}{self.heldout}"
         self.rich.update(self.task, description=text, total=total, completed=done)
         if self._plain and ("heldout_loss" in line or done == total):
             console.print(f"{text}  {line['seconds']:.0f} s", highlight=False)

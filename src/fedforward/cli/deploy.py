@@ -2,12 +2,13 @@
 
 import json
 import shlex
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedforward.cli.console import display, friendly, out_console, say
+from fedforward.cli.console import deployment_log, display, friendly, out_console, say
 from fedforward.cli.train import (
     ConfigArgument,
     JsonOption,
@@ -18,6 +19,7 @@ from fedforward.cli.train import (
 )
 from fedforward.core.errors import FedForwardError
 from fedforward.core.files import read_object
+from fedforward.core.paths import home
 from fedforward.core.registry import RUNTIMES
 from fedforward.deployment.status import is_status
 
@@ -48,6 +50,16 @@ def server(
             "--without", help="leave a site out of a run that goes on; its past rounds stay"
         ),
     ] = None,
+    page: Annotated[
+        int | None,
+        typer.Option(
+            "--page",
+            min=1,
+            max=65535,
+            help="serve the run's page to this machine on that port",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Carry out a run over sites on other machines; needs no model and no data."""
@@ -60,6 +72,7 @@ def server(
     again += ["--out", str(out), "--resume"]
     for name in without or []:
         again += ["--without", name]
+    again += ["--page", str(page)] if page is not None else []
     with friendly(f"Continue with: {shlex.join(again)}"):
         settings = load_terms(config, overrides or [])
         if without and not resume:
@@ -69,7 +82,7 @@ def server(
         if resume:
             check_without(out, without or [], settings)
         engine: Runtime = RUNTIMES.get(runtime)
-        with display() as progress:
+        with _page(out, page), display() as progress:
             progress.objective = settings.objective
             summary = engine.serve(
                 settings,
@@ -93,6 +106,17 @@ def server(
 
     out_console.print(federation_table(summary))
     say(out_console, f"\neverything is in {out}; each site has what was tuned")
+
+
+def _page(out: Path, port: int | None) -> AbstractContextManager[object]:
+    """The run's page on a port of this machine, while the block lasts; nothing without a port."""
+    if port is None:
+        return nullcontext()
+    from fedforward.deployment.page_server import page_served
+
+    served = page_served(home(out), port)
+    deployment_log.info("the page of the run is at http://127.0.0.1:%d/ on this machine", port)
+    return served
 
 
 def client(
@@ -172,15 +196,32 @@ def submit(
     )
 
 
-def status(run: RunArgument, as_json: JsonOption = False) -> None:
-    """Show how far a run across machines is, and what its sites do."""
-    content = _read_status(run)
+def status(
+    run: RunArgument,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="show it again until the run is over")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how far a run is, and across machines what its sites do."""
+    from fedforward.cli import watching
+
+    run = home(run)
+
+    def read() -> dict[str, Any]:
+        return _read_status(run) if (run / "status.json").exists() else watching.local_status(run)
+
+    if watch:
+        with friendly(
+            f"Watch again with: {shlex.join(['fedforward', 'status', str(run), '--watch'])}"
+        ):
+            watching.watch(read, as_json=as_json)
+        return
+    content = read()
     if as_json:
         print(json.dumps(content, indent=2))
         return
-    from fedforward.cli.tables import status_tables
-
-    for part in status_tables(content):
+    for part in watching.tables(content):
         out_console.print(part)
 
 

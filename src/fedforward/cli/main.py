@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from fedforward.cli import deploy, inspect, train
+from fedforward.cli.compare import compare
 from fedforward.cli.console import friendly, out_console, set_up_logging
 from fedforward.cli.diagnose import diagnose
 from fedforward.cli.privacy import privacy
@@ -47,6 +48,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "tune": train.tune,
         "diagnose": diagnose,
         "run": train.run,
+        "compare": compare,
     },
     "Results": {"report": report, "verify": train.verify, "export": train.export},
     "Runs across machines": {
@@ -74,7 +76,8 @@ class _Command(TyperCommand):
         except Exception as error:
             # The parser's own package is typer's to choose.
             option = str(getattr(error, "option_name", ""))
-            keys = "overrides" in {parameter.name for parameter in self.params}
+            names = {parameter.name for parameter in self.params}
+            keys = bool(names & {"overrides", "arguments"})
             if keys and ("." in option or option in ("--set", "--key", "--override")):
                 key = option.lstrip("-") if "." in option else "section.key"
                 error.message = f"No such option {option!r}. Write {key}=VALUE, without dashes."  # type: ignore[attr-defined]

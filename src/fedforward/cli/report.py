@@ -1,13 +1,14 @@
 """The command `report`: one page of a run, or of several."""
 
 import json
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fedforward.cli.console import display, out_console, say
+from fedforward.cli.console import display, friendly, out_console, say
 from fedforward.cli.train import JsonOption
 from fedforward.core.errors import FedForwardError
 from fedforward.core.paths import home
@@ -29,12 +30,23 @@ def report(
     verify: Annotated[
         bool, typer.Option("--verify", help="rebuild each run first, and say what was found")
     ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="write it again until the runs are finished")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write one HTML page of a run, or of several: curves, tables, and how to repeat them."""
     paths = list({path.resolve(): path for path in map(home, runs)}.values())
     page = home(out) if out is not None else _place(paths)
-    size, failures = write_report(paths, page, verify=verify)
+    failures: list[str] = []
+    if watch:
+        if verify:
+            raise FedForwardError(
+                "--watch and --verify exclude each other: a run is verified when it is finished."
+            )
+        size = _watch(paths, page)
+    else:
+        size, failures = write_report(paths, page, verify=verify)
     if as_json:
         content = {"page": str(page), "bytes": size, "runs": [str(path) for path in paths]}
         print(json.dumps(content, indent=2))
@@ -46,6 +58,27 @@ def report(
 
 def _place(paths: list[Path]) -> Path:
     return paths[0] / NAME if len(paths) == 1 else Path(NAME)
+
+
+def _watch(paths: list[Path], page: Path) -> int:
+    """Write the page until the runs are finished, or Ctrl-C; returns its bytes."""
+    again = shlex.join(["fedforward", "report", *map(str, paths), "--out", str(page), "--watch"])
+    with friendly(f"Watch again with: {again}"), display("waiting for figures") as progress:
+        from fedforward.reporting.live import watch
+        from fedforward.reporting.page import check_out
+        from fedforward.training.run_directory import RunDirectory
+
+        for path in paths:
+            RunDirectory(path).config()
+        check_out(page)
+
+        def told(records: Sequence[Any], size: int) -> None:
+            done = ", ".join(
+                f"{r.name} {r.rounds} of {r.config.federation.rounds}" for r in records
+            )
+            progress.phase(f"{page}: {size / 1000:.0f} kB, rounds: {done}")
+
+        return watch(paths, page, told)
 
 
 def write_report(paths: list[Path], page: Path, *, verify: bool = False) -> tuple[int, list[str]]:

@@ -75,6 +75,10 @@ def run(
         str | None,
         typer.Option("--model", help="in place of model.path", show_default=False),
     ] = None,
+    report: Annotated[
+        bool,
+        typer.Option("--report", help="write report.html in --out, again at each evaluation"),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Carry out a run: federated tuning of one model over simulated clients."""
@@ -88,8 +92,9 @@ def run(
         _preview_data(load(config, changes), 3, as_json)
         return
     again = ["fedforward", "run", str(config), *changes, "--out", str(out), "--resume"]
+    again += ["--report"] if report else []
     with friendly(f"Continue with: {shlex.join(again)}"):
-        _carry_out(load(config, changes), out, resume, as_json)
+        _carry_out(load(config, changes), out, resume, as_json, report=report)
 
 
 def preview(
@@ -142,8 +147,10 @@ def demo(
         say(out_console, f"a page of it all, with every curve and table:\n{page}")
 
 
-def _carry_out(config: Any, out: Path, resume: bool, as_json: bool) -> None:
-    """Run a configuration and show its result."""
+def _carry_out(
+    config: Any, out: Path, resume: bool, as_json: bool, *, report: bool = False
+) -> None:
+    """Run a configuration and show its result; with `report`, keep its page up to date."""
     with display("loading libraries") as progress:
         from fedforward.models.libraries import quiet_libraries
 
@@ -151,9 +158,21 @@ def _carry_out(config: Any, out: Path, resume: bool, as_json: bool) -> None:
         from fedforward.training.run import Run
         from fedforward.training.run_directory import strict
 
-        run = Run(config, out, resume, progress.progress)
+        page = _live_page(home(out)) if report else None
+
+        def told(done: int, total: int, line: dict[str, Any]) -> None:
+            progress.progress(done, total, line)
+            if page is not None:
+                page.progress(done, total, line)
+
+        run = Run(config, out, resume, told)
         progress.objective = run.config.objective
-        summary = run.fit().to_json()
+        try:
+            summary = run.fit().to_json()
+        finally:
+            # Whatever has ended the run, nobody writes the page again.
+            if page is not None:
+                page.write()
     if as_json:
         print(json.dumps(strict(summary), indent=2))
         return
@@ -162,6 +181,15 @@ def _carry_out(config: Any, out: Path, resume: bool, as_json: bool) -> None:
     out_console.print(summary_table(summary))
     folder = "adapter" if config.model.tune == "lora" else "model"
     say(out_console, f"\neverything is in {out}: see summary.json, loss.png and {folder}")
+    if page is not None:
+        say(out_console, str(page.path))
+
+
+def _live_page(out: Path) -> Any:
+    from fedforward.cli.report import NAME
+    from fedforward.reporting.live import LivePage
+
+    return LivePage(out, out / NAME)
 
 
 def plan(

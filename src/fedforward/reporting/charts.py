@@ -80,6 +80,23 @@ class Series:
     pale: bool = False
 
 
+@dataclass(frozen=True)
+class Band:
+    """What is shaded between two lines.
+
+    Attributes:
+        x: places.
+        low: the lower line.
+        high: the upper line.
+        colour: of `SERIES`, by number.
+    """
+
+    x: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+    colour: int = 0
+
+
 def number(value: float | None) -> str:
     """A number for people: 4 digits, "–" for none."""
     if value is None or not np.isfinite(value):
@@ -95,16 +112,22 @@ def line_chart(
     xlabel: str,
     ylabel: str,
     *,
+    log_x: bool = False,
     log_y: bool = False,
     zero: bool = False,
     note: str = "",
     x_name: str = "",
     band: tuple[Series, Series] | None = None,
+    bands: Sequence[Band] = (),
+    table: tuple[list[str], list[list[str]]] | None = None,
 ) -> Chart:
     """Lines over a common axis.
 
     Args:
         band: the lowest and the highest of many, between which the picture is shaded.
+        bands: shaded around lines, each in its line's colour.
+        table: head and rows in place of a column for each series.
+        log_x: a logarithmic axis of places, from the first above 0.
         zero: whether the axis of values begins at 0.
         x_name: head of the table's first column; `xlabel` if empty.
     """
@@ -114,6 +137,11 @@ def line_chart(
             x, low = _thinned(band[0].x, band[0].y)
             _, high = _thinned(band[1].x, band[1].y)
             axes.fill_between(x, low, high, color=SERIES[band[0].colour], alpha=0.22, lw=0)
+        for each_band in bands:
+            x, low = _thinned(each_band.x, each_band.low)
+            _, high = _thinned(each_band.x, each_band.high)
+            colour = SERIES[each_band.colour % len(SERIES)]
+            axes.fill_between(x, low, high, color=colour, alpha=0.16, lw=0)
         for each in series:
             x, y = _thinned(each.x, each.y)
             axes.plot(
@@ -126,7 +154,9 @@ def line_chart(
                 marker="o" if each.marks and len(x) <= 60 else None,
                 ms=3,
             )
-        if all(x == int(x) for each in series for x in each.x):
+        if log_x:
+            axes.set_xscale("log", nonpositive="mask")
+        elif all(x == int(x) for each in series for x in each.x if np.isfinite(x)):
             axes.xaxis.get_major_locator().set_params(integer=True)
         if log_y and any(value > 0 for each in series for value in each.y):
             axes.set_yscale("log")
@@ -138,7 +168,7 @@ def line_chart(
         keys = [*(keys or [Key(s.name, s.colour, s.dash) for s in series])]
         keys.append(Key("lowest to highest", band[0].colour, band=True))
     everything = [*series, *(band or ())]
-    head, rows = _table(x_name or xlabel, everything)
+    head, rows = table or _table(x_name or xlabel, everything)
     ends = "; ".join(f"{s.name} from {first} to {last}" for s in series[:8]
                      if (first := _end(s.y, 0)) and (last := _end(s.y, -1)))  # fmt: skip
     svg = _svg(draw, xlabel, ylabel)

@@ -21,7 +21,7 @@ from fedforward.reporting.charts import (
 from fedforward.reporting.record import ClientRounds, RunRecord
 
 #: Values that differ by more than this factor have a logarithmic axis.
-_WIDE = 30.0
+WIDE = 30.0
 #: Rounds that are named one by one in the table of participation.
 _MOST_NAMED = 6
 #: Clients whose examples are drawn.
@@ -133,7 +133,7 @@ def _each_client(
     """A line for each client, or of many their median and range."""
     rounds = [float(n) for n in range(1, len(values) + 1)]
     known = values[np.isfinite(values) & (values > 0)]
-    log = bool(known.size) and known.max() > _WIDE * known.min()
+    log = bool(known.size) and known.max() > WIDE * known.min()
     if _all_the_same(values):
         means = _over_clients(np.nanmean, values)
         series = [Series("all clients alike", rounds, means)]

@@ -13,12 +13,16 @@ from typing import Any
 
 from markupsafe import Markup
 
+from fedforward.config.fields import AT_SITES
 from fedforward.core.errors import FedForwardError
 from fedforward.core.files import write_bytes
 from fedforward.core.units import quantity
 from fedforward.core.version import __version__
+from fedforward.reporting import comparison
 from fedforward.reporting.charts import DASHES, SERIES, Chart, Series, line_chart, named, number
+from fedforward.reporting.comparison import MOST_GROUPS, Results
 from fedforward.reporting.figures import charts_of, heldout, tensor_bytes, traffic
+from fedforward.reporting.groups import final
 from fedforward.reporting.record import RunRecord
 
 #: Runs of a page: more lines cannot be told apart.
@@ -90,18 +94,23 @@ def write_page(path: Path, page: str) -> int:
     return len(data)
 
 
-def make_page(records: Sequence[RunRecord], verified: Mapping[Path, str] | None = None) -> str:
+def make_page(
+    records: Sequence[RunRecord],
+    verified: Mapping[Path, str] | None = None,
+    *,
+    reload_s: int | None = None,
+) -> str:
     """The page of one run or of several.
 
     Args:
         records: at most `MOST_RUNS`.
         verified: what `verify` said of each run, by its path.
+        reload_s: seconds after which a browser loads the page of unfinished runs again, from
+            where it has it; None never.
 
     Raises:
         FedForwardError: there are too many runs.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     if len(records) > MOST_RUNS:
         raise FedForwardError(
             f"A page shows at most {MOST_RUNS} runs, and {len(records)} were given. Leave out some."
@@ -113,11 +122,120 @@ def make_page(records: Sequence[RunRecord], verified: Mapping[Path, str] | None 
         for name, record in zip(names, records, strict=True)
     ]
     together = _together(runs) if len(runs) > 1 else []
+    _name_charts(together, *(run.charts for run in runs))
+    return _rendered(
+        title=f"Run {names[0]}" if len(runs) == 1 else f"{len(runs)} runs",
+        runs=runs,
+        together=together,
+        tables=_table(runs),
+        reload_s=reload_s if any(record.summary is None for record in records) else None,
+    )
+
+
+def waiting_page(reload_s: int = 5) -> str:
+    """The page of a run that has no figures yet; it loads itself again after so many seconds."""
+    return _rendered(title="No figures yet", waiting=True, reload_s=reload_s)
+
+
+def make_comparison_page(results: Results, repeat: Sequence[str] = ()) -> str:
+    """The page of a comparison: its table, what can be told apart, and curves over seeds.
+
+    Args:
+        results: of at most `comparison.MOST_GROUPS` groups.
+        repeat: command lines that carry it out again.
+
+    Raises:
+        FedForwardError: there are too many groups.
+    """
+    if len(results.groups) > MOST_GROUPS:
+        raise FedForwardError(
+            f"A page shows at most {MOST_GROUPS} groups of runs, and there are "
+            f"{len(results.groups)}. Leave out some."
+        )
+    charts = comparison.charts_of(results)
+    _name_charts(charts)
+    view = ComparisonView(
+        remarks=results.remarks,
+        facts=_comparison_facts(results),
+        table={
+            "head": comparison.head(results),
+            "rows": [comparison.cells(row, results) for row in results.rows],
+        },
+        sentences=comparison.sentences(results),
+        charts=charts,
+        runs=_comparison_runs(results),
+        repeat=list(repeat),
+    )
+    title = f"{len(results.groups)} methods compared" if len(results.groups) > 1 else "One method"
+    return _rendered(title=title, comparison=view)
+
+
+@dataclass(frozen=True)
+class ComparisonView:
+    """A comparison as the template shows it.
+
+    Attributes:
+        remarks: sentences at the top.
+        facts: what was compared: names and texts.
+        table: head and rows.
+        sentences: what can be told apart.
+        charts: with names of their own.
+        runs: head and rows, one for each run.
+        repeat: command lines; may be empty.
+    """
+
+    remarks: list[str]
+    facts: list[tuple[str, str]]
+    table: dict[str, list[Any]]
+    sentences: list[str]
+    charts: list[Chart]
+    runs: dict[str, list[Any]]
+    repeat: list[str]
+
+
+def _comparison_facts(results: Results) -> list[tuple[str, str]]:
+    configs = [run.config for group in results.groups for run in group.runs.values()]
+    seeds = sorted({config.run.seed for config in configs})
+    shown = ", ".join(map(str, seeds[:12])) + (" …" if len(seeds) > 12 else "")
+    models = sorted({config.model.path for config in configs})
+    clients = sorted({config.federation.clients for config in configs})
+    found = [
+        ("measure", f"held-out {results.measure}, {'lower' if results.lower else 'higher'} is "
+                    "better"),
+        ("base model's", results.before.text(comparison.digits)),
+        ("equal for all", results.matched),
+        ("seeds", shown),
+        ("clients", ", ".join(map(str, clients))),
+        ("model", ", ".join("the sites' own" if m == AT_SITES else m for m in models)),
+    ]  # fmt: skip
+    return [(name, text) for name, text in found if text]
+
+
+def _comparison_runs(results: Results) -> dict[str, list[Any]]:
+    rows = [
+        [group.label, str(seed), number(final(run, results.measure)), f"{run.rounds:,}", run.state,
+         str((run.summary or {}).get("state_digest") or "–")[:12], str(run.path)]
+        for group in results.groups
+        for seed, run in group.runs.items()
+    ]  # fmt: skip
+    head = ["method", "seed", f"final held-out {results.measure}", "rounds", "state",
+            "state digest", "folder"]  # fmt: skip
+    return {"head": head, "rows": rows}
+
+
+def _name_charts(*parts: list[Chart]) -> None:
+    """Give every chart of a page names of its own, in place."""
     count = 0
-    for charts in (together, *(run.charts for run in runs)):
+    for charts in parts:
         for place, chart in enumerate(charts):
             count += 1
             charts[place] = replace(chart, svg=Markup(named(chart.svg, f"c{count}")))
+
+
+def _rendered(**values: Any) -> str:
+    """The template with its values."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("fedforward.reporting"),
         autoescape=True,
@@ -125,9 +243,16 @@ def make_page(records: Sequence[RunRecord], verified: Mapping[Path, str] | None 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    title = f"Run {names[0]}" if len(runs) == 1 else f"{len(runs)} runs"
+    empty: dict[str, Any] = {
+        "runs": [],
+        "together": [],
+        "tables": None,
+        "comparison": None,
+        "reload_s": None,
+        "waiting": False,
+    }
     body = environment.get_template("report.html").render(
-        title=title, runs=runs, together=together, tables=_table(runs), version=__version__
+        **{**empty, **values}, version=__version__
     )
     return BEGINS + body
 

@@ -48,6 +48,8 @@ class Adviser:
             and method.estimator != "fzoo"
             and not config.server.normalise
         )
+        # Backpropagation measures the loss at the weights themselves.
+        self._probes = can.forward_only
         self._said: set[str] = set()
         self._falls: list[float] = []
 
@@ -130,7 +132,9 @@ class Adviser:
         """The probes lie far above the weights: by how much μ is too large."""
         width, losses = self._width(lines), self._training(lines)
         heldout = lines[-1].get("heldout_loss")
-        if heldout is None or not math.isfinite(heldout) or len(losses) < width:
+        if not self._probes or len(losses) < width:
+            return ""
+        if heldout is None or not math.isfinite(heldout):
             return ""
         # Where the weights themselves have got worse it is the rate.
         low = min(line["heldout_loss"] for line in lines if "heldout_loss" in line)

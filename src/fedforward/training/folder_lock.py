@@ -84,11 +84,12 @@ class FolderLock:
     def _holder(self) -> str:
         """Who holds the lock, in words; empty if that is not known."""
         last = time.monotonic() + _NOTE_TIMEOUT_S
-        while not (words := self._note()) and time.monotonic() < last:
+        while not (words := self.note()) and time.monotonic() < last:
             time.sleep(0.05)
         return words
 
-    def _note(self) -> str:
+    def note(self) -> str:
+        """Who has locked the folder, in words; empty if nobody, or if that is not known."""
         try:
             content = json.loads(self._note_file.read_text(encoding="utf-8"))
             pid, host, since = int(content["pid"]), str(content["host"]), str(content["since"])

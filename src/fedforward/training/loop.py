@@ -7,7 +7,7 @@ decides when a run ends. Imports no PyTorch.
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import isfinite
 from typing import Any, Protocol
 
@@ -33,6 +33,8 @@ from fedforward.training.summary import (
 LOGGER = logging.getLogger("fedforward.training.loop")
 #: How often a run that has diverged goes back, before it stops.
 MOST_RETURNS = 5
+#: Why a run ends after these metrics lines, the base model's first; empty if it does not.
+StopRule = Callable[[Sequence[dict[str, Any]]], str]
 
 
 class RoundRunner(Protocol):
@@ -91,8 +93,9 @@ class Loop:
         progress: ProgressCallback | None = None,
         callbacks: Callbacks | None = None,
         clock: Callable[[], float] = time.monotonic,
+        stop: StopRule | None = None,
     ) -> None:
-        """`clock` gives seconds."""
+        """`clock` gives seconds; `stop` may end the run sooner than its settings do."""
         self.config = config
         self.directory = directory
         self.ledger = ledger
@@ -100,6 +103,7 @@ class Loop:
         self.progress = progress
         self.callbacks = Callbacks(config.run.callbacks) if callbacks is None else callbacks
         self.clock = clock
+        self.stop = stop
         self.lines: list[dict[str, Any]] = []
         self.summary: RunSummary | None = None
         self._restored = False
@@ -160,6 +164,8 @@ class Loop:
     def _reason(self) -> str:
         """Why the run ends here, or nothing."""
         if words := metrics.reason_to_stop(self.config, self.lines):
+            return words
+        if self.stop is not None and (words := self.stop(self.lines)):
             return words
         target, after = self.config.privacy.target_epsilon, self.ledger.length + 1
         if self._guarantee is None or target is None or after > self.config.federation.rounds:

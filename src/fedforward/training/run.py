@@ -44,7 +44,7 @@ from fedforward.planning.memory.tracker import before_and_peak, peak_bytes
 from fedforward.training import activation_cache, assembly, build, summary
 from fedforward.training.callbacks import Callbacks
 from fedforward.training.divided import write_divided
-from fedforward.training.loop import Loop
+from fedforward.training.loop import Loop, StopRule
 from fedforward.training.metrics import ProgressCallback, RoundOutcome
 from fedforward.training.model_card import write_card
 from fedforward.training.plots import draw
@@ -74,6 +74,7 @@ class Run:
         resume: bool = False,
         progress: ProgressCallback | None = None,
         built: tuple[CausalModel, Any] | None = None,
+        stop: StopRule | None = None,
     ) -> None:
         """Build the parts; nothing is left in `out` where one of them cannot be built.
 
@@ -82,6 +83,7 @@ class Run:
             resume: whether to go on with the run that is in `out`.
             progress: told of each round.
             built: the model at its base weights and its tokenizer, where they are there already.
+            stop: may end the run sooner than its settings do.
 
         Raises:
             FedForwardError: for whatever is wrong with the configuration, the model or the data.
@@ -90,6 +92,7 @@ class Run:
         self.directory = RunDirectory(out)
         self.progress = progress
         self.callbacks = Callbacks(config.run.callbacks)
+        self.stop = stop
         self._initial_a: PinnedFile | None = None
         self.directory.lock()
         try:
@@ -194,6 +197,7 @@ class Run:
                 self,
                 progress=self.progress,
                 callbacks=self.callbacks,
+                stop=self.stop,
             )
             try:
                 return loop.run()
