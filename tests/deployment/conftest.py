@@ -1,7 +1,6 @@
 """Sites whose models are loaded once, and a run that nothing disturbs."""
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from fedforward.config import site as sites
 from fedforward.config.site import SiteConfig
 from fedforward.deployment import site as site_module
 from fedforward.deployment.secure import sum_site
-from fedforward.deployment.site import Tuning, build, releases_of
+from fedforward.deployment.site import Tuning, asked_of, build, releases_of
 from fedforward.federation.client import Replica
 from fedforward.training import build as experiment
 from fedforward.training.assembly import build_method, mechanism_of
@@ -50,7 +49,7 @@ def models() -> Callable[..., Tuning]:
             replica=Replica(old.model, method),
             method=method,
             clients={},
-            answered=Counter(),
+            asked=asked_of(run, settings),
             sums=sum_site(run, config),
             mechanism=mechanism_of(config),
             releases=releases_of(run, config, settings, experiment.corpus_reader(config)),

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedforward.core.errors import FedForwardError
 from fedforward.core.steps import Steps, Update
 from fedforward.deployment.participants import MAX_RETRIES, RETRY_REFUSED_S
 from fedforward.deployment.site import Site
@@ -144,18 +143,6 @@ def test_a_site_of_another_release_is_told(
     assert found.ledger == undisturbed.ledger and summary["state_digest"] == undisturbed.digest
     (told,) = [text for text in caplog.messages if "will not have this site" in text]
     assert "direction version '0'" in told and "same release" in found.of("d")["note"]
-
-
-def test_no_majority_is_a_sentence(world: Any) -> None:
-    found = world(names="ad", federation__clients=2)
-    found.inside["d"] = found.site("d", model__path=another_model(found, "base"))
-    with pytest.raises(FedForwardError, match=r"do not have the same model, .*: a; d\."):
-        found.run()
-    assert found.status["state"] == "failed" and "a; d" in found.status["error"]
-    assert not (found.out / "ledger.sqlite").exists()
-    # With the right model it goes on in the same folder.
-    found.restart("d")
-    assert found.run(resume=True)["rounds"] == 5
 
 
 def test_a_wrong_site_that_is_first_does_not_end_a_run_that_goes_on(world: Any) -> None:

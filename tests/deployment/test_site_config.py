@@ -562,6 +562,7 @@ def test_the_example_parses(tmp_path: Path) -> None:
         ("[limits]\nhead = ['other']", r"limits\.head = \['other'\] is not allowed"),
         ("[limits]\nfields = ['a', 'a']", r"limits\.fields.* there twice"),
         ("[data]\nclasses = ['a']", r"data\.classes.* two or more names"),
+        ("[limits]\nheldout = 0", r"limits\.heldout = 0 is not allowed: .* at least 1"),
         ("[limits]\nactive_blocks = 0", r"limits\.active_blocks = 0 is not allowed"),
         ("[site]\nname = 'a/b'", r"site\.name = 'a/b' is not allowed"),
         ("[data]\nheldout = -1.0", r"data\.heldout = -1\.0 is not allowed: .*above 0"),

@@ -146,7 +146,7 @@ class Cluster:
             "model": {"path": str(model)},
             "data": {"source": str(source)},
             "run": {"threads": 1, "probes_per_call": 2},
-            "limits": {"local_steps": 100_000, "fields": list(rows[0])},
+            "limits": {"local_steps": 100_000, "fields": list(rows[0]), "heldout": 1},
         }
         (self.folder / f"{name}.toml").write_text(to_toml(content), encoding="utf-8")
 

@@ -145,7 +145,7 @@ class World:
             "model": {"path": str(DEMO_MODEL)},
             "data": {"source": str(rows)},
             "run": {"threads": 1, "device": "cpu"},
-            "limits": {"fields": list(ROWS[0]), **self.limits.get(name, {})},
+            "limits": {"fields": list(ROWS[0]), "heldout": 1, **self.limits.get(name, {})},
         }
         for key, value in changes.items():
             section, _, part = key.partition("__")

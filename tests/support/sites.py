@@ -78,7 +78,7 @@ def site_config(folder: Path, name: str, **changes: Any) -> sites.SiteConfig:
         "model": {"path": str(DEMO_MODEL)},
         "data": {"source": str(source)},
         "run": {"threads": 1, "probes_per_call": 2},
-        "limits": {"fields": list(rows[0])},
+        "limits": {"fields": list(rows[0]), "heldout": 1},
     }
     for key, value in changes.items():
         section, _, rest = key.partition("__")

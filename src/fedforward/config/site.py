@@ -167,7 +167,9 @@ class LimitsSection(Section):
     """[limits], of what this site will do"""
 
     terms: Count = Field(
-        100, description="most different terms that are looked at until this site is started again"
+        100,
+        description="most different terms that are looked at, of all runs; OUT/asked/terms.json "
+        "has what there were",
     )
     fields: Annotated[list[str], AfterValidator(no_repeats)] = Field(
         [],
@@ -193,6 +195,11 @@ class LimitsSection(Section):
         1,
         description="sites that a sum of reports must be of at least before this one takes part: "
         "above 1 the terms must have federation.secure_sums",
+    )
+    heldout: Count = Field(
+        8,
+        description="held-out examples below which no held-out figures are told: a mean over few "
+        "says much of each",
     )
     epsilon: Positive | None = Field(
         None,

@@ -9,14 +9,20 @@ from typing import Any
 from fedforward.core.errors import FedForwardError
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
     """Write a file as a whole or not at all; its content is on disk when this returns.
 
     A power failure soon after may bring back the file that was there before.
+
+    Args:
+        private: whether its user alone may read it (mode 0600).
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        if private:
+            # What a kill has left may be readable by others.
+            partial.unlink(missing_ok=True)
+        with open(partial, "wb", opener=_private if private else None) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -25,6 +31,10 @@ def write_bytes(path: Path, data: bytes) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_EXCL, 0o600)
 
 
 def keep_names(folder: Path) -> None:

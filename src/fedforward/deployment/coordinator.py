@@ -28,7 +28,7 @@ from fedforward.deployment.site_metrics import SiteMetrics, combined
 from fedforward.deployment.state import CoordinatorState
 from fedforward.deployment.transient import TransientErrors
 from fedforward.deployment.transport import Transport
-from fedforward.federation.agreement import QuorumError
+from fedforward.federation.agreement import QuorumError, TieError
 from fedforward.federation.ledger import Round
 from fedforward.federation.server import Server
 from fedforward.messages.envelope import Enrollment, Envelope, MessageKind, encode_json
@@ -231,7 +231,7 @@ class Coordinator:
         """One whole round, from tasks to the ledger.
 
         Raises:
-            QuorumError: in no attempt enough sites reported.
+            QuorumError: in no attempt enough sites reported, or sites differ again.
             Stopped: the run was asked to stop.
         """
         self.participants.byte_count = ByteCount()
@@ -241,7 +241,8 @@ class Coordinator:
                 with errors_of_the_disk(self.directory.path):
                     record = self._close_round(asked)
                 break
-            except QuorumError:
+            except QuorumError as error:
+                self._check_tie(error)
                 if attempt == MAX_ROUND_RETRIES - 1:
                     raise
             finally:
@@ -255,6 +256,14 @@ class Coordinator:
             record = self._server.go_back(rounds)
         self.state.note_reset(self._server.reset)
         return RoundOutcome(record)
+
+    def _check_tie(self, error: QuorumError) -> None:
+        """End the run where sites differ that have started again before, with their names."""
+        if isinstance(error, TieError) and error.final:
+            names = {p.number: p.label for p in self.participants.all()}
+            raise QuorumError(
+                error.sentence("sites", lambda number: names.get(number, str(number)))
+            ) from error
 
     def _close_round(self, asked: Sequence[Participant]) -> Round:
         return self._server.close_round() if self._sums is None else self._sums.close(asked)
@@ -380,11 +389,8 @@ class Coordinator:
         return self._evaluate(MessageKind.EVALUATION, self._evaluators())
 
     def _evaluate_base(self) -> dict[str, Any]:
-        named = self.config.evaluation.site
         for _ in range(MAX_ROUND_RETRIES):
-            while not self._evaluators():
-                site = f": {named} (evaluation.site)" if named else ""
-                self._wait("waiting for a site to evaluate the base model" + site)
+            self._wait_for_evaluators()
             self.what = "evaluating the base model"
             found = self._evaluate(MessageKind.EVALUATION, self._evaluators())
             if "heldout_loss" in found or "withheld" in found:
@@ -393,9 +399,29 @@ class Coordinator:
             raise QuorumError(self._disagreement)
         return {}
 
+    def _wait_for_evaluators(self) -> None:
+        """Wait for a site that can evaluate the base model.
+
+        Raises:
+            FedForwardError: all that are there told for too long that they have too few examples.
+        """
+        named = self.config.evaluation.site
+        site = f": {named} (evaluation.site)" if named else ""
+        since = math.inf
+        while not self._evaluators():
+            silent = [p for p in self.participants.free() if named in (None, p.name)]
+            since = min(since, self.clock()) if silent else math.inf
+            if self.clock() - since >= self.config.federation.start_deadline:
+                names = ", ".join(participant.label for participant in silent)
+                raise FedForwardError(
+                    f"No site tells held-out figures: {names} hold out fewer examples than their "
+                    "limits.heldout. Raise data.heldout, or have a site lower limits.heldout."
+                )
+            self._wait("waiting for a site to evaluate the base model" + site)
+
     def _evaluators(self) -> list[Participant]:
         named = self.config.evaluation.site
-        return [p for p in self.participants.free() if named in (None, p.name)]
+        return [p for p in self.participants.free() if named in (None, p.name) and p.heldout]
 
     def _evaluate(self, kind: MessageKind, evaluators: Sequence[Participant]) -> dict[str, Any]:
         """Have sites evaluate the state after the last round, or keep it (FINALIZE).
@@ -442,6 +468,8 @@ class Coordinator:
         try:
             wrong = server.agree({n: bytes.fromhex(m.digest) for n, m in replies.items()})
         except QuorumError as error:
+            self.state.note_reset(server.reset)
+            self._check_tie(error)
             wrong = set(replies)
             self._disagreement = str(error)
         self.state.note_reset(server.reset)

@@ -5,6 +5,7 @@ with a number of its own. The first sites settle the model; the ledger's header 
 no PyTorch.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -48,6 +49,7 @@ class Admission:
         """Keep a site as a candidate, unless it has another model than the sites agreed on."""
         participant.note, participant.refused = "", None
         participant.examples, participant.display_name = enrollment.examples, enrollment.name
+        participant.heldout = enrollment.heldout
         if self.identity is not None:
             words = difference(enrollment.model, self.identity)
             if words:
@@ -72,7 +74,8 @@ class Admission:
             wait: takes what has come and waits a moment; told, in words, what is waited for.
 
         Raises:
-            FedForwardError: no model is that of most sites.
+            FedForwardError: no model is that of most sites, and `federation.start_deadline`
+                has brought none that tells.
         """
         quorum, pinned = assembly.quorum_of(self.config), self._pinned()
         # A run that goes on needs only its quorum; a new one waits for all that it counts on.
@@ -80,9 +83,12 @@ class Admission:
         identity = None
         here: dict[str, Enrollment] = {}
         since: dict[str, float] = {}
+        tied = math.inf
+        what = ""
         while identity is None or len(here) < quorum:
             identity = None
-            wait(f"waiting for sites: {len(here)} of {wanted} are ready")
+            wait(what or f"waiting for sites: {len(here)} of {wanted} are ready")
+            what = ""
             late = self._late(since)
             here = {
                 name: enrollment
@@ -95,7 +101,16 @@ class Admission:
             # However many are late: a run begins with most of the sites that it counts on.
             if len(here) < max(quorum, wanted - late, wanted // 2 + 1):
                 continue
-            identity = agreed(here)
+            try:
+                identity = agreed(here)
+            except FedForwardError:
+                # Another site may tell; which of these is wrong is not known.
+                tied = min(tied, self.participants.clock())
+                if self.participants.clock() - tied >= self.config.federation.start_deadline:
+                    raise
+                what = "waiting for another site: as many have one model as another"
+                continue
+            tied = math.inf
             for name in list(here):
                 if here[name].model != identity:
                     self._reject(name, here, difference(here[name].model, identity))

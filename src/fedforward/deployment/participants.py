@@ -54,6 +54,7 @@ class Participant:
         display_name: what it calls itself, for people alone.
         number: its client number; None before it is admitted.
         examples: training examples.
+        heldout: held-out examples that it tells figures of.
         ready: whether it has enrolled in this process's lifetime.
         present: whether it can be reached.
         pending: what was sent last and is not answered.
@@ -70,6 +71,7 @@ class Participant:
     display_name: str = ""
     number: int | None = None
     examples: int = 0
+    heldout: int = 0
     ready: bool = False
     present: bool = False
     pending: MessageKind | None = None

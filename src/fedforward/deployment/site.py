@@ -1,13 +1,13 @@
 """A site across machines: it does what messages ask on its own data, and replies.
 
 One `Site` lives as long as its process, and holds one model however many rounds run. It keeps
-nothing on disk but what was tuned at the end: a site that starts again is sent what it lacks.
+nothing of a run but what was tuned at the end: a site that starts again is sent what it lacks.
+What it was asked is kept (`asked`, `federation.releases`), so that it is not asked again for ever.
 """
 
 import logging
 import re
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from fedforward.data.corpus import Corpus, CorpusReader
 from fedforward.data.rows import fingerprints
 from fedforward.data.sampler import Batches, Collate
 from fedforward.data.templates import Template
+from fedforward.deployment.asked import Asked, SeenTerms
 from fedforward.deployment.limits import refusals, released, spending_folder
 from fedforward.deployment.secure import sum_site
 from fedforward.evaluation import heldout as evaluation
@@ -87,7 +88,7 @@ class Tuning:
         run: the run's random name.
         terms: as the server sent them.
         clients: the one that this site is, by the number that the server gave it.
-        answered: how often each kind of message was answered that measures something.
+        asked: how often each kind of message was answered that measures something.
         sums: masks reports, where the terms have secure sums.
         mechanism: clipping and noise, where the terms have privacy.
         releases: the rounds that were answered with noise, kept in a file.
@@ -107,7 +108,7 @@ class Tuning:
     mechanism: Mechanism | None = None
     releases: Releases | None = None
     clients: dict[int, Client] = field(default_factory=dict)
-    answered: Counter[MessageKind] = field(default_factory=Counter)
+    asked: Asked = field(default_factory=Asked)
 
     @property
     def model(self) -> CausalModel:
@@ -158,6 +159,7 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
         plan = experiment.resolve_plan(config)
         _check_classes(config)
         mechanism = mechanism_of(config)
+        asked = asked_of(run, settings)
     with _refusing(RefusalCode.LIMITS):
         _check_privacy(config, settings)
     with _refusing(RefusalCode.DATA):
@@ -200,6 +202,7 @@ def build(run: bytes, terms: dict[str, Any], settings: SiteConfig) -> Tuning:
         sums=sum_site(run, config),
         mechanism=mechanism,
         releases=releases,
+        asked=asked,
     )
 
 
@@ -302,6 +305,15 @@ def releases_of(
         return Releases(folder / f"{run.hex()}.json", budget)
 
 
+def asked_of(run: bytes, settings: SiteConfig) -> Asked:
+    """How often this site was asked in a run, before a restart as well.
+
+    Raises:
+        FedForwardError: the file that says so cannot be read.
+    """
+    return Asked(home(settings.site.out) / "asked" / f"{run.hex()}.json")
+
+
 def _check_conversation(config: Config, reader: CorpusReader, settings: SiteConfig) -> None:
     """Refuse conversations that were found in the data and that nobody named."""
     if reader.chat is not None and config.data.chat is None:
@@ -340,6 +352,7 @@ class Site:
         self.settings = settings
         self.loads = 0
         self._kept = 0
+        self._terms: SeenTerms | None = None
         self.tuning: Tuning | None = None
 
     def answer(self, data: bytes) -> bytes:
@@ -439,13 +452,7 @@ class Site:
             raise RefusedError("; ".join(sentences), Refusal.of(RefusalCode.LIMITS, keys))
         tuning = self.tuning
         if tuning is None or (tuning.run, tuning.terms) != (envelope.run, terms):
-            most = self.settings.limits.terms
-            if self.loads >= most:
-                raise RefusedError(
-                    f"This is the {most + 1}th run or change of terms, and limits.terms = {most}. "
-                    "Start this site again if that is as it should be.",
-                    Refusal(RefusalCode.LIMITS, ("limits.terms",)),
-                )
+            self._check_terms(envelope.run, terms)
             LOGGER.info("loading model and data")
             # The old model goes before the new one comes.
             self.tuning = tuning = None
@@ -456,6 +463,13 @@ class Site:
                 len(tuning.corpus.clients[0]),
                 tuning.model.layout.parameters,
             )
+            if not self._told(tuning):
+                LOGGER.info(
+                    "no held-out figures are told: %d examples are held out (data.heldout), and "
+                    "limits.heldout = %d",
+                    len(tuning.corpus.heldout),
+                    self.settings.limits.heldout,
+                )
         # With privacy how many there are is not told.
         private = tuning.config.privacy
         true = len(tuning.corpus.clients[0])
@@ -463,9 +477,23 @@ class Site:
             name=self.settings.site.name,
             model=tuning.identity,
             examples=(private.examples or 1) if private.on else true,
-            heldout=0 if tuning.config.privacy.withholds else len(tuning.corpus.heldout),
+            heldout=self._told(tuning),
             rounds=tuning.replica.rounds,
             active_blocks=self.settings.limits.active_blocks,
+        )
+
+    def _check_terms(self, run: bytes, terms: dict[str, Any]) -> None:
+        """Refuse one run, or change of terms, too many."""
+        most, path = self.settings.limits.terms, home(self.settings.site.out) / "asked/terms.json"
+        with _refusing(RefusalCode.TERMS):
+            if self._terms is None:
+                self._terms = SeenTerms(path)
+            if self._terms.note(run, terms, most):
+                return
+        raise RefusedError(
+            f"This is the {most + 1}th run or change of terms, and limits.terms = {most}. Raise it "
+            f"in site.toml if that is as it should be. {path} has all that there were.",
+            Refusal(RefusalCode.LIMITS, ("limits.terms",)),
         )
 
     def _report(self, tuning: Tuning, task: Task, body: bytes) -> tuple[MessageKind, bytes]:
@@ -487,7 +515,7 @@ class Site:
         tuning.client(task.client).sync(task)
         measured = evaluation.measure(tuning.model, tuning.heldout)
         LOGGER.info("after round %d: held-out loss %.4f", task.round, measured["heldout_loss"])
-        sent = {} if tuning.config.privacy.withholds else measured
+        sent = measured if self._told(tuning) else {}
         return MessageKind.METRICS, encode_json(strict({**self._progress(tuning), **sent}))
 
     def _keep(self, tuning: Tuning, task: Task, body: bytes) -> tuple[MessageKind, bytes]:
@@ -501,12 +529,18 @@ class Site:
         LOGGER.info("the run is over after %d rounds: wrote %s", task.round, kept)
         return MessageKind.METRICS, encode_json(progress)
 
+    def _told(self, tuning: Tuning) -> int:
+        """Held-out examples that figures are told of; 0 where they are withheld or too few."""
+        count = len(tuning.corpus.heldout)
+        withheld = tuning.config.privacy.withholds or count < self.settings.limits.heldout
+        return 0 if withheld else count
+
     def _progress(self, tuning: Tuning) -> dict[str, Any]:
-        told = not tuning.config.privacy.withholds
+        told = self._told(tuning)
         return {
             "rounds": tuning.replica.rounds,
             "digest": tuning.model.digest().hex(),
-            "examples": len(tuning.corpus.heldout) if told else 0,
+            "examples": told,
             "tokens": tuning.answer_tokens() if told else 0,
         }
 
@@ -550,11 +584,11 @@ def _check_bounds(task: Task, kind: MessageKind, tuning: Tuning) -> None:
         raise MessageError(
             f"A line search on {task.line_search} batches was refused: the terms make it {most}."
         )
-    tuning.answered[kind] += 1
-    if tuning.answered[kind] > RETRIES * agreed + SPARE:
+    allowed = RETRIES * agreed + SPARE
+    if (count := tuning.asked.note(kind, allowed)) > allowed:
         raise MessageError(
-            f"The {tuning.answered[kind]}th {kind.name} was refused: the terms have {agreed} "
-            "rounds. Start this site again if its server was set up anew."
+            f"The {count}th {kind.name} was refused: the terms have {agreed} rounds, and this site "
+            f"answers {allowed}."
         )
 
 

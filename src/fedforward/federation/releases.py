@@ -72,16 +72,26 @@ class Releases:
         )
 
     def note(self, task: Task, state: bytes, report: Report) -> None:
-        """Keep a report, and what it costs, before it leaves."""
+        """Keep a report, and what it costs, before it leaves.
+
+        Raises:
+            FedForwardError: it cannot be written down.
+        """
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             content = {
                 "round": task.round,
                 "question": _question(task, state).hex(),
                 "report": report.encode().hex(),
             }
-            write_bytes(self.path, json.dumps(content).encode())
-            keep_names(self.path.parent)
+            try:
+                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                write_bytes(self.path, json.dumps(content).encode(), private=True)
+                keep_names(self.path.parent)
+            except OSError as error:
+                raise FedForwardError(
+                    f"{self.path} cannot be written: {error.strerror or error}. Until it can, no "
+                    "round with noise is answered. Make room, or look at the rights of the folder."
+                ) from error
         self.round, self._question = task.round, _question(task, state)
         self._report = report.encode()
         if self.budget is not None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedforward.core.errors import MessageError
 from fedforward.core.seeds import generator
-from fedforward.federation.agreement import QuorumError, majority
+from fedforward.federation.agreement import QuorumError, TieError, majority
 from fedforward.federation.client_privacy import SumNoise
 from fedforward.federation.ledger import Ledger, Round
 from fedforward.federation.plausibility import plausible_sizes, size_of
@@ -93,6 +93,8 @@ class Server:
         self._multipliers: dict[int, float] = {}
         self._blocks: dict[int, NDArray[np.bool_]] = {}
         self._reports: dict[int, Any] = {}
+        #: Clients that have started again because no state was that of most.
+        self._tied: set[int] = set()
         self._digest_wanted = self._unproven = False
         self._own: tuple[int, bytes] = (-1, b"")
         self._read: tuple[int, dict[int, tuple[Entry, ...]]] = (0, {})
@@ -542,17 +544,22 @@ class Server:
     def agree(self, digests: Mapping[int, bytes]) -> set[int]:
         """The clients whose state is not that of most; they start again from the base.
 
-        Where no state is that of most, all do.
+        Where no state is that of most, all do, once: from the base and the same entries all come
+        to the same state, so clients that differ again hold another base model, or lie.
 
         Args:
             digests: of the tuned state that each client has at the beginning of the round.
 
         Raises:
-            QuorumError: no state is that of most.
+            TieError: no state is that of most; a final one where two sides of it had started
+                again before for that reason.
         """
         try:
             wrong = majority(digests, self.snapshots.recipients, self.round)
-        except QuorumError:
+        except TieError as error:
+            again = [set(side) <= self._tied for side in error.sides.values()]
+            error.final = sum(again) > 1
+            self._tied |= set(digests)
             self._start_again(digests)
             raise
         self._start_again(wrong)

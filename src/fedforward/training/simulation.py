@@ -10,7 +10,7 @@ from collections.abc import Generator, Mapping, Sequence
 
 from fedforward.core.errors import MessageError
 from fedforward.core.steps import Evaluation, Probe
-from fedforward.federation.agreement import QuorumError
+from fedforward.federation.agreement import QuorumError, TieError
 from fedforward.federation.client import Client
 from fedforward.federation.server import Server
 from fedforward.models.base import CausalModel
@@ -67,7 +67,9 @@ class LocalRuntime:
                 self._deliver(reports[waiting.pop(0)])
             try:
                 record = server.close_round()
-            except QuorumError:
+            except QuorumError as error:
+                if isinstance(error, TieError) and error.final:
+                    raise QuorumError(error.sentence("clients")) from error
                 if attempt == ATTEMPTS - 1:
                     raise
                 continue

@@ -1,6 +1,5 @@
 """What a site answers to the steps of a secure sum."""
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +33,6 @@ class SumSite:
         self.run = run
         self.federation = federation
         self._party: SumParty | None = None
-        self._answered: Counter[MessageKind] = Counter()
 
     def answer(self, tuning: Any, envelope: Envelope, task: Answer) -> tuple[MessageKind, bytes]:
         """The reply to a step.
@@ -47,12 +45,12 @@ class SumSite:
             MessageError: the step is not one of the sum that is under way.
         """
         kind, body = envelope.kind, envelope.body
-        self._answered[kind] += 1
         rounds = self.federation.rounds
-        if self._answered[kind] > RETRIES * rounds + SPARE:
+        most = RETRIES * rounds + SPARE
+        if (count := tuning.asked.note(kind, most)) > most:
             raise MessageError(
-                f"The {self._answered[kind]}th {kind.name} was refused: the terms have {rounds} "
-                "rounds. Start this site again if its server was set up anew."
+                f"The {count}th {kind.name} was refused: the terms have {rounds} rounds, and this "
+                f"site answers {most}."
             )
         if kind is MessageKind.SUM_START:
             return MessageKind.SUM_KEYS, self._start(tuning, SumStart.decode(body)).encode()
