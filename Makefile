@@ -3,7 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo docs test test-all test-cluster gpu lint wheel clean
+SECONDS ?= 60
+KILLS ?= 100
+
+.PHONY: demo docs test test-all test-cluster test-faults fuzz gpu lint wheel clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -33,12 +36,25 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-all: lint
-	$(BIN)/python -m pytest -m "not cluster"
+	$(BIN)/python -m pytest -m "not cluster and not faults"
 	$(BIN)/python -m pytest -n 0 -m cluster
 
 # One federation after the other: each has a dozen processes.
 test-cluster: .venv/.installed
 	$(BIN)/python -m pytest -n 0 -m cluster
+
+# Processes are killed, disks are full, clocks jump: `make test-faults KILLS=100`.
+test-faults: .venv/.installed
+	$(BIN)/python -m pytest -n 0 -m "faults or not faults" --kills $(KILLS) tests/faults
+
+# What only fuzzing needs is installed when it is first asked for.
+.venv/.fuzz: .venv/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[fuzz]'
+	touch $@
+
+# All targets from the corpus on, one after another: `make fuzz SECONDS=60`.
+fuzz: .venv/.fuzz
+	$(BIN)/python -m tests.fuzz.run --seconds $(SECONDS)
 
 # On a machine with a GPU, with the packages that `python3` has there: nine minutes at most.
 gpu:

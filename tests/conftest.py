@@ -38,6 +38,12 @@ LIBRARIES = (
 DEMO_MODEL = Path(str(files("fedforward.demo").joinpath("model")))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Of the tests of faults, in tests/faults."""
+    parser.addoption("--kills", type=int, default=100, help="kills of each kind")
+    parser.addoption("--fault-seed", type=int, help="of every random choice of these tests")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quiet_libraries() -> None:
     import transformers
