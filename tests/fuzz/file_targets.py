@@ -44,7 +44,7 @@ def _written(name: str, data: bytes) -> Path:
 
 def _look(ledger: Ledger) -> None:
     """All that `verify` does with rounds, but for the model."""
-    audit = Audit(settings(), method())
+    audit = Audit(settings(), method(), ledger.remaining_rounds)
     for record in ledger.rounds():
         audit.take(record)
     list(ledger.entries())

@@ -44,7 +44,7 @@ def site(data: bytes) -> None:
     held, tuning = _site()
     tuning.replica.reset()
     tuning.replica.catch_up([entry(0), entry(1)])
-    tuning.asked = Asked()
+    tuning.asked, tuning.replica.known = Asked(), {}
     with np.errstate(all="ignore"):
         reply = Envelope.decode(held.answer(sealed(data[0], data[1:])))
     if reply.kind is MessageKind.REFUSAL:

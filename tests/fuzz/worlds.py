@@ -63,6 +63,9 @@ class MemoryLedger:
     def entries(self, begin: int = 0, end: int | None = None) -> Iterator[Entry]:
         return (record.entry for record in self.records[begin:end])
 
+    def remaining_rounds(self, end: int | None = None) -> Iterator[Round]:
+        return Ledger.remaining_rounds(self, end)  # type: ignore[arg-type]
+
     def check(self, record: Round) -> None:
         Ledger.check(self, record)  # type: ignore[arg-type]
 

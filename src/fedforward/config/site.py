@@ -307,6 +307,11 @@ def check_terms(config: Config, origin: str) -> None:
             f"run.patience = {config.run.patience} waits for held-out figures, and [privacy] "
             "withholds them (privacy.heldout). Leave it out."
         )
+    if config.privacy.withholds and config.run.on_divergence == "rollback":
+        problems.append(
+            "run.on_divergence = 'rollback' goes back to the lowest held-out loss, and [privacy] "
+            "withholds it (privacy.heldout). Leave it out."
+        )
     if config.evaluation.source is not None:
         problems.append(
             f"evaluation.source = {config.evaluation.source!r}: sites evaluate on their own "

@@ -126,7 +126,8 @@ class Replica:
                 raise MessageError(
                     f"Ledger rounds {known.begin} to {known.rounds - 1} were refused: they are not "
                     "those that this site was sent before. The server has another history of this "
-                    "run now."
+                    "run now. If that is as it should be, remove the run's file in seen/ of this "
+                    "site's folder, and start the site again."
                 )
         return found
 

@@ -38,7 +38,9 @@ class Releases:
             return
         try:
             content = json.loads(path.read_bytes())
-            self.round = int(content["round"])
+            self.round = content["round"]
+            if type(self.round) is not int or self.round < 0:
+                raise ValueError
             self._question = bytes.fromhex(content["question"])
             self._report = bytes.fromhex(content["report"])
         except (ValueError, TypeError, KeyError) as error:

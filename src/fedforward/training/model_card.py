@@ -145,9 +145,9 @@ def _data(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _figures(config: Config, summary: Mapping[str, Any]) -> list[str]:
-    if "heldout_loss" not in summary:
+    loss = summary.get("heldout_loss")
+    if not loss:
         return ["None are known of this state."]
-    loss = summary["heldout_loss"]
     rows = [("held-out loss, nats per token", _number(loss["start"]), _number(loss["end"]))]
     for name, change in summary.get("metrics", {}).items():
         rows.append((f"held-out {name}", _number(change["start"]), _number(change["end"])))
