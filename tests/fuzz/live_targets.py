@@ -43,8 +43,9 @@ def site(data: bytes) -> None:
         return
     held, tuning = _site()
     tuning.replica.reset()
+    tuning.replica.known = {}
     tuning.replica.catch_up([entry(0), entry(1)])
-    tuning.asked, tuning.replica.known = Asked(), {}
+    tuning.asked = Asked()
     with np.errstate(all="ignore"):
         reply = Envelope.decode(held.answer(sealed(data[0], data[1:])))
     if reply.kind is MessageKind.REFUSAL:

@@ -420,8 +420,10 @@ class Coordinator:
             self._wait("waiting for a site to evaluate the base model" + site)
 
     def _evaluators(self) -> list[Participant]:
-        named = self.config.evaluation.site
-        return [p for p in self.participants.free() if named in (None, p.name) and p.heldout]
+        """The sites that tell held-out figures; with privacy, those that show their state alone."""
+        named, withheld = self.config.evaluation.site, self.config.privacy.withholds
+        free = [p for p in self.participants.free() if named in (None, p.name)]
+        return [p for p in free if p.heldout or withheld]
 
     def _evaluate(self, kind: MessageKind, evaluators: Sequence[Participant]) -> dict[str, Any]:
         """Have sites evaluate the state after the last round, or keep it (FINALIZE).
