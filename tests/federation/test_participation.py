@@ -12,9 +12,10 @@ from fedforward.core.steps import Steps, Update
 from fedforward.directions import Distribution
 from fedforward.federation.client import Client, Replica
 from fedforward.federation.learning_rates import RateSettings
-from fedforward.federation.ledger import Ledger
+from fedforward.federation.ledger import Ledger, Round
 from fedforward.federation.server import QuorumError, Server, ServerSettings
 from fedforward.federation.server_optimizer import ServerOptimizer
+from fedforward.messages.entry import Entry
 from fedforward.messages.report import Report
 from fedforward.messages.snapshot import Snapshot
 from fedforward.messages.task import Task
@@ -187,6 +188,15 @@ def test_a_forged_snapshot_is_refused(tmp_path: Path) -> None:
     for bad in (Snapshot(0, good.digest, b"short"), Snapshot(7, good.digest, good.data)):
         with pytest.raises(MessageError, match=r"the ledger has 0 rounds"):
             server.receive_snapshot(bad.encode(), 0)
+    # One of rounds that were taken back, from a site that was asked before they were.
+    for number in range(3):
+        server.ledger.append(Round(Entry(number, ()), ()))
+    server.go_back(1)
+    for rounds in (2, 3):
+        with pytest.raises(MessageError, match="the last of them was taken back"):
+            server.receive_snapshot(Snapshot(rounds, good.digest, good.data).encode(), 0)
+    server.receive_snapshot(Snapshot(1, good.digest, good.data).encode(), 0)
+    assert server.snapshots.newest is not None
     # Without a digest nobody could prove it.
     unproven = Snapshot(3, b"", good.data)
     with pytest.raises(MessageError, match="not what its digest says"):

@@ -6,14 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedforward.config.schema import Config
 from fedforward.core.errors import MessageError
-from fedforward.federation.client import Replica
+from fedforward.federation.client import Client, Replica
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.round_maker import SLOWER
-from fedforward.messages.entry import Entry, remaining, takes_back
+from fedforward.messages.entry import Contribution, Entry, remaining, takes_back
+from fedforward.messages.task import Task
 from fedforward.methods.fedmezo import FedMeZO
 from fedforward.models.quadratic import Quadratic
 from fedforward.training import loop as loops
@@ -139,6 +141,43 @@ def test_a_run_that_has_stopped_goes_back_when_it_is_resumed(tmp_path: Path) -> 
     assert any("taken_back" in line for line in lines_of(tmp_path / "run"))
 
 
+def test_a_run_that_ended_by_going_back_is_resumed(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    last = DIVERGED[0]
+    options = [*METHODS["decomfl"], "run.on_divergence=rollback", "--out", tmp_path / "run"]
+    assert command("run", config, *options, f"federation.rounds={last}").code == 0
+    assert lines_of(tmp_path / "run")[-1]["round"] == last + 1
+    before = (tmp_path / "run/ledger.sqlite").read_bytes()
+    again = command("run", config, *options, f"federation.rounds={last}", "--resume")
+    assert again.code == 0, again.error
+    assert (tmp_path / "run/ledger.sqlite").read_bytes() == before
+    found = command("run", config, *options, f"federation.rounds={last - 1}", "--resume")
+    assert found.code == 2 and f"has {last} rounds already" in found.error
+
+
+@pytest.mark.parametrize("wrong", [0, 5, 10**9, -1, "many", None])
+def test_metrics_that_say_another_return_are_found(wrong: Any, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    options = [*METHODS["decomfl"], "run.on_divergence=rollback", "federation.rounds=6"]
+    run = tmp_path / "run"
+    assert command("run", config, *options, "--out", run).code == 0
+    lines = lines_of(run)
+    whole = (run / "metrics.jsonl").read_text()
+    lines[5]["taken_back"] = wrong
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if wrong == 0:
+        found = command("verify", run)
+        assert found.code and "has taken_back 0 after 5 rounds" in found.error
+        return
+    # A line that no run writes is written again from the ledger.
+    again = command("run", config, *options, "--out", run, "--resume")
+    assert again.code == 0, again.error
+    kept = [json.loads(line) for line in whole.splitlines()]
+    for mine, there in zip(lines_of(run), kept, strict=True):
+        assert mine.get("taken_back") == there.get("taken_back")
+        assert mine["heldout_loss"] == there["heldout_loss"]
+
+
 def test_methods_without_replay_say_so(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     found = command(
@@ -182,3 +221,20 @@ def test_a_replica_asks_for_all_rounds() -> None:
         replica.catch_up([Entry(2, (), keeps=1)])
     replica.catch_up([Entry(0, ()), Entry(1, ()), Entry(2, (), keeps=1)])
     assert replica.rounds == 3
+
+
+def test_a_replica_that_holds_more_than_a_snapshot_takes_it_where_the_rest_is_taken_back() -> None:
+    def client() -> Client:
+        replica = Replica(Quadratic([1.0], 10), FedMeZO(local_steps=2))  # type: ignore[arg-type]
+        return Client(0, [], replica)  # type: ignore[arg-type]
+
+    giver, late = client(), client()
+    giver.replica.catch_up([steps(0), steps(1)])
+    late.replica.catch_up([steps(number) for number in range(4)])
+    entries = (steps(2), steps(3), Entry(4, (), keeps=2))
+    late.sync(Task(5, 0, 0.0, True, entries, snapshot=giver.replica.snapshot().encode()))
+    assert late.replica.rounds == 5 and late.replica.digest() == giver.replica.digest()
+
+
+def steps(number: int) -> Entry:
+    return Entry(number, (Contribution(0, np.array([0.5, 0.25], np.float32)),))

@@ -312,6 +312,9 @@ class Client:
         if task.reset:
             self.replica.reset()
         if task.snapshot:
+            if takes_back(task.entries, self.replica.rounds):
+                # The snapshot is of rounds that stayed, perhaps of fewer than are held here.
+                self.replica.reset()
             self.replica.restore(Snapshot.decode(task.snapshot))
         self.replica.catch_up(task.entries)
         if task.round != self.replica.rounds:

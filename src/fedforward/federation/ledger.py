@@ -239,7 +239,8 @@ class Ledger:
         except MessageError as error:
             raise FedForwardError(
                 f"{self.path}: round {number} cannot be read. {error} Restore the ledger from a "
-                "copy."
+                "copy, or use the release of fedforward that wrote it, which environment.json "
+                "beside it names."
             ) from error
         return record
 

@@ -219,10 +219,14 @@ class Server:
             self.examples.append(examples)
         self.examples[client] = examples
         self.held[client] = min(rounds, self.round)
-        if rounds > self.round or any(e.keeps < rounds <= e.round for e in self._returns):
+        if rounds > self.round or self._taken_back(rounds):
             # It holds rounds that this ledger has not, so what it holds is another run's; or
             # rounds that were taken back.
             self.reset.add(client)
+
+    def _taken_back(self, rounds: int) -> bool:
+        """Whether the last of so many rounds was taken back."""
+        return any(entry.keeps < rounds <= entry.round for entry in self._returns)
 
     @property
     def _search_batches(self) -> int:
@@ -285,7 +289,7 @@ class Server:
 
     def receive_snapshot(self, data: bytes, source: int) -> None:
         """Keep a client's snapshot; see `Snapshots.receive`."""
-        self.snapshots.receive(data, source, self.round)
+        self.snapshots.receive(data, source, self.round, self._taken_back)
 
     @property
     def snapshot_bytes(self) -> int:

@@ -55,15 +55,19 @@ class Snapshots:
             return None
         return next(client for client in sources if held(client) == latest)
 
-    def receive(self, data: bytes, source: int, rounds: int) -> None:
+    def receive(
+        self, data: bytes, source: int, rounds: int, taken_back: Callable[[int], bool]
+    ) -> None:
         """Keep a snapshot for the clients that are far behind.
 
         Args:
             source: the client that made it.
             rounds: of the ledger.
+            taken_back: whether the last of so many rounds was.
 
         Raises:
-            MessageError: it is damaged, or of another size than the tuned tensors.
+            MessageError: it is damaged, of another size than the tuned tensors, or of rounds that
+                were taken back.
         """
         snapshot = Snapshot.decode(data)
         if len(snapshot.digest) != SHA256_BYTES:
@@ -76,6 +80,11 @@ class Snapshots:
                 f"A snapshot of {len(snapshot.data)} bytes after {snapshot.rounds} rounds was "
                 f"refused: the tuned tensors are {self.state_bytes} bytes, and the ledger has "
                 f"{rounds} rounds."
+            )
+        if taken_back(snapshot.rounds):
+            raise MessageError(
+                f"A snapshot after {snapshot.rounds} rounds was refused: the last of them was "
+                "taken back."
             )
         self.newest, self.source = snapshot, source
         self.recipients.clear()

@@ -124,7 +124,7 @@ def round_line(outcome: RoundOutcome, seconds: float) -> dict[str, Any]:
         line["clients"] = _known(attendance)
     if outcome.passes:
         line["passes"] = outcome.passes
-    if outcome.changed_share is not None:
+    if outcome.changed_share is not None and not record.entry.goes_back:
         line["changed_share"] = outcome.changed_share
     return line
 

@@ -58,6 +58,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "learning_rates": _each(_number),
     "bytes": _traffic,
     "clients": _each(_count),
+    "taken_back": _count,
     "epsilon": _finite,
     "delta": _finite,
     "passes": _finite,
@@ -88,6 +89,8 @@ def read_line(text: str, number: int) -> dict[str, Any] | None:
     if not number and not {"heldout_loss", "withheld"} & line.keys():
         return None
     if not all(kind(line[name]) for name, kind in _KINDS.items() if name in line):
+        return None
+    if line.get("taken_back", 0) >= max(1, number):
         return None
     if line.get("heldout_loss", 0.0) is None:
         line["heldout_loss"] = math.nan

@@ -85,11 +85,11 @@ class RoundReplay:
         wanted = strict(round_line(RoundOutcome(record), 0.0))
         # JSON has no numbers for names.
         wanted["learning_rates"] = {str(n): rate for n, rate in wanted["learning_rates"].items()}
-        for name in ("training_loss", "skipped_steps", "learning_rates"):
-            if lines[after].get(name) != wanted[name]:
+        for name in ("training_loss", "skipped_steps", "learning_rates", "taken_back"):
+            if lines[after].get(name) != wanted.get(name):
                 self._wrong_line = (
                     f"metrics.jsonl has {name} {lines[after].get(name)} after {after} rounds, the "
-                    f"ledger {wanted[name]}"
+                    f"ledger {wanted.get(name)}"
                 )
 
     def _compare(self, round_number: int, claimed: set[bytes]) -> None:
