@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from fedforward.config.fields import AT_SITES
 from fedforward.config.loading import validate
 from fedforward.training.model_card import card
 from tests.support.command_line import command, write_config
@@ -63,6 +64,26 @@ def test_a_base_model_of_the_hub_is_named() -> None:
     assert "A LoRA adapter of `someone/model` after 3 rounds" in found.text
     # Nothing on rows of parties at a site, which knows its own alone.
     assert "How many there were is not known here." in found.text
+
+
+def test_the_base_model_of_sites_is_named_only_if_it_is_known(tmp_path: Path) -> None:
+    text = card(configured(model__path=AT_SITES), rounds=1, state_digest="ab")
+    assert AT_SITES not in text and ModelCard(text).data.base_model is None
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"heldout_loss": 3.0},
+        {"heldout_loss": {"start": "<b>", "end": None}},
+        {"examples": ["secret"], "heldout_loss": {"start": 1.0, "end": 1.0}},
+        {"sites": 3},
+        {"bytes_per_client_round": {"up": "many"}, "heldout_loss": {"start": 1.0, "end": 1.0}},
+    ],
+)
+def test_a_damaged_summary_is_left_out(damaged: dict[str, Any]) -> None:
+    text = card(configured(), rounds=1, state_digest="ab", summary=damaged)
+    assert text == card(configured(), rounds=1, state_digest="ab")
 
 
 def test_privacy_and_other_methods_are_in_it() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedforward.config.fields import AT_SITES
 from fedforward.config.schema import Config
 from fedforward.core.paths import is_path
 from fedforward.core.version import __version__
@@ -71,9 +72,9 @@ def card(
     """
     from huggingface_hub import ModelCardData
 
-    found = dict(summary or {})
+    found = _whole(config, summary or {})
     adapter = config.model.tune == "lora" and not whole
-    public = None if is_path(config.model.path) else config.model.path
+    public = _public(config.model.path)
     named = "A LoRA adapter" if adapter else "A model"
     head = ModelCardData(
         base_model=public,
@@ -123,6 +124,21 @@ def card(
     return "\n".join(lines)
 
 
+def _whole(config: Config, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary; nothing of one that was damaged, or that another release wrote otherwise."""
+    try:
+        _data(summary)
+        _figures(config, summary)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+    return dict(summary)
+
+
+def _public(path: str) -> str | None:
+    """The name of a base model, unless it is a place on some machine."""
+    return None if path == AT_SITES or is_path(path) else path
+
+
 def _base(public: str | None, adapter: bool) -> list[str]:
     if public:
         return [] if adapter else [f"The base model was `{public}`."]
@@ -137,7 +153,7 @@ def _data(summary: Mapping[str, Any]) -> list[str]:
     if not examples:
         return ["Rows of each party stayed with it. How many there were is not known here."]
     least, most = min(examples), max(examples)
-    each = f"{least}" if least == most else f"{least} to {most}"
+    each = f"{least:d}" if least == most else f"{least:d} to {most:d}"
     text = [f"{len(examples)} parties with {each} training examples each, which stayed with them."]
     if summary.get("heldout_examples"):
         text.append(f"{summary['heldout_examples']} examples were held out.")

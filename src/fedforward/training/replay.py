@@ -384,9 +384,13 @@ def export(
     else:
         rebuilt.model.save(out)
     directory = RunDirectory(path)
+    config = directory.config()
+    if config.model.path == AT_SITES:
+        # Only now it is known which model that is.
+        config = _with_base(directory, config, base)
     write_card(
         out,
-        directory.config(),
+        config,
         rounds=rebuilt.rounds,
         whole=merged_in,
         state_digest=digest,
