@@ -6,13 +6,16 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import pytest
 
 from fedforward.core.registry import CALLBACKS
-from fedforward.training.callbacks import figures
+from fedforward.training.callbacks import _public, figures
+from fedforward.training.metrics import DivergenceError
 from tests.support.command_line import command, write_config
+from tests.training.test_loop import Begun
 
 pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
 
@@ -88,6 +91,9 @@ def test_wandb_is_told_numbers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyP
     content = sent.read_bytes()
     assert b"training_loss" in content and b"learning_rate" in content
     line = lines_of(tmp_path / "run")[0]["example"]
+    # Nor is the machine, or what is installed on it.
+    assert f"B{chr(len(gethostname()))}{gethostname()}".encode() not in content
+    assert not list(sent.parent.rglob("requirements.txt"))
     # The prompt, its answer, the fields' names and the data's place are none of its business.
     for secret in (line["prompt"], line["expected"], "{q}", "rows.jsonl"):
         assert secret.encode() not in content
@@ -127,6 +133,23 @@ def test_what_is_not_there_is_said_before_anything_runs(
     monkeypatch.setattr("fedforward.training.callbacks.find_spec", lambda name: None)
     run_with('["wandb"]', tmp_path).refused("run.callbacks", "pip install 'fedforward[wandb]'")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_figure_that_is_measured_when_the_run_ends_is_told(tmp_path: Path) -> None:
+    begun = Begun(tmp_path, lambda rounds: 1.0 + rounds / 8, callbacks=["csv", "tensorboard"])
+    begun.runner.not_finite_after = 3
+    with pytest.raises(DivergenceError):
+        begun.loop.run()
+    rows = rows_of(tmp_path)
+    assert [row["heldout_loss"] for row in rows] == ["1.0", "", "1.25", "1.375"]
+    found = scalars(tmp_path)
+    assert found["heldout_loss"] == {0: 1.0, 2: 1.25, 3: 1.375}
+    assert list(found["training_loss"]) == [1, 2, 3]
+
+
+def test_of_a_configuration_no_place_is_sent() -> None:
+    section = {"field": "a", "mask_file": "b", "mu": 1.0, "parameters": {"n": 3, "file": "/c"}}
+    assert _public(section) == {"mu": 1.0, "parameters": {"n": 3}}
 
 
 def test_figures_are_of_no_single_site() -> None:

@@ -45,7 +45,10 @@ class Callback(Protocol):
         ...
 
     def line(self, line: Mapping[str, Any]) -> None:
-        """A round is over."""
+        """A round is over.
+
+        The last one is told again where it is measured only when the run ends.
+        """
         ...
 
     def end(self) -> None:
@@ -85,6 +88,10 @@ class CsvFile:
     def line(self, line: Mapping[str, Any]) -> None:
         """See `Callback`."""
         row = figures(line)
+        if self._rows and self._rows[-1]["round"] == row["round"]:
+            self._rows[-1] = row
+            self._write()
+            return
         self._rows.append(row)
         if row.keys() <= set(self._columns):
             with self._path.open("a", encoding="utf-8", newline="") as file:
@@ -128,6 +135,7 @@ class TensorBoard:
         # All lines are written again.
         shutil.rmtree(own, ignore_errors=True)
         self._writer = Writer(str(own))
+        self._told: tuple[int, set[str]] = (-1, set())
         for line in lines:
             self.line(line)
 
@@ -135,8 +143,10 @@ class TensorBoard:
         """See `Callback`."""
         found = figures(line)
         step = int(found.pop("round"))
-        for name, value in found.items():
-            self._writer.add_scalar(name, value, step)
+        told = self._told[1] if self._told[0] == step else set()
+        for name in found.keys() - told:
+            self._writer.add_scalar(name, found[name], step)
+        self._told = step, told | found.keys()
         self._writer.flush()
 
     def end(self) -> None:
@@ -161,17 +171,20 @@ class WeightsAndBiases:
             write_text(name, uuid4().hex[:12])
         content = config.model_dump(mode="json")
         settings = wandb.Settings(
-            console="off", disable_git=True, disable_code=True, x_disable_meta=True, silent=True
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            host="",
+            silent=True,
+            x_disable_meta=True,
+            x_save_requirements=False,
         )
         self._run = wandb.init(
             project="fedforward",
             id=name.read_text(encoding="utf-8"),
             resume="allow",
             dir=str(folder),
-            config={
-                section: {k: v for k, v in content[section].items() if k not in _OF_DATA}
-                for section in _PUBLIC
-            },
+            config={section: _public(content[section]) for section in _PUBLIC},
             settings=settings,
         )
         for line in lines:
@@ -187,6 +200,15 @@ class WeightsAndBiases:
     def end(self) -> None:
         """See `Callback`."""
         self._run.finish()
+
+
+def _public(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section without what names a file or a field, which texts of a package's own may do."""
+    found = {key: value for key, value in section.items() if key not in _OF_DATA}
+    if "parameters" in found:
+        numbers = {k: v for k, v in found["parameters"].items() if isinstance(v, int | float)}
+        found["parameters"] = numbers
+    return found
 
 
 class Callbacks:

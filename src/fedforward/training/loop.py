@@ -236,6 +236,8 @@ class Loop:
         if not {"heldout_loss", "withheld"} & self.lines[-1].keys():
             self._evaluate_into(self.lines[-1])
             self.directory.rewrite_metrics(self.lines)
+            if self._restored:
+                self.callbacks.line(self.lines[-1])
 
     def _finish(self, reason: str) -> RunSummary:
         own = self.runner.finish(self.lines)
