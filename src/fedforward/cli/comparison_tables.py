@@ -15,8 +15,7 @@ def render(results: Results) -> list[Any]:
     """
     names, rows = head(results), [cells(row, results) for row in results.rows]
     cut = names.index("rounds")
-    first = [0, *range(1, cut), len(names) - 1]
-    last = [0, *range(cut, len(names) - 1)]
+    first, last = list(range(cut)), [0, *range(cut, len(names))]
     title = f"held-out {results.measure}, of the base model {results.before.text(digits)}"
     if results.matched:
         title += f"; equal for all: {results.matched}"

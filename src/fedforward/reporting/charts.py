@@ -20,6 +20,10 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b88700", "#3fa0d8", "#7a
 INK, MUTED, GRID = "#010203", "#040506", "#070809"
 #: Of words on a dark cell, in both themes.
 LIGHT = "#fefefe"
+#: Of the lines between cells: the page itself.
+PAPER = "#0a0b0c"
+#: More cells than this have no lines between them.
+_MOST_LINED = 24
 DASHES = ("-", "--", ":")
 #: Rows of a table; of more rounds every so many are shown.
 MOST_ROWS = 60
@@ -287,6 +291,10 @@ def grid_chart(
             extent=(first - 0.5, first + wide - 0.5, tall - 0.5, -0.5),
         )  # fmt: skip
         axes.grid(visible=False)
+        for y in range(1, tall if tall <= _MOST_LINED else 1):
+            axes.axhline(y - 0.5, color=PAPER, lw=1.2)
+        for x in range(1, wide if wide <= _MOST_LINED else 1):
+            axes.axvline(first + x - 0.5, color=PAPER, lw=1.2)
         kept = shown_few(tall, 12)
         axes.set_yticks(kept, [_cut(rows[n]) for n in kept])
         if columns is not None:
@@ -390,6 +398,7 @@ _VARIABLES = {
     INK: "--ink",
     MUTED: "--muted",
     GRID: "--rule",
+    PAPER: "--paper",
     **{colour: f"--s{n}" for n, colour in enumerate(SERIES)},
 }
 

@@ -248,7 +248,7 @@ def head(results: Results) -> list[str]:
     found = ["method", "rate", "seeds", f"final {name}", f"best {name}"]
     if results.measure != "loss":
         found.append("final held-out loss")
-    return [*found, "rounds", "passes", "seconds", "bytes", "peak memory", "diverged", "verdict"]
+    return [*found, "verdict", "rounds", "passes", "seconds", "bytes", "peak memory", "diverged"]
 
 
 def _named(measure: str) -> str:
@@ -263,9 +263,10 @@ def cells(row: Row, results: Results) -> list[str]:
     found = [label, rate, str(len(row.seeds)), row.final.text(digits), row.best.text(digits)]
     if results.measure != "loss":
         found.append(row.loss.text(digits))
+    found.append(row.verdict)
     found += [row.spent[what].text(_count) for what in ("rounds", "passes", "seconds")]
     found += [row.spent["bytes"].text(quantity), row.peak_memory_bytes.text(quantity)]
-    return [*found, f"{row.diverged} of {len(row.seeds)}", row.verdict]
+    return [*found, f"{row.diverged} of {len(row.seeds)}"]
 
 
 def digits(value: float) -> str:

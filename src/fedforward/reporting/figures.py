@@ -62,7 +62,7 @@ def _training(record: RunRecord, *, score: bool = False) -> Series:
     known = [nan if line["training_loss"] is None else line["training_loss"] for line in lines]
     values = [1.0 - value for value in known] if score else known
     rounds = [float(line["round"]) for line in lines]
-    return Series("training, all clients", rounds, values, colour=1, pale=True)
+    return Series(f"training, all {_party(record)}s", rounds, values, colour=1, pale=True)
 
 
 def _drawn(series: Sequence[Series]) -> list[Series]:
@@ -108,8 +108,8 @@ def _metrics(record: RunRecord) -> Iterator[Chart]:
 def _of_clients(record: RunRecord, clients: ClientRounds) -> Iterator[Chart]:
     """What the ledger has of each client."""
     wanted = (
-        ("Training loss of each client", clients.loss, "loss (nats)"),
-        ("Learning rate of each client", clients.rate, "learning rate"),
+        (f"Training loss of each {_party(record)}", clients.loss, "loss (nats)"),
+        (f"Learning rate of each {_party(record)}", clients.rate, "learning rate"),
         ("Size of projected gradients", clients.size, "root mean square"),
     )
     for title, values, words in wanted:
@@ -124,7 +124,11 @@ def _of_clients(record: RunRecord, clients: ClientRounds) -> Iterator[Chart]:
 
 def client_name(record: RunRecord, client: int) -> str:
     """How a client is called on a page."""
-    return f"{'site' if record.server else 'client'} {client}"
+    return record.sites.get(client) or f"{_party(record)} {client}"
+
+
+def _party(record: RunRecord) -> str:
+    return "site" if record.server else "client"
 
 
 def _each_client(
@@ -135,9 +139,10 @@ def _each_client(
     known = values[np.isfinite(values) & (values > 0)]
     log = bool(known.size) and known.max() > WIDE * known.min()
     if _all_the_same(values):
-        means = _over_clients(np.nanmean, values)
-        series = [Series("all clients alike", rounds, means)]
-        return line_chart(title, series, "round", words, log_y=log, note="All clients alike.")
+        means, alike = _over_clients(np.nanmean, values), f"all {_party(record)}s alike"
+        series = [Series(alike, rounds, means)]
+        note = f"{alike.capitalize()}."
+        return line_chart(title, series, "round", words, log_y=log, note=note)
     if len(clients.clients) <= MOST_LINES:
         series = [
             Series(client_name(record, client), rounds, values[:, n].tolist(), colour=n)
@@ -148,7 +153,7 @@ def _each_client(
         Series(name, rounds, _over_clients(function, values))
         for name, function in (
             ("lowest", np.nanmin),
-            (f"median of {len(clients.clients)} clients", np.nanmedian),
+            (f"median of {len(clients.clients)} {_party(record)}s", np.nanmedian),
             ("highest", np.nanmax),
         )
     )
@@ -190,7 +195,7 @@ def _participation(clients: ClientRounds, record: RunRecord) -> Chart:
         head=["", "rounds", "share", "not in round"],
         table=table,
         first=1,
-        note="Dark: the round was made with this client's report.",
+        note=f"Dark: the round was made with this {_party(record)}'s report.",
     )
 
 
@@ -227,7 +232,7 @@ def _blocks(active: NDArray[np.float64], clients: ClientRounds, record: RunRecor
     names = divided.blocks if divided and known else [str(n) for n in range(len(active))]
     columns = [client_name(record, client) for client in clients.clients]
     return grid_chart(
-        "Blocks of each client",
+        f"Blocks of each {_party(record)}",
         active,
         names,
         columns,
@@ -238,7 +243,7 @@ def _blocks(active: NDArray[np.float64], clients: ClientRounds, record: RunRecor
             [name, *(_percent(value) for value in row)]
             for name, row in zip(names, active, strict=True)
         ],
-        note="Share of a client's rounds in which it tuned the block.",
+        note=f"Share of a {_party(record)}'s rounds in which it tuned the block.",
     )
 
 
@@ -318,7 +323,7 @@ def _bytes(record: RunRecord) -> Iterator[Chart]:
         note = "FedAvg is not measured: it would send the tuned tensors in float32."
     bars = [bar for bar in bars if bar[1] > 0]
     if bars:
-        words = "bytes of a client and round"
+        words = f"bytes of a {_party(record)} and round"
         yield bar_chart("Traffic", bars, words, quantity, log=True, note=note)
 
 

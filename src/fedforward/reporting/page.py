@@ -305,11 +305,16 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ("rounds", f"{record.rounds:,} of {config.federation.rounds:,}"),
         ("local steps", f"{method.local_steps:,} a round, batch size {method.batch_size:,}"),
         ("learning rate", rate if isinstance(rate, str) else f"{rate:g}"),
-        ("clients", _clients(record)),
+        ("sites" if record.server else "clients", _clients(record)),
         ("time", f"{record.lines[-1]['seconds']:,.1f} s"),
     ]
     if (size := traffic(record)) is not None:
-        found.append(("a client and round", f"{quantity(size[0])} up, {quantity(size[1])} down"))
+        found.append(
+            (
+                f"a {'site' if record.server else 'client'} and round",
+                f"{quantity(size[0])} up, {quantity(size[1])} down",
+            )
+        )
     if (tensors := tensor_bytes(record)) is not None:
         found.append(("FedAvg would send", f"{quantity(tensors)} each way"))
     skipped = sum(line["skipped_steps"] for line in record.lines[1:])

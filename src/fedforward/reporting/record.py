@@ -69,6 +69,7 @@ class RunRecord:
         remarks: a sentence for each thing that is missing or damaged.
         ledger_digest: chain hash after the last round shown, hexadecimal; empty if not known.
         text: the run's `config.toml`.
+        sites: names of a server's sites by number, as far as its `status.json` tells.
     """
 
     path: Path
@@ -82,6 +83,7 @@ class RunRecord:
     remarks: list[str] = field(default_factory=list)
     ledger_digest: str = ""
     text: str = ""
+    sites: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -135,7 +137,19 @@ def read_run(path: Path) -> RunRecord:
         remarks=remarks,
         ledger_digest=digest,
         text=(directory.path / "config.toml").read_text(encoding="utf-8", errors="replace"),
+        sites=_sites(directory.path) if server else {},
     )
+
+
+def _sites(folder: Path) -> dict[int, str]:
+    found = _object(folder / "status.json").get("sites")
+    return {
+        site["number"]: site["label"]
+        for site in (found if isinstance(found, list) else [])
+        if isinstance(site, dict)
+        and type(site.get("number")) is int
+        and isinstance(site.get("label"), str)
+    }
 
 
 def _lines(directory: RunDirectory, remarks: list[str]) -> list[Line]:
