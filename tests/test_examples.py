@@ -22,6 +22,22 @@ def test_the_example_configuration_is_valid() -> None:
     assert loaded.federation.rounds == 20
 
 
+def test_the_example_of_a_comparison_is_the_demonstrations_task(tmp_path: Path) -> None:
+    from fedforward.demo.run import prepare
+    from fedforward.training.variants import check_same_task, read_variants
+
+    path = ROOT / "examples/compare.toml"
+    methods = ["fedmezo,fedmezo-auto,decomfl,feedsign,fedavg"]
+    variants = read_variants(path, [], methods, ["feedsign=3e-3,fedavg=0.1"])
+    demo = prepare(tmp_path / "sites.jsonl")
+    same = {"source": demo.data.source, "example": demo.data.example}
+    config = variants[1].config
+    config = config.model_copy(update={"data": config.data.model_copy(update=same)})
+    check_same_task("the example", config, "the demonstration", demo)
+    assert config.federation.field == demo.federation.field
+    assert (ROOT / config.model.path / "model.safetensors").is_file()
+
+
 def test_the_federation_example_is_a_run_and_three_sites_within_their_limits() -> None:
     folder = ROOT / "examples/federation"
     terms = site.terms(site.load_terms(folder / "run.toml", []))

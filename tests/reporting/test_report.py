@@ -227,6 +227,13 @@ def test_the_folder_of_a_server(copy: Path) -> None:
     text = make_page([read_run(copy)])
     assert "the sites&#39; own" in text and "museum" in text and "fedforward server" in text
     assert "answered before and after" not in text
+    assert "Training loss of each site" in text
+    assert "site 0" in Page(text).legends
+    # What names the sites may be damaged in part.
+    sites = [{"number": 0, "label": "<b>museum"}, {"number": None, "label": "x"}, 7]
+    (copy / "status.json").write_text(json.dumps({"sites": sites}), encoding="utf-8")
+    legends = Page(make_page([read_run(copy)])).legends
+    assert "<b>museum" in legends and "site 1" in legends and "site 0" not in legends
 
 
 def many_rounds(folder: Path, like: Path, rounds: int, clients: int) -> Path:

@@ -13,6 +13,9 @@ class Page(HTMLParser):
         self.ids: list[str] = []
         self.figures: list[dict[str, str | None]] = []
         self.metas: list[dict[str, str | None]] = []
+        #: Words of the legends.
+        self.legends: list[str] = []
+        self._in_legend = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -24,6 +27,14 @@ class Page(HTMLParser):
             self.figures.append(found)
         if tag == "meta":
             self.metas.append(found)
+        self._in_legend = self._in_legend or found.get("class") == "legend"
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_legend = self._in_legend and tag != "ul"
+
+    def handle_data(self, data: str) -> None:
+        if self._in_legend and data.strip():
+            self.legends.append(data.strip())
 
     @property
     def reloads(self) -> bool:
