@@ -52,3 +52,40 @@ def test_the_study_of_settings_runs(tmp_path: Path) -> None:
     group, setting, seed, start, end, *_ = row.split(",")
     assert (group, setting, seed) == ("rate", "0.003", "0") and float(end) < float(start)
     assert "| 0.003 | 1 |" in (tmp_path / "settings.md").read_text("utf-8")
+
+
+def test_the_study_of_privacy_goes_on_and_writes_its_page(tmp_path: Path) -> None:
+    """All runs are there already, so none is done; their figures are those of the page."""
+    script = ROOT / "studies" / "privacy.py"
+
+    def study(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(script), "--quick", *options],
+            env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    refused = study()
+    assert refused.returncode == 2 and "--quick needs --out FOLDER" in refused.stderr
+    head = (ROOT / "docs/studies/privacy.csv").read_text("utf-8").splitlines()[0]
+    rows = [
+        f"demo,{epsilon},0.2,0,2,4,360,0.0001,{noise},2.6,0.400000,{end},,"
+        for epsilon, noise, end in (
+            ("2", "0.5", "0.300000"),
+            ("6", "0.25", "0.250000"),
+            ("inf", "", "0.200000"),
+        )
+    ]
+    file = tmp_path / "privacy.csv"
+    file.write_text("\n".join([head, *rows]) + "\n", encoding="utf-8")
+    done = study("--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert file.read_text("utf-8").splitlines() == [head, *rows]
+    page = (tmp_path / "privacy.md").read_text("utf-8")
+    assert "| 2 | 0.500 | 2.6 | 0.33 | 0.2 | 1 | 0.400 | 0.300 |" in page
+    assert "ε = 2: 50 % of the fall without privacy" in page
+    assert "ε = 6: 75 % of the fall without privacy" in page
+    assert "demo has one seed, and so no interval" in page
+    assert (tmp_path / "privacy.png").stat().st_size > 1000
