@@ -123,3 +123,12 @@ def test_files_that_cannot_be_opened_for_a_moment_shut_nobody_out(
         assert keys.public == before and flower.known == known
     keys.look()
     assert keys.public == before and flower.known == known
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', '{"a": {"key": "00"}}', "[" * 100_000])
+def test_a_damaged_record_is_a_sentence(tmp_path: Path, flower: Any, text: str) -> None:
+    record = tmp_path / "flower" / "registered.json"
+    record.parent.mkdir()
+    record.write_text(text)
+    with pytest.raises(FedForwardError, match=r"registered\.json .*which keys the engine knows"):
+        SiteKeys(tmp_path, record, flower)

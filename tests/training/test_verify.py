@@ -54,6 +54,29 @@ def summarised(run: Path, chain: bytes) -> None:
     (run / "summary.json").write_text(json.dumps(content), encoding="utf-8")
 
 
+def test_rounds_are_replayed_on_all_cores(
+    runs: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No bit depends on them, and what computes afterwards has as many threads as before."""
+    import torch
+
+    seen: list[int] = []
+    run = replay.RoundReplay.run
+
+    def watched(self: replay.RoundReplay, *arguments: Any) -> None:
+        seen.append(torch.get_num_threads())
+        run(self, *arguments)
+
+    monkeypatch.setattr(replay.RoundReplay, "run", watched)
+    digests = []
+    for cores in (1, 3):
+        monkeypatch.setattr("fedforward.training.build.usable_cores", lambda cores=cores: cores)
+        proof = replay.verify(runs("decomfl"))
+        assert proof.ok and torch.get_num_threads() == 1
+        digests.append(proof.state_digest)
+    assert seen == [1, 3] and len(set(digests)) == 1
+
+
 def first(change: Callable[[ClientResult], ClientResult]) -> Any:
     """A change of the first client's result."""
     return lambda parts: [change(parts[0]), *parts[1:]]

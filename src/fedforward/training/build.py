@@ -5,7 +5,8 @@ verifies a run builds them here.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from fedforward.config.schema import Config
 from fedforward.core.batches import Batch
 from fedforward.core.errors import FedForwardError
 from fedforward.core.identity import ModelIdentity
+from fedforward.core.machine import usable_cores
 from fedforward.core.steps import Probe, ProbePlan
 from fedforward.data.chat import read_template
 from fedforward.data.corpus import Corpus, CorpusReader
@@ -274,6 +276,19 @@ def use_threads(plan: ProbePlan) -> None:
     import torch
 
     torch.set_num_threads(plan.threads)
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Compute with all cores meanwhile: for commits, whose bits no number of threads changes."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, usable_cores()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _tuned_model(

@@ -146,7 +146,8 @@ def rebuild(
         at_sites = kept.model.path == AT_SITES
         audit = _audit(config, identity, method, ledger, at_sites=at_sites)
         replay = RoundReplay(ledger, count, Replica(model, method), audit)
-        replay.run(directory.read_metrics(count), on_round)
+        with experiment.all_cores():
+            replay.run(directory.read_metrics(count), on_round)
         return Rebuilt(
             model,
             tokenizer,

@@ -4,7 +4,6 @@ The engine is told of each, by Flower's command line, and the reverse proxy asks
 """
 
 import hashlib
-import json
 import logging
 import os
 import time
@@ -15,6 +14,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedforward.core.errors import FedForwardError
+from fedforward.core.files import read_object
 from fedforward.deployment.flower import engine
 from fedforward.deployment.flower.site_auth import PublicKeys, read_public_key
 from fedforward.training.run_directory import write_json
@@ -41,13 +41,17 @@ class SiteKeys:
     """
 
     def __init__(self, tls: Path | None, record: Path, flower: engine.CommandLine) -> None:
-        """`record` is a file with what the engine was told by a server before this one."""
+        """`record` is a file with what the engine was told by a server before this one.
+
+        Raises:
+            FedForwardError: the file is there and says nothing of the kind.
+        """
         self.folder = None if tls is None else tls / "sites"
         self.record = record
         self.flower = flower
         self.known: dict[str, dict[str, Any]] = {}
         if record.is_file():
-            self.known = json.loads(record.read_text(encoding="utf-8"))
+            self.known = _read_record(record)
         self._found: dict[str, _KeyFile] = {}
         self.complaints: dict[tuple[str, str], str] = {}
         self.tried: dict[tuple[str, str], float] = {}
@@ -143,3 +147,19 @@ class SiteKeys:
 
     def _save(self) -> None:
         write_json(self.record, self.known)
+
+
+def _read_record(path: Path) -> dict[str, dict[str, Any]]:
+    advice = (
+        "It says which keys the engine knows. Restore it from a copy, or remove the folder "
+        f"{path.parent.name}/ while no server runs: keys are then told anew, and the run goes on."
+    )
+    content = read_object(path, advice)
+    for site in content.values():
+        if not isinstance(site, dict) or not isinstance(site.get("key"), str):
+            break
+        if type(site.get("node")) is not int:
+            break
+    else:
+        return content
+    raise FedForwardError(f"{path} is damaged: it holds no keys with their nodes. {advice}")
