@@ -429,3 +429,11 @@ def test_secure_sums(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     rows = json.loads(capsys.readouterr().out)
     assert [(row["sites"], row["gone"]) for row in rows] == [(3, 0), (6, 0), (6, 1)]
     assert all(row["up"] > row["up, none"] > 0 and row["server s"] > 0 for row in rows)
+
+
+def test_load_has_seconds_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    row = load("load").ledger(12, 2)
+    assert row["rounds"] == 12 and len(row["state digest"]) == 16
+    assert row["verify cpu"] >= 0 and row["open seconds"] < 2
+    made = load("load").Stopwatch().stop()
+    assert made.seconds >= 0 and made.cpu >= 0
