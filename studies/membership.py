@@ -119,14 +119,11 @@ median length. `0` clips alone.
 ## A server that picks what it asks
 
 Directions follow from the run's seed, which the terms fix for all rounds. So a server can try out
-seeds before a run, and no more. The table has what it could learn if each round had the directions
-that tell most of one row: those along which the row is farthest from the public ones. It is of
-{trials} rounds with {most} members each.
+seeds before a run, and no more.
 
 {active}
 
-Picking directions asks for them by their seeds, which a report cannot hide. What a server that
-does not keep to the protocol can send, and who finds it out:
+What a server can send that does not keep to the protocol, and who finds it out:
 
 | what a server sends | who finds out |
 |---|---|
@@ -139,7 +136,7 @@ does not keep to the protocol can send, and who finds it out:
 
 A test has such a server tamper with every entry to one site, and forge that site's digests on the
 way back. The run ends as if all were well. The digest in the site's own `state.json` then differs
-from those of the other sites, and from what `fedforward verify` rebuilds from the ledger.
+from those of the other sites. It differs from that of the run's summary as well.
 So operators should compare these digests after a run, by another way than the server.
 Until then the site has answered at weights of the server's choice. `[privacy]` bounds what that
 tells: its ε holds for any weights and directions.
@@ -363,7 +360,13 @@ def read(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
 def active_table(done: Sequence[dict[str, str]]) -> str:
     """The cells of an active server, beside the passive one of the same kind."""
     known = {tuple(row[name] for name in NAMES): row for row in done}
+    if all(row["pool"] == "0" for row in done):
+        return "What it could learn if it picked directions for one row has not been measured here."
     lines = [
+        "The table has what it could learn if it picked directions for one row. It takes those of",
+        "a pool along which the row is farthest from the public ones. There are",
+        f"{ACTIVE_TRIALS} rounds with {MOST_MEMBERS} members each.",
+        "",
         "| batch | noise | picked | AUC | 95 % | at 1 % | AUC without picking |",
         "|---:|---:|---:|---:|---|---:|---:|",
     ]
@@ -496,8 +499,6 @@ def main() -> None:
         table=table(done),
         conclusions=conclusions(done),
         active=active_table(done),
-        trials=ACTIVE_TRIALS,
-        most=MOST_MEMBERS,
     )
     (folder / "membership.md").write_text(text, encoding="utf-8")
     draw(done, folder / "membership.png")
