@@ -78,7 +78,10 @@ GROUPS: dict[str, tuple[int, dict[str, Settings]]] = {
         {
             "fedmezo": {},
             "fedavg, SGD, the same rate": method(name="fedavg", optimizer="sgd"),
-            "fedavg, SGD, 1": method(name="fedavg", optimizer="sgd", learning_rate=1.0),
+            **{
+                f"fedavg, SGD, {rate:g}": method(name="fedavg", optimizer="sgd", learning_rate=rate)
+                for rate in (0.03, 0.1, 0.3)
+            },
             "fedavg, AdamW, 3e-3": method(name="fedavg", optimizer="adamw", learning_rate=3e-3),
             "fedavg, AdamW, 1e-2": method(name="fedavg", optimizer="adamw", learning_rate=1e-2),
         },

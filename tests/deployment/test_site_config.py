@@ -62,7 +62,7 @@ RUN: dict[str, dict[str, Any]] = {
     },
     "server": {"learning_rate": 0.5, "state_decay": 0.99, "momentum": 0.9, "window": 3},
     "planning": {"epsilon": 0.5, "objective": "worst", "dimension_penalty": 0.2},
-    "run": {"seed": 12, "evaluate_every": 3, "patience": 4, "on_divergence": "rollback"},
+    "run": {"seed": 12, "evaluate_every": 3, "patience": 4},
 }
 #: Keys of a site or of a simulation, with values that a server might have.
 LOCAL: dict[str, dict[str, Any]] = {
@@ -91,6 +91,7 @@ LOCAL: dict[str, dict[str, Any]] = {
         "trajectory": "cache",
         "activation_cache": "1 GiB",
         "callbacks": ["csv"],
+        "on_divergence": "rollback",
     },
     "planning": {"budgets": "6 GiB", "active": [1, 1]},
     "simulation": {"dropout": 0.5},

@@ -48,7 +48,7 @@ _LOCAL = {
         "chat_template",
     },
     "evaluation": {"source", "subset", "split", "limit"},
-    "run": set(RunSection.model_fields) - {"seed", "evaluate_every", "patience", "on_divergence"},
+    "run": set(RunSection.model_fields) - {"seed", "evaluate_every", "patience"},
     "planning": {"budgets", "active"},
 }
 

@@ -211,6 +211,11 @@ def _public(section: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _package_of(name: str, needs: str) -> str:
+    """What brings the package that a callback needs; of another's callback, that package."""
+    return f"'fedforward[{name}]'" if name in ("tensorboard", "wandb") else needs
+
+
 class Callbacks:
     """Those of a run, none of which may end it.
 
@@ -235,7 +240,7 @@ class Callbacks:
             if needs is not None and find_spec(needs) is None:
                 raise FedForwardError(
                     f"run.callbacks: {name!r} needs the package {needs}, which is not installed. "
-                    f"Install it: pip install 'fedforward[{name}]'."
+                    f"Install it: pip install {_package_of(name, needs)}."
                 )
             self._told[name] = kind()
 

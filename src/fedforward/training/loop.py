@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from fedforward.config.schema import Config
 from fedforward.core.errors import UpdateNotFiniteError
 from fedforward.federation.ledger import Ledger
+from fedforward.federation.round_maker import SLOWER
 from fedforward.methods.base import method_class
 from fedforward.training import metrics
 from fedforward.training.advice import Adviser
@@ -268,10 +269,15 @@ class Loop:
         if not reason.startswith("diverged"):
             return ""
         rate = self.config.method.learning_rate
+        returns = sum("taken_back" in line for line in self.lines)
+        if rate != "auto":
+            # It has gone on with smaller ones already.
+            rate *= SLOWER**returns
         advice = (
             "Give method.learning_rate a number in place of 'auto', lower"
             if rate == "auto"
-            else f"Lower method.learning_rate (it is {rate:g}; try {rate / 3:g}) or"
+            else f"Lower method.learning_rate ({'it was' if returns else 'it is'} {rate:g}; try "
+            f"{rate / 3:g}) or"
         )
         return (
             f"The run {reason} after round {self.lines[-1]['round']}. {advice} "
