@@ -19,7 +19,8 @@ from typing import Any
 import common
 from common import Column, Reach, Row
 
-from fedforward.config.sections import DataSection, EvaluationSection, FederationSection
+from fedforward.config.method_sections import FederationSection
+from fedforward.config.sections import DataSection, EvaluationSection
 from fedforward.data.corpus import CorpusReader
 
 COLUMNS = (

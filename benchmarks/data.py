@@ -72,7 +72,8 @@ def ours(source: str, tokenizer: str, limit: int | None) -> None:
     import flwr_datasets.partitioner  # noqa: F401
     from transformers import AutoTokenizer
 
-    from fedforward.config.sections import DataSection, EvaluationSection, FederationSection
+    from fedforward.config.method_sections import FederationSection
+    from fedforward.config.sections import DataSection, EvaluationSection
     from fedforward.data.corpus import CorpusReader
 
     loaded = AutoTokenizer.from_pretrained(tokenizer)

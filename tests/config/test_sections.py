@@ -3,7 +3,9 @@
 import pytest
 
 from fedforward.config.loading import validate
-from fedforward.config.sections import MethodSection, ModelSection, RunSection
+from fedforward.config.method_sections import MethodSection
+from fedforward.config.run_section import RunSection
+from fedforward.config.sections import ModelSection
 from fedforward.config.simulation import SimulationSection
 
 

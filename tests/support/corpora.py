@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedforward.config.sections import DataSection, EvaluationSection, FederationSection
+from fedforward.config.method_sections import FederationSection
+from fedforward.config.sections import DataSection, EvaluationSection
 from fedforward.data.corpus import Corpus, CorpusReader
 from fedforward.data.sources import find
 

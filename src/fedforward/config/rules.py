@@ -7,18 +7,16 @@ no PyTorch.
 from collections.abc import Iterator
 from typing import Protocol
 
-from fedforward.config.privacy_rules import LOSS_RATES, with_privacy
-from fedforward.config.sections import (
-    DataSection,
+from fedforward.config.method_sections import (
     FederationSection,
-    LoraSection,
     MethodSection,
-    ModelSection,
     PlanningSection,
     PrivacySection,
-    RunSection,
     ServerSection,
 )
+from fedforward.config.privacy_rules import LOSS_RATES, with_privacy
+from fedforward.config.run_section import RunSection
+from fedforward.config.sections import DataSection, LoraSection, ModelSection
 from fedforward.config.simulation import SimulationSection
 from fedforward.core.errors import FedForwardError
 from fedforward.core.registry import AGGREGATORS, REPORT_FILTERS

@@ -10,18 +10,15 @@ from pydantic import model_validator
 
 from fedforward.config import rules
 from fedforward.config.fields import MOST_COUNTED, Section
-from fedforward.config.sections import (
-    DataSection,
-    EvaluationSection,
+from fedforward.config.method_sections import (
     FederationSection,
-    LoraSection,
     MethodSection,
-    ModelSection,
     PlanningSection,
     PrivacySection,
-    RunSection,
     ServerSection,
 )
+from fedforward.config.run_section import RunSection
+from fedforward.config.sections import DataSection, EvaluationSection, LoraSection, ModelSection
 from fedforward.config.simulation import SimulationSection
 from fedforward.core.registry import METHODS
 from fedforward.methods.base import method_class

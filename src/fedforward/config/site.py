@@ -23,8 +23,8 @@ from fedforward.config.fields import (
     no_repeats,
 )
 from fedforward.config.loading import read_toml, validate, validate_as
+from fedforward.config.run_section import ACTIVATION_CACHE, RunSection, check_cache
 from fedforward.config.schema import Config
-from fedforward.config.sections import ACTIVATION_CACHE, RunSection, check_cache
 from fedforward.config.template import example_of
 from fedforward.core.errors import FedForwardError
 from fedforward.messages.secure import MOST_SITES

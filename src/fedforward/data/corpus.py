@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedforward.config.sections import DataSection, EvaluationSection, FederationSection
+from fedforward.config.method_sections import FederationSection
+from fedforward.config.sections import DataSection, EvaluationSection
 from fedforward.core.errors import FedForwardError
 from fedforward.core.seeds import derive, generator
 from fedforward.data import chat as chats

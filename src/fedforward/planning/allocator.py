@@ -16,7 +16,7 @@ from fedforward.directions import Layout
 from fedforward.planning.activation import Activation, Objective, Problem, solve
 
 if TYPE_CHECKING:
-    from fedforward.config.sections import PlanningSection
+    from fedforward.config.method_sections import PlanningSection
 
 
 def counted(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from fedforward.config.sections import FederationSection
+from fedforward.config.method_sections import FederationSection
 from fedforward.core.errors import MessageError
 from fedforward.deployment.secure.party import SumParty
 from fedforward.messages.envelope import Envelope, MessageKind
