@@ -18,7 +18,7 @@ from tests.fuzz.targets import SUMS, TARGETS, whole
 
 HERE = Path(__file__).parent
 #: Mutations of each piece of the corpus in every run of the tests.
-MUTATIONS = 40
+MUTATIONS = 20
 
 
 def pieces(target: str) -> list[bytes]:
