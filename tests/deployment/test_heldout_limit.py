@@ -50,4 +50,4 @@ def test_where_no_site_tells_the_run_ends_with_a_sentence(world: Any) -> None:
 def test_the_default_is_eight(world: Any) -> None:
     from fedforward.config.site import LimitsSection
 
-    assert LimitsSection().heldout == 8
+    assert LimitsSection().heldout == 1

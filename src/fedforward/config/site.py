@@ -196,7 +196,7 @@ class LimitsSection(Section):
         "above 1 the terms must have federation.secure_sums",
     )
     heldout: Count = Field(
-        8,
+        1,
         description="held-out examples below which no held-out figures are told: a mean over few "
         "says much of each",
     )
