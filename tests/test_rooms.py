@@ -18,7 +18,7 @@ NEEDS_TORCH = {
     "methods": set(),
     "data": set(),
     "federation": {"client"},
-    "deployment": {"site"},
+    "deployment": {"site", "tuning"},
     "reporting": set(),
     "analysis": {"derivatives", "diagnose", "federated", "subject"},
     "cli": {"plan_tables", "tuning_tables"},

@@ -12,7 +12,7 @@ from fedforward.config import site as sites
 from fedforward.config.site import SiteConfig
 from fedforward.deployment import site as site_module
 from fedforward.deployment.secure import sum_site
-from fedforward.deployment.site import Tuning, asked_of, build, releases_of
+from fedforward.deployment.tuning import Tuning, asked_of, build, releases_of
 from fedforward.federation.client import Replica
 from fedforward.training import build as experiment
 from fedforward.training.assembly import build_method, mechanism_of

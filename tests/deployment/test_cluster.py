@@ -23,7 +23,7 @@ pytest.importorskip("flwr")
 import fedforward
 from fedforward.config.site import load_site, load_terms, terms
 from fedforward.deployment.flower import certificates
-from fedforward.deployment.site import build
+from fedforward.deployment.tuning import build
 from fedforward.federation.client import Client
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import Server

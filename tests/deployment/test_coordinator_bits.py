@@ -10,8 +10,8 @@ import pytest
 from fedforward.config.schema import Config
 from fedforward.config.site import SiteConfig, terms
 from fedforward.data.sampler import Batches
-from fedforward.deployment.site import build
 from fedforward.deployment.transport import Reply
+from fedforward.deployment.tuning import build
 from fedforward.federation.client import Client
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.server import Server

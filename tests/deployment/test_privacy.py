@@ -14,7 +14,8 @@ from fedforward.config import site as sites
 from fedforward.config.template import toml_value
 from fedforward.core.errors import FedForwardError
 from fedforward.deployment import site as site_module
-from fedforward.deployment.site import Site, Tuning, build
+from fedforward.deployment.site import Site
+from fedforward.deployment.tuning import Tuning, build
 from fedforward.federation.budget import Accounts
 from fedforward.federation.ledger import Ledger
 from fedforward.federation.privacy import epsilon

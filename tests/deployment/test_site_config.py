@@ -16,7 +16,7 @@ from fedforward.config.site import SiteConfig, join, terms
 from fedforward.core.errors import FedForwardError
 from fedforward.demo.text import ANSWER, PROMPT, site_examples
 from fedforward.deployment import limits as limits_module
-from fedforward.deployment.site import RefusedError, build
+from fedforward.deployment.tuning import RefusedError, build
 from fedforward.messages.refusal import Refusal, RefusalCode
 from fedforward.training import build as experiment
 from tests.conftest import DEMO_MODEL

@@ -14,7 +14,8 @@ import numpy as np
 
 from fedforward.core.errors import FedForwardError, MessageError
 from fedforward.deployment.asked import Asked
-from fedforward.deployment.site import Site, Tuning
+from fedforward.deployment.site import Site
+from fedforward.deployment.tuning import Tuning
 from fedforward.federation.agreement import QuorumError
 from fedforward.federation.client import Client, Replica
 from fedforward.messages.codec import Message
