@@ -19,7 +19,7 @@ from fedforward.methods.estimators import TwoPoint
 
 STEPS, DIRECTIONS, CLIENTS, SEED = 2, 1, 3, 5
 LAYOUT = Layout.of({"0.a": (8,), "1.a": (8,)}, {"0": ["0.a"], "1": ["1.a"]})
-HEADER = json.dumps({"format": 6, "run_seed": SEED})
+HEADER = json.dumps({"format": 7, "run_seed": SEED})
 
 
 def method() -> DeComFL:

@@ -149,8 +149,8 @@ def ledger_header(config: Config, model: ModelIdentity) -> dict[str, Any]:
         else None
     )
     return {
-        # 6: weights are capped.
-        "format": 6,
+        # 7: rounds may take others back.
+        "format": 7,
         "direction_version": VERSION,
         "distribution": config.method.distribution,
         "directions": config.method.directions,
