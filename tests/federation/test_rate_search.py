@@ -512,7 +512,10 @@ def test_single_examples_of_several_clients_say_what_chance_is() -> None:
     assert not search_of(*single).has_risen
     # Three are too few to tell.
     assert search_of(*alike[:3]).error == pytest.approx(np.sqrt(np.sum(rises[:3] ** 2)) / 3)
-    assert not search_of(*alike[:3]).has_risen
+    small = [np.array([1.0, 1.0 + rise, 1.4, rise]) for rise in (0.09, 0.1, 0.11)]
+    assert not search_of(*small).has_risen
+    # But for a loss that leaps.
+    assert search_of(*alike[:3]).has_risen
 
 
 def test_what_clients_are_sure_of_is_not_made_less_sure() -> None:
@@ -618,3 +621,22 @@ def test_a_rate_that_lies_drive_up_stays_finite() -> None:
 def test_no_rate_is_0_or_infinite_in_noise_alone() -> None:
     rates = searched(1000.0, 0.1, 300, 0)
     assert min(rates) > 1e-4 and max(rates) < 1e3
+
+
+@pytest.mark.parametrize(
+    ("losses", "error", "risen"),
+    [
+        # Four clients of one example each, local steps on directions that all share: as measured
+        # on the demonstration's model, where the rises were 0.97, 0.35, 0.38 and 1.92.
+        ((0.394, 1.288, 8.491), 0.541, True),
+        ((0.381, 0.829, 7.121), 0.311, True),
+        # Neither is far above what was there, or chance would explain it.
+        ((0.394, 0.430, 8.491), 0.030, False),
+        ((0.394, 1.288, 2.200), 0.541, False),
+        ((0.394, 1.288, 8.491), 0.950, False),
+    ],
+)
+def test_a_loss_that_leaps_is_taken_back(
+    losses: tuple[float, ...], error: float, risen: bool
+) -> None:
+    assert LineSearch(np.array(losses), error).has_risen is risen

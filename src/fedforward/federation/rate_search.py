@@ -40,6 +40,8 @@ SHRINKAGE, LEAST_SHRINKAGE = 0.7, 0.25
 FLOOR = 4.0
 #: Standard errors by which the loss must have risen for an update to be taken back.
 SIGNIFICANT = 2.0
+#: A loss above this multiple of the one before the update has leapt: one standard error is enough.
+LEAP = 1.5
 #: Clients from which on the spread of their rises says how large chance is.
 LEAST_CLIENTS = 4
 #: Losses beyond this stand for what is not finite.
@@ -93,12 +95,17 @@ class LineSearch:
 
     @property
     def has_risen(self) -> bool:
-        """Whether the update has made the loss larger, by more than chance explains."""
+        """Whether the update has made the loss larger, by more than chance explains.
+
+        Where it is far larger at some examples only, the spread of the rises is large as well. The
+        loss at twice the update then says that it was too long.
+        """
         before, now = map(float, self.losses[:2])
         if now >= LARGEST_LOSS:
             # Not finite, so that no error of the difference is known.
             return before < LARGEST_LOSS
-        return not now - before <= SIGNIFICANT * self.error
+        leapt = self.bounds and now > LEAP * before and now - before > self.error
+        return leapt or not now - before <= SIGNIFICANT * self.error
 
     @property
     def has_fallen(self) -> bool:
