@@ -494,7 +494,7 @@ def test_training_on_choices_lowers_their_cross_entropy(
     if name == "fedavg":
         settings |= {"method__optimizer": "adamw", "method__learning_rate": 3e-3}
     else:
-        settings |= {"method__learning_rate": 0.03, "method__directions": 4}
+        settings |= {"method__learning_rate": 0.01, "method__directions": 4}
     summary = carry_out(classify(**settings), tmp_path / "run")
     assert summary["objective"] == "choice"
     choice = summary["metrics"]["choice"]

@@ -1,6 +1,8 @@
 """The corpus and all that ever crashed, through every target; and some mutations of each."""
 
+import logging
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,15 @@ from tests.fuzz.targets import SUMS, TARGETS, whole
 HERE = Path(__file__).parent
 #: Mutations of each piece of the corpus in every run of the tests.
 MUTATIONS = 20
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """Targets keep the package quiet; tests after them are to hear it."""
+    logger = logging.getLogger("fedforward")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def pieces(target: str) -> list[bytes]:
