@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_study_of_robustness_runs_and_goes_on(tmp_path: Path) -> None:
     script = ROOT / "studies" / "robustness.py"
 
@@ -38,6 +41,7 @@ def test_the_study_of_robustness_runs_and_goes_on(tmp_path: Path) -> None:
     assert (folder / "robustness.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_the_study_of_settings_runs(tmp_path: Path) -> None:
     script = ROOT / "studies" / "settings.py"
     done = subprocess.run(

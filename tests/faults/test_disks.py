@@ -130,6 +130,7 @@ print(json.dumps([summary["rounds"], summary["state_digest"], 0]))
 """
 
 
+@pytest.mark.slow
 def test_clocks_that_jump_change_nothing(tmp_path: Path, seed: int, kills: int) -> None:
     """A coordinator and sites, while the time of day goes back and forth by up to ten years."""
     if not FAKETIME.is_file():
@@ -167,6 +168,7 @@ def test_clocks_that_jump_change_nothing(tmp_path: Path, seed: int, kills: int) 
     assert jumps > 3
 
 
+@pytest.mark.slow
 def test_of_two_starts_one_is_refused(tmp_path: Path, kills: int, seed: int) -> None:
     """Again and again, one after the other or the other way round by a few milliseconds."""
     content, context, chance = simulated(tmp_path), processes.context(), random.Random(seed)
