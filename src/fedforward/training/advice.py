@@ -139,6 +139,10 @@ class Adviser:
         # Where the weights themselves have got worse it is the rate.
         low = min(line["heldout_loss"] for line in lines if "heldout_loss" in line)
         training = fmean(losses[-width:])
+        if self._rate is None:
+            # One round of weights that were taken back says nothing of probes.
+            before = losses[-2 * width : -width]
+            training = min(training, fmean(before)) if before else 0.0
         if heldout > SURGE * low or training <= APART * heldout:
             return ""
         mu = self.config.method.mu
