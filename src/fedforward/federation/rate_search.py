@@ -41,7 +41,7 @@ FLOOR = 4.0
 #: Standard errors by which the loss must have risen for an update to be taken back.
 SIGNIFICANT = 2.0
 #: A loss above this multiple of the one before the update has leapt: one standard error is enough.
-LEAP = 1.5
+LEAP = 2.0
 #: Clients from which on the spread of their rises says how large chance is.
 LEAST_CLIENTS = 4
 #: Losses beyond this stand for what is not finite.
