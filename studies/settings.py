@@ -1,12 +1,15 @@
-"""What FedMeZO's settings are worth: each varied alone, over seeds, on a model of seconds.
+"""What FedMeZO's settings are worth: each varied alone, over seeds.
 
-The model and the rows are those of `fedforward demo`. Each cell is a run; its held-out loss at the
-start and at the end is kept in a CSV as it is done, so that a study that was stopped goes on where
-it was. Tables have means with 95 % confidence intervals over seeds (Student's t).
+Without options the model and the rows are those of `fedforward demo`. With `--model` and `--data`
+it is GSM8K: DATA has `gsm8k_train.jsonl`. Each cell is a run; its held-out loss at the start and at
+the end is kept in a CSV as it is done, so that a study that was stopped goes on where it was.
+Tables have means with 95 % confidence intervals over seeds (Student's t). The page is made of all
+rows of the CSV.
 
-    python studies/settings.py                  # all cells, about an hour on one core
+    python studies/settings.py                  # the demonstration, about an hour on one core
     python studies/settings.py --group alpha    # one group
-    python studies/settings.py --quick          # two rounds of a few cells, in another folder
+    python studies/settings.py --model FOLDER --data FOLDER
+    python studies/settings.py --quick --out FOLDER    # two rounds of a few cells
 """
 
 import argparse
@@ -36,7 +39,9 @@ DOCS = Path(__file__).parents[1] / "docs" / "studies"
 ROUNDS, STEPS, CLIENTS, BATCH, RATE = 20, 10, 4, 4, 3e-3
 #: Passes that a step of backpropagation counts as.
 BACKPROPAGATION = 3
-FIELDS = ("group", "setting", "seed", "start", "end", "passes", "bytes", "seconds")
+FIELDS = ("task", "group", "setting", "seed", "start", "end", "passes", "bytes", "seconds")
+KEY = FIELDS[:4]
+DEMO = "demo"
 #: Of every cell that says nothing else.
 BASE: dict[str, dict[str, Any]] = {
     "lora": {"rank": 8, "alpha": 16.0},
@@ -131,7 +136,7 @@ GROUPS: dict[str, tuple[int, dict[str, Settings]]] = {
         3,
         {
             f"{rank}": {"lora": {"rank": rank, "alpha": 2.0 * rank}}
-            for rank in (1, 2, 4, 8, 16, 32, 64)
+            for rank in (1, 2, 4, 8, 16, 32, 64, 128)
         },
     ),
 }
@@ -140,21 +145,81 @@ PAGE = """# Settings of FedMeZO
 
 What each setting is worth, varied alone. `{script}` makes this page.
 
-The model and the rows are those of `fedforward demo`; LoRA of rank 8 on all linear layers.
-Unless a table says otherwise: 4 clients with rows at random, {rounds} rounds of {steps} local
-steps, one two-point Gaussian direction on {batch} examples, mu 1e-3, rate {rate:g}.
-Figures are held-out losses in nats, means over seeds with 95 % confidence intervals.
-Passes are of one batch; a step of backpropagation counts as three.
+LoRA is of rank 8 on all linear layers. Unless a table says otherwise: {clients} clients with rows
+at random, {rounds} rounds of {steps} local steps, one two-point Gaussian direction on {batch}
+examples, mu 1e-3, rate {rate:g}. Figures are held-out losses in nats: means over seeds with 95 %
+confidence intervals. Passes are of one batch; a step of backpropagation counts as three.
+Bytes are what a client sends in a round, at most.
 
 ![Held-out loss at the end, by setting](settings.png)
 {tables}
 """
+#: What a task's rows are, and what is otherwise with them.
+TASKS = {
+    DEMO: "The demonstration: the model and the rows of `fedforward demo`.",
+    "gsm8k": (
+        "GSM8K on `{model}`: {rounds} rounds, rows of at most 128 tokens, 100 of them held out."
+    ),
+}
+#: With a model of one's own: fewer rounds, and groups that rows without sites can have.
+OWN_ROUNDS = 6
+OWN_GROUPS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "rate": (3, ("0.001", "0.003", "0.01", "0.03")),
+    "backpropagation": (
+        3,
+        ("fedmezo", "fedavg, SGD, the same rate", "fedavg, SGD, 0.1", "fedavg, AdamW, 3e-3"),
+    ),
+    "rank": (3, ("1", "4", "16", "64", "128")),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is tuned on what.
+
+    Attributes:
+        name: as it stands in the CSV.
+        model, data: folders; empty for the demonstration.
+        rounds: of a run, unless its setting says otherwise.
+    """
+
+    name: str = DEMO
+    model: str = ""
+    data: str = ""
+    rounds: int = ROUNDS
+
+    def content(self, rows: Path) -> dict[str, Any]:
+        """The sections of the model and the rows."""
+        if not self.data:
+            return prepare(rows).model_dump(exclude_unset=True)
+        return {
+            "model": {"path": self.model},
+            "data": {
+                "source": str(Path(self.data) / "gsm8k_train.jsonl"),
+                "prompt": "Question: {question}\nAnswer:",
+                "answer": " {answer}",
+                "sequence_length": 128,
+                "heldout": 100,
+            },
+        }
+
+    def settings(self, group: str) -> tuple[int, tuple[str, ...]]:
+        """Seeds of a group, and the names of its settings."""
+        if self.data:
+            return OWN_GROUPS[group]
+        return GROUPS[group][0], tuple(GROUPS[group][1])
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Of its study."""
+        return tuple(OWN_GROUPS if self.data else GROUPS)
 
 
 @dataclass(frozen=True)
 class Cell:
     """One run."""
 
+    task: Task
     group: str
     setting: str
     seed: int
@@ -162,35 +227,36 @@ class Cell:
     @property
     def key(self) -> tuple[str, ...]:
         """As it stands in the CSV."""
-        return self.group, self.setting, str(self.seed)
+        return self.task.name, self.group, self.setting, str(self.seed)
+
+    def configuration(self, rows: Path, most_rounds: int | None) -> Config:
+        """The task's model and rows with the settings of the cell."""
+        content = self.task.content(rows)
+        content["federation"] = {}
+        content["method"] = {}
+        for part in (
+            BASE,
+            federation(rounds=self.task.rounds),
+            GROUPS[self.group][1][self.setting],
+        ):
+            for section, values in part.items():
+                content.setdefault(section, {}).update(values)
+        if most_rounds is not None:
+            content["federation"]["rounds"] = min(most_rounds, content["federation"]["rounds"])
+        if content["method"]["name"] == "fedavg":
+            del content["method"]["mu"]
+        rounds = content["federation"]["rounds"]
+        content["run"] = {"evaluate_every": rounds, "threads": 1, "seed": self.seed}
+        return validate(content)
 
 
-def cells(groups: Sequence[str]) -> list[Cell]:
+def cells(task: Task, groups: Sequence[str]) -> list[Cell]:
     """Every run of some groups, seed after seed."""
-    found = [
-        Cell(group, setting, seed)
-        for group in groups
-        for setting in GROUPS[group][1]
-        for seed in range(GROUPS[group][0])
-    ]
+    found = []
+    for group in groups:
+        seeds, settings = task.settings(group)
+        found += [Cell(task, group, each, seed) for each in settings for seed in range(seeds)]
     return sorted(found, key=lambda cell: cell.seed)
-
-
-def configuration(cell: Cell, rows: Path, most_rounds: int | None) -> Config:
-    """The demonstration's model and rows with the settings of a cell."""
-    content: dict[str, Any] = prepare(rows).model_dump(exclude_unset=True)
-    content["federation"] = {}
-    content["method"] = {}
-    for part in (BASE, GROUPS[cell.group][1][cell.setting]):
-        for section, values in part.items():
-            content.setdefault(section, {}).update(values)
-    if most_rounds is not None:
-        content["federation"]["rounds"] = min(most_rounds, content["federation"]["rounds"])
-    if content["method"]["name"] == "fedavg":
-        del content["method"]["mu"]
-    rounds = content["federation"]["rounds"]
-    content["run"] = {"evaluate_every": rounds, "threads": 1, "seed": cell.seed}
-    return validate(content)
 
 
 class Study:
@@ -203,7 +269,7 @@ class Study:
         if not self.file.is_file():
             self.file.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
         with self.file.open(encoding="utf-8", newline="") as lines:
-            self.known = {tuple(row[f] for f in FIELDS[:3]): row for row in csv.DictReader(lines)}
+            self.known = {tuple(row[f] for f in KEY): row for row in csv.DictReader(lines)}
 
     def take(self, cell: Cell) -> None:
         """Do a cell that is not known yet."""
@@ -211,7 +277,7 @@ class Study:
             return
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as scratch:
-            config = configuration(cell, Path(scratch) / "rows.jsonl", self.most_rounds)
+            config = cell.configuration(Path(scratch) / "rows.jsonl", self.most_rounds)
             built = build.build_model(config, build.resolve_plan(config), ())
             run = Run(config, Path(scratch) / "run", built=built)
             try:
@@ -231,10 +297,9 @@ class Study:
             csv.DictWriter(lines, FIELDS, lineterminator="\n").writerow(row)
         self.known[cell.key] = row
 
-    def ends(self, group: str, setting: str) -> list[float]:
-        """The last losses of a setting, by seed."""
-        rows = [row for key, row in self.known.items() if key[:2] == (group, setting)]
-        return [float(row["end"]) for row in rows]
+    def rows(self, task: str, group: str, setting: str) -> list[dict[str, str]]:
+        """Of a setting, by seed."""
+        return [row for key, row in self.known.items() if key[:3] == (task, group, setting)]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -248,15 +313,15 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(t.ppf(0.975, len(values) - 1)) * error
 
 
-def table(study: Study, group: str) -> str:
+def table(study: Study, task: str, group: str) -> str:
     """A group in lines; empty where nothing of it is done."""
     lines = [
-        f"\n## {group.capitalize()}\n",
-        "| setting | seeds | loss at the end | interval | diverged | passes | bytes up |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"\n### {group.capitalize()}\n",
+        "| setting | seeds | loss before | at the end | interval | diverged | passes | bytes up |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for setting in GROUPS[group][1]:
-        rows = [row for key, row in study.known.items() if key[:2] == (group, setting)]
+        rows = study.rows(task, group, setting)
         if not rows:
             continue
         ends = [float(row["end"]) for row in rows]
@@ -265,33 +330,51 @@ def table(study: Study, group: str) -> str:
         shown = f"{mean:.3f}" if good else ""
         width = f"± {half:.3f}" if math.isfinite(half) else ""
         sent = max(int(row["bytes"]) for row in rows)
+        start = statistics.fmean(float(row["start"]) for row in rows)
         lines.append(
-            f"| {setting} | {len(rows)} | {shown} | {width} | {len(ends) - len(good)} | "
-            f"{int(rows[0]['passes']):,} | {sent or '':{',' if sent else ''}} |"
+            f"| {setting} | {len(rows)} | {start:.3f} | {shown} | {width} | "
+            f"{len(ends) - len(good)} | {int(rows[0]['passes']):,} | "
+            f"{sent or '':{',' if sent else ''}} |"
         )
     return "\n".join(lines) if len(lines) > 3 else ""
 
 
+def tables(study: Study) -> str:
+    """All that is done, task by task."""
+    found = []
+    for task in dict.fromkeys(key[0] for key in study.known):
+        kind, _, model = task.partition(", ")
+        text = TASKS[kind].format(model=model, rounds=OWN_ROUNDS)
+        found += [f"\n## {task.replace('gsm8k', 'GSM8K')}\n\n{text}".replace("## demo", "## Demo")]
+        found += filter(None, (table(study, task, group) for group in GROUPS))
+    return "\n".join(found)
+
+
 def draw(study: Study, path: Path) -> None:
-    """Every group as a row of points."""
+    """Every group of every task as a row of points."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    done = list(dict.fromkeys(key[:2] for key in study.known))
+    done.sort(key=lambda pair: (pair[0] != DEMO, pair[0], list(GROUPS).index(pair[1])))
     columns = 3
+    rows = -(-len(done) // columns)
     figure, axes = pyplot.subplots(
-        -(-len(GROUPS) // columns), columns, figsize=(11, 8), layout="constrained", squeeze=False
+        rows, columns, figsize=(11, 2.6 * rows), layout="constrained", squeeze=False
     )
-    for place, group in enumerate(GROUPS):
-        one = axes[place // columns][place % columns]
-        settings = list(GROUPS[group][1])
+    for one in axes.flat[len(done) :]:
+        one.set_visible(False)
+    for one, (task, group) in zip(axes.flat, done, strict=False):
+        settings = [each for each in GROUPS[group][1] if study.rows(task, group, each)]
         for number, setting in enumerate(settings):
-            ends = [end for end in study.ends(group, setting) if math.isfinite(end)]
+            ends = [float(row["end"]) for row in study.rows(task, group, setting)]
+            ends = [end for end in ends if math.isfinite(end)]
             one.plot([number] * len(ends), ends, "o", color="tab:blue", alpha=0.6)
         short = [setting.split(",")[-1].strip() for setting in settings]
         one.set_xticks(range(len(settings)), short, rotation=30, ha="right", fontsize=7)
-        one.set_title(group, fontsize=9)
+        one.set_title(f"{task}: {group}", fontsize=9)
         one.set_ylabel("held-out loss", fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
@@ -304,24 +387,35 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="two rounds of a few cells")
     parser.add_argument("--group", choices=tuple(GROUPS), action="append", help="these alone")
+    parser.add_argument("--model", help="folder of a model; default the demonstration's")
+    parser.add_argument("--data", help="folder with gsm8k_train.jsonl; with --model")
     parser.add_argument("--out", type=Path, help="folder of what is written; default docs/studies")
     arguments = parser.parse_args()
     if arguments.quick and arguments.out is None:
         parser.error("--quick needs --out FOLDER, so that it does not replace the study's figures")
+    if bool(arguments.model) != bool(arguments.data):
+        parser.error("--model and --data go together")
+    task = Task()
+    if arguments.model:
+        name = f"gsm8k, {Path(arguments.model).name}"
+        task = Task(name, arguments.model, arguments.data, OWN_ROUNDS)
+    unknown = set(arguments.group or ()) - set(task.groups)
+    if unknown:
+        parser.error(f"with --model the groups are {', '.join(task.groups)}")
     study = Study(arguments.out or DOCS, 2 if arguments.quick else None)
-    wanted = cells(arguments.group or tuple(GROUPS))
+    wanted = cells(task, arguments.group or task.groups)
     if arguments.quick:
-        wanted = [cell for cell in wanted if cell.key[:2] in QUICK and cell.seed == 0]
+        wanted = [cell for cell in wanted if cell.key[1:3] in QUICK and cell.seed == 0]
     for cell in track(wanted, "Running"):
         study.take(cell)
-    tables = "\n".join(filter(None, (table(study, group) for group in GROUPS)))
     text = PAGE.format(
         script="studies/settings.py",
+        clients=CLIENTS,
         rounds=ROUNDS,
         steps=STEPS,
         batch=BATCH,
         rate=RATE,
-        tables=tables,
+        tables=tables(study),
     )
     (study.folder / "settings.md").write_text(text, encoding="utf-8")
     draw(study, study.folder / "settings.png")

@@ -53,9 +53,11 @@ def test_the_study_of_settings_runs(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     _, row = (tmp_path / "settings.csv").read_text("utf-8").splitlines()
-    group, setting, seed, start, end, *_ = row.split(",")
-    assert (group, setting, seed) == ("rate", "0.003", "0") and float(end) < float(start)
-    assert "| 0.003 | 1 |" in (tmp_path / "settings.md").read_text("utf-8")
+    task, group, setting, seed, start, end, *_ = row.split(",")
+    assert (task, group, setting, seed) == ("demo", "rate", "0.003", "0") and float(end) < float(
+        start
+    )
+    assert "| 0.003 | 1 | 0.4" in (tmp_path / "settings.md").read_text("utf-8")
 
 
 def test_the_study_of_privacy_goes_on_and_writes_its_page(tmp_path: Path) -> None:
