@@ -41,23 +41,51 @@ def test_the_study_of_robustness_runs_and_goes_on(tmp_path: Path) -> None:
     assert (folder / "robustness.png").stat().st_size > 1000
 
 
-@pytest.mark.slow
-def test_the_study_of_settings_runs(tmp_path: Path) -> None:
-    script = ROOT / "studies" / "settings.py"
+def quick(study: str, folder: Path, *options: str) -> list[str]:
+    """The lines of the CSV that a study writes with `--quick`."""
+    script = ROOT / "studies" / f"{study}.py"
     done = subprocess.run(
-        [sys.executable, str(script), "--quick", "--group", "rate", "--out", str(tmp_path)],
+        [sys.executable, str(script), "--quick", *options, "--out", str(folder)],
         env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    _, row = (tmp_path / "settings.csv").read_text("utf-8").splitlines()
+    assert (folder / f"{study}.png").stat().st_size > 1000
+    return (folder / f"{study}.csv").read_text("utf-8").splitlines()[1:]
+
+
+@pytest.mark.slow
+def test_the_study_of_settings_runs(tmp_path: Path) -> None:
+    (row,) = quick("settings", tmp_path, "--group", "rate")
     task, group, setting, seed, start, end, *_ = row.split(",")
-    assert (task, group, setting, seed) == ("demo", "rate", "0.003", "0") and float(end) < float(
-        start
-    )
+    assert (task, group, setting, seed) == ("demo", "rate", "0.003", "0")
+    assert float(end) < float(start)
     assert "| 0.003 | 1 | 0.4" in (tmp_path / "settings.md").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_the_study_of_memory_runs(tmp_path: Path) -> None:
+    (row,) = quick("memory", tmp_path)
+    shape, *numbers, _ = row.split(",")
+    _, parameters, adapter, weights, forward, forward_two, step, one, planned, _ = map(int, numbers)
+    assert (shape, weights) == ("quick", 4 * parameters + 64)
+    assert adapter > 0 and forward < forward_two and one < step
+    assert abs(planned / step - 1.0) < 0.1
+    assert "## " not in (tmp_path / "memory.md").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_the_study_of_rank_runs(tmp_path: Path) -> None:
+    rows = quick("rank", tmp_path)
+    assert [row.split(",")[:3] for row in rows] == [
+        ["demo", "1", "Hessian"],
+        ["demo", "1", "Gauss-Newton"],
+    ]
+    norm, trace = (float(rows[1].split(",")[place]) for place in (4, 5))
+    assert 0.0 < norm < trace
+    assert "| demo | 1 | Gauss-Newton |" in (tmp_path / "rank.md").read_text("utf-8")
 
 
 def test_the_study_of_privacy_goes_on_and_writes_its_page(tmp_path: Path) -> None:
