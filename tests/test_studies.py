@@ -123,3 +123,69 @@ def test_the_study_of_privacy_goes_on_and_writes_its_page(tmp_path: Path) -> Non
     assert "ε = 6: 75 % of the fall without privacy" in page
     assert "demo has one seed, and so no interval" in page
     assert (tmp_path / "privacy.png").stat().st_size > 1000
+
+
+def claims(folder: Path) -> dict[str, str]:
+    """The verdicts of the page of claims, by title."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "studies" / "claims.py"), "--out", str(folder)],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = (folder / "claims.md").read_text("utf-8").splitlines()
+    rows = [line.split("|") for line in lines if line.startswith("| [")]
+    return {row[1].split("]")[0].strip(" ["): row[2].strip() for row in rows}
+
+
+def test_verdicts_on_claims_follow_from_figures(tmp_path: Path) -> None:
+    header = "task,group,setting,seed,start,end,passes,bytes,seconds"
+
+    def settings(*cells: tuple[str, str, tuple[float, ...]]) -> None:
+        rows = [
+            f'demo,{group},"{setting}",{seed},1.0,{end},1,1,1'
+            for group, setting, ends in cells
+            for seed, end in enumerate(ends)
+        ]
+        (tmp_path / "settings.csv").write_text("\n".join([header, *rows]) + "\n", "utf-8")
+
+    same, none = "fedavg, SGD, the same rate", "not measured"
+    settings(
+        ("backpropagation", "fedmezo", (0.50, 0.51, 0.52)),
+        ("backpropagation", same, (0.40, 0.411, 0.421)),
+        ("rate", "1", (0.9, 0.9, 0.9)),
+        ("rate", "2", (float("inf"), 0.2, 0.2)),
+        ("mu", "1", (0.5, 0.5, 0.5)),
+        ("mu", "2", (0.4, 0.4, 0.4)),
+        ("alpha", "iid", (0.5, 0.6, 0.7)),
+        ("alpha", "0.1", (0.6, 0.5, 0.7)),
+        ("client rates", "fixed", (0.50, 0.60, 0.70)),
+        ("client rates", "update-difference", (0.40, 0.501, 0.602)),
+        ("client rates", "random", (0.60, 0.70, 0.801)),
+    )
+    assert claims(tmp_path) == {
+        "Memory of inference": none,
+        "Faster than FedAvg": "refuted",
+        "The rate matters most": "supported",
+        "Heterogeneity helps": "not to be told apart",
+        "Model-difference rates help": "supported",
+        "Low effective rank": none,
+    }
+    settings(
+        ("backpropagation", "fedmezo", (0.50, 0.51, 0.52)),
+        ("backpropagation", same, (0.60, 0.611, 0.621)),
+        ("backpropagation", "fedavg, AdamW, 3e-3", (0.10, 0.111, 0.121)),
+    )
+    assert claims(tmp_path)["Faster than FedAvg"] == "supported in part"
+    memory = "shape,parameters,weights,forward_two,step,backpropagation\n"
+    (tmp_path / "memory.csv").write_text(f"{memory}a,1,4,100,50,400\nb,2,8,200,210,800\n", "utf-8")
+    rank = "task,matrix,rank,effective_rank,effective_rank_low,absolute_rank\n"
+    (tmp_path / "rank.csv").write_text(f"{rank}demo,Hessian,1,20,15,30\n", "utf-8")
+    verdicts = claims(tmp_path)
+    assert verdicts["Memory of inference"] == "supported in part"
+    assert verdicts["Low effective rank"] == "supported"
+    page = (tmp_path / "claims.md").read_text("utf-8")
+    assert "takes 0.50 to 1.05 of a forward pass" in page
+    assert "Adapters of rank 1 have less than the effective rank" in page
