@@ -9,7 +9,6 @@ the tests of its claim, has p below 0.05.
 """
 
 import argparse
-import csv
 import math
 import statistics
 import textwrap
@@ -17,9 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared import DOCS, read
+
 from fedforward.analysis.significance import LEVEL, holm, paired
 
-DOCS = Path(__file__).parents[1] / "docs" / "studies"
 SUPPORTED, REFUTED, UNDECIDED = "supported", "refuted", "not to be told apart"
 PARTLY, NOT_MEASURED = "supported in part", "not measured"
 Row = Mapping[str, str]
@@ -59,9 +59,9 @@ class Studies:
     """The rows of the studies' CSV files."""
 
     def __init__(self, folder: Path) -> None:
-        self.settings = _read(folder / "settings.csv")
-        self.memory = _read(folder / "memory.csv")
-        self.rank = _read(folder / "rank.csv")
+        self.settings = read(folder / "settings.csv")
+        self.memory = read(folder / "memory.csv")
+        self.rank = read(folder / "rank.csv")
 
     @property
     def tasks(self) -> list[str]:
@@ -345,13 +345,6 @@ def wrapped(text: str) -> str:
         part if part.startswith(("|", "#", "- ")) else textwrap.fill(part, 100)
         for part in text.strip().split("\n\n")
     )
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines))
 
 
 def main() -> None:

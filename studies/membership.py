@@ -11,8 +11,6 @@ was stopped goes on where it was.
     python studies/membership.py --quick --out FOLDER    # two trials of two cells
 """
 
-import argparse
-import csv
 import json
 import os
 import tempfile
@@ -25,6 +23,7 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
+import shared
 from numpy.typing import NDArray
 from rich.progress import track
 from scipy.special import logsumexp
@@ -37,7 +36,6 @@ from fedforward.demo.text import ANSWER, PROMPT, site_examples
 from fedforward.messages.task import Task
 
 Floats = NDArray[np.float64]
-DOCS = Path(__file__).parents[1] / "docs" / "studies"
 #: Of a two-point estimate, and of a local step.
 MU, RATE = 1e-2, 1e-3
 #: Rounds that are attacked; in each, rows that are no members, and the attacker's public rows.
@@ -348,15 +346,6 @@ def trials_of(cell: Cell, quick: bool) -> int:
     return 2 if quick else max(TRIALS, LEAST_MEMBERS // (cell.steps * cell.batch * cell.sites))
 
 
-def read(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
-    """The cells that are done, by their first columns."""
-    if not path.exists():
-        return {}
-    with path.open(encoding="utf-8", newline="") as stream:
-        rows = [{"pool": "0", **row} for row in csv.DictReader(stream)]
-    return {tuple(row[name] for name in NAMES): row for row in rows}
-
-
 def active_table(done: Sequence[dict[str, str]]) -> str:
     """The cells of an active server, beside the passive one of the same kind."""
     known = {tuple(row[name] for name in NAMES): row for row in done}
@@ -431,11 +420,6 @@ def conclusions(done: Sequence[dict[str, str]]) -> str:
 
 def draw(done: Sequence[dict[str, str]], path: Path) -> None:
     """AUC with its interval, a bar for each cell."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     labels, values, errors = [], [], []
     for row in done:
         label = f"{row['steps']} × {row['directions']}, batch {row['batch']}"
@@ -449,7 +433,7 @@ def draw(done: Sequence[dict[str, str]], path: Path) -> None:
         auc, low, high = (float(row[name]) for name in ("auc", "auc_low", "auc_high"))
         values.append(auc)
         errors.append((max(0.0, auc - low), max(0.0, high - auc)))
-    figure, axes = pyplot.subplots(figsize=(8, 0.34 * len(done) + 1.2), layout="constrained")
+    figure, (axes,) = shared.figure((8, 0.34 * len(done) + 1.2))
     places = range(len(done))
     axes.errorbar(values, places, xerr=np.array(errors).T, fmt="o", color="#0072b2", capsize=3)
     axes.axvline(0.5, color="#999999", linestyle="--", linewidth=1)
@@ -457,24 +441,16 @@ def draw(done: Sequence[dict[str, str]], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0.4, 1.01)
     axes.set_xlabel("AUC of the attack (0.5 is a guess)")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
+    shared.save(figure, path)
 
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="two trials of two cells")
-    parser.add_argument("--out", type=Path, help="folder of what is written; default docs/studies")
-    arguments = parser.parse_args()
-    if arguments.quick and arguments.out is None:
-        parser.error("--quick needs --out FOLDER, so that it does not replace the study's figures")
-    folder = arguments.out or DOCS
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "membership.csv"
-    known = read(path)
+    parser = shared.parser(__doc__, "two trials of two cells")
+    arguments = shared.parse(parser)
+    folder = arguments.out
+    cells_done = shared.Table(folder / "membership.csv", FIELDS, len(NAMES))
+    known = cells_done.known
     cells = QUICK if arguments.quick else CELLS
     with tempfile.TemporaryDirectory() as scratch:
         # Slopes along many directions are those of all active cells.
@@ -487,11 +463,7 @@ def main() -> None:
             assert attack is not None
             count = trials_of(cell, arguments.quick)
             found = measured([attack.trial(cell, number) for number in range(count)])
-            known[key] = dict(zip(NAMES, key, strict=True)) | found
-            with path.open("w", encoding="utf-8", newline="") as stream:
-                writer = csv.DictWriter(stream, FIELDS)
-                writer.writeheader()
-                writer.writerows(known.values())
+            cells_done.add((*key, *(found[name] for name in FIELDS[len(NAMES) :])))
     done = [known[key] for cell in cells if (key := tuple(map(str, astuple(cell)))) in known]
     text = PAGE.format(
         others=OTHERS,

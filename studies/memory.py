@@ -12,7 +12,6 @@ rows of the CSV.
 """
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -28,11 +27,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import common  # noqa: E402
+import shared  # noqa: E402
 from common import Shape, Trajectory  # noqa: E402
 
 from fedforward.planning.memory.calibrate import calibrate  # noqa: E402
 
-DOCS = ROOT / "docs" / "studies"
 #: SmolLM2-360M's form, and that of Llama 3.2 with a billion.
 SHAPES = {
     "quick": common.SHAPES["quick"],
@@ -175,12 +174,7 @@ def conclusions(rows: list[dict[str, str]]) -> str:
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
     """Each way against parameters."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, (axes,) = shared.figure((7, 4))
     for field, label in (
         ("weights", "the weights"),
         ("backpropagation", "backpropagation"),
@@ -195,51 +189,32 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     axes.set_xlabel("parameters")
     axes.set_ylabel("MB")
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of the CSV; none where there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines))
+    shared.save(figure, path)
 
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = shared.parser(__doc__, "a tiny shape")
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES))
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--quick", action="store_true", help="a tiny shape")
-    parser.add_argument("--out", type=Path, help="folder of what is written; default docs/studies")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = shared.parse(parser)
     if arguments.child:
         print(json.dumps(measure(arguments.child, arguments.tokens)))
         return
-    if arguments.quick and arguments.out is None:
-        parser.error("--quick needs --out FOLDER, so that it does not replace the study's figures")
-    folder = arguments.out or DOCS
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = arguments.out
     file = folder / "memory.csv"
-    rows = read(file)
+    done = shared.Table(file, FIELDS, 2)
     shapes = arguments.shapes or (("quick",) if arguments.quick else tuple(SHAPES)[1:])
     for shape in shapes:
-        if any((row["shape"], row["tokens"]) == (shape, str(arguments.tokens)) for row in rows):
+        if (shape, str(arguments.tokens)) in done.known:
             continue
         common.note(f"{shape}: measuring")
         command = [sys.executable, __file__, "--child", shape, "--tokens", str(arguments.tokens)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        with file.open("w", encoding="utf-8", newline="") as lines:
-            writer = csv.DictWriter(lines, FIELDS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    rows.sort(key=lambda row: int(row["parameters"]))
+        found = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+        row = json.loads(found.stdout.splitlines()[-1])
+        done.add(row[field] for field in FIELDS)
+    rows = sorted(done.known.values(), key=lambda row: int(row["parameters"]))
     shown = [row for row in rows if row["tokens"] == str(arguments.tokens)]
     text = PAGE.format(tokens=arguments.tokens, table=table(shown), conclusions=conclusions(shown))
     (folder / "memory.md").write_text(text, encoding="utf-8")

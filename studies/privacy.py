@@ -13,7 +13,6 @@ of the CSV.
 """
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -28,8 +27,9 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
+import shared
 from rich.progress import track
-from scipy.stats import t as student
+from shared import Row
 
 from fedforward.config.loading import validate
 from fedforward.config.schema import Config
@@ -43,7 +43,6 @@ from fedforward.training import build
 from fedforward.training.assembly import build_method, guarantee_of
 from fedforward.training.run import Run
 
-DOCS = Path(__file__).parents[1] / "docs" / "studies"
 EPSILONS = (2.0, 6.0, math.inf)
 #: Stands for the least noise that a configuration allows: rows are clipped, and ε says nothing.
 CLIPPED, LEAST_NOISE = 1e9, 1e-3
@@ -68,8 +67,6 @@ FIELDS = (
     "accuracy_start",
     "accuracy_end",
 )
-KEY = FIELDS[:4]
-Row = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -159,11 +156,8 @@ class Study:
 
     def __init__(self, folder: Path, task: Task, scratch: Path) -> None:
         self.task, self.scratch = task, scratch
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / "privacy.csv"
-        if not self.file.is_file():
-            self.file.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
-        self.known = {tuple(row[name] for name in KEY): row for row in read(self.file)}
+        self.table = shared.Table(folder / "privacy.csv", FIELDS, 4)
+        self.known = self.table.known
         self.epsilons = (*EPSILONS, CLIPPED) if task.clipped else EPSILONS
         self._built: Any = None
         self._clip: float | None = None
@@ -214,9 +208,7 @@ class Study:
             f"{choice['end']:.6f}",
             *(f"{right[side]:.6f}" if right else "" for side in ("start", "end")),
         )
-        self.known[key] = dict(zip(FIELDS, map(str, values), strict=True))
-        with self.file.open("a", encoding="utf-8", newline="") as lines:
-            csv.DictWriter(lines, FIELDS, lineterminator="\n").writerow(self.known[key])
+        self.table.add(values)
 
     def _bound(self) -> float:
         """The median length of a public row's projected gradients, at the base."""
@@ -250,19 +242,10 @@ def best_rate(rows: Sequence[Row], task: str, epsilon: float) -> float:
     return min(found)[1]
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of the CSV."""
-    with path.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines))
-
-
 def interval(values: Sequence[float], digits: int = 3) -> str:
     """The mean with an interval of 95 % by Student's t; one value alone has none."""
-    mean = statistics.fmean(values)
-    if len(values) < 2 or not math.isfinite(mean):
-        return f"{mean:.{digits}f}"
-    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+    mean, half = shared.interval(values)
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
 
 
 def tasks(rows: Sequence[Row]) -> list[str]:
@@ -406,16 +389,9 @@ mean is as large, and σC / B is what lies over it.
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Each task's seeds at each ε, and their means."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = tasks(rows)
-    figure, every = pyplot.subplots(
-        1, len(names), figsize=(3.6 * len(names) + 0.8, 3.6), layout="constrained", squeeze=False
-    )
-    for axes, task in zip(every[0], names, strict=True):
+    figure, every = shared.figure((3.6 * len(names) + 0.8, 3.6), 1, len(names))
+    for axes, task in zip(every, names, strict=True):
         means = []
         for place, epsilon in enumerate(EPSILONS):
             ends = [float(row["end"]) for row in counted(rows, task, epsilon)]
@@ -427,13 +403,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.set_xticks(range(3), ["ε = 2", "ε = 6", "no noise"])
         axes.set_title(task)
         axes.set_ylabel("held-out, nats (dashed: before)")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
+    shared.save(figure, path)
 
 
 def write_page(folder: Path) -> None:
     """The page and the picture of all that is in the CSV."""
-    rows = read(folder / "privacy.csv")
+    rows = shared.read(folder / "privacy.csv")
     few = [
         task
         for task in tasks(rows)
@@ -500,13 +475,8 @@ def task_of(arguments: argparse.Namespace) -> Task:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="two rounds, one seed")
-    parser.add_argument("--out", type=Path, help="folder of what is written; default docs/studies")
-    parser.add_argument("--model", default="", help="folder of a causal model, for SST-2")
-    parser.add_argument("--data", default="", help="folder with SST-2's files")
+    parser = shared.parser(__doc__, "two rounds, one seed")
+    shared.own_model(parser, "SST-2's files")
     parser.add_argument("--name", default="", help="of the task; default the model's folder")
     parser.add_argument("--blocks", default="", help="model.blocks")
     parser.add_argument("--rounds", type=int, default=30)
@@ -514,12 +484,9 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[0.2])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--clipped", action="store_true", help="clip without noise as well")
-    arguments = parser.parse_args()
-    if arguments.quick and arguments.out is None:
-        parser.error("--quick needs --out FOLDER, so that it does not replace the study's figures")
-    if bool(arguments.model) != bool(arguments.data):
-        parser.error("--model and --data go together")
-    folder = arguments.out or DOCS
+    arguments = shared.parse(parser)
+    shared.check_own_model(parser, arguments)
+    folder = arguments.out
     with tempfile.TemporaryDirectory() as scratch:
         Study(folder, task_of(arguments), Path(scratch)).carry_out()
     write_page(folder)

@@ -11,8 +11,6 @@ The page is made of all rows of the CSV.
     python studies/rank.py --quick --out FOLDER         # one rank with little effort
 """
 
-import argparse
-import csv
 import os
 import tempfile
 import time
@@ -21,6 +19,7 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import shared
 from rich.progress import track
 
 from fedforward.analysis.diagnose import QUICK, Effort, diagnose
@@ -28,7 +27,6 @@ from fedforward.analysis.spectrum import Interval
 from fedforward.config.loading import validate
 from fedforward.demo.run import prepare
 
-DOCS = Path(__file__).parents[1] / "docs" / "studies"
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 OWN_RANKS = (1, 4, 16, 64, 128)
 DEMO = "demo"
@@ -131,12 +129,7 @@ def table(rows: list[dict[str, str]]) -> str:
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
     """Both matrices of each task, with their intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, panels = shared.figure((10, 4), 1, 2)
     for axes, name in zip(panels, INTERVALS[1:], strict=True):
         for task, matrix in dict.fromkeys((row["task"], row["matrix"]) for row in rows):
             own = [row for row in rows if (row["task"], row["matrix"]) == (task, matrix)]
@@ -155,49 +148,30 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
         axes.set_xlabel("rank of LoRA")
         axes.set_title(name.replace("_", " "))
         axes.legend(fontsize=7)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of the CSV; none where there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines))
+    shared.save(figure, path)
 
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = shared.parser(__doc__, "one rank with little effort")
     parser.add_argument("--ranks", nargs="+", type=int)
-    parser.add_argument("--quick", action="store_true", help="one rank with little effort")
-    parser.add_argument("--model", default="", help="folder of a model; default the demonstration")
-    parser.add_argument("--data", default="", help="folder with gsm8k_train.jsonl; with --model")
-    parser.add_argument("--out", type=Path, help="folder of what is written; default docs/studies")
-    arguments = parser.parse_args()
-    if arguments.quick and arguments.out is None:
-        parser.error("--quick needs --out FOLDER, so that it does not replace the study's figures")
-    if bool(arguments.model) != bool(arguments.data):
-        parser.error("--model and --data go together")
-    folder = arguments.out or DOCS
-    folder.mkdir(parents=True, exist_ok=True)
+    shared.own_model(parser, "gsm8k_train.jsonl")
+    arguments = shared.parse(parser)
+    shared.check_own_model(parser, arguments)
+    folder = arguments.out
     file = folder / "rank.csv"
     task = f"GSM8K, {Path(arguments.model).name}" if arguments.model else DEMO
     ranks = arguments.ranks or (OWN_RANKS if arguments.model else RANKS)
     effort = QUICK if arguments.quick else EFFORT
-    rows = read(file)
+    done = shared.Table(file, FIELDS, 3)
     for rank in track(ranks[:1] if arguments.quick else ranks, "Measuring"):
-        if any((row["task"], row["rank"]) == (task, str(rank)) for row in rows):
-            continue
-        rows += measure(task, rank, arguments.model, arguments.data, effort)
-        with file.open("w", encoding="utf-8", newline="") as lines:
-            writer = csv.DictWriter(lines, FIELDS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    rows.sort(key=lambda row: (row["task"] != DEMO, row["task"], row["matrix"], int(row["rank"])))
+        if (task, str(rank), "Gauss-Newton") not in done.known:
+            for row in measure(task, rank, arguments.model, arguments.data, effort):
+                done.add(row[field] for field in FIELDS)
+    rows = sorted(
+        done.known.values(),
+        key=lambda row: (row["task"] != DEMO, row["task"], row["matrix"], int(row["rank"])),
+    )
     text = PAGE.format(rows=effort.rows, probes=effort.probes, table=table(rows))
     (folder / "rank.md").write_text(text, encoding="utf-8")
     draw(rows, folder / "rank.png")

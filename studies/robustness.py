@@ -9,8 +9,6 @@ was stopped goes on where it was.
     python studies/robustness.py --quick    # two rounds of a few cells, into a folder of its own
 """
 
-import argparse
-import csv
 import os
 import statistics
 import tempfile
@@ -21,6 +19,7 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import shared
 from rich.progress import track
 
 from fedforward.config.loading import validate
@@ -31,7 +30,6 @@ from fedforward.demo.text import site_examples
 from fedforward.training import build
 from fedforward.training.run import Run
 
-DOCS = Path(__file__).parents[1] / "docs" / "studies"
 CLIENTS, LIARS, SEEDS, ROUNDS = 10, (3, 7), (0, 1, 2), 20
 #: Attacks with their factors.
 ATTACKS: dict[str, tuple[str, float | None]] = {
@@ -206,16 +204,9 @@ class Study:
 
     def __init__(self, folder: Path, rounds: int) -> None:
         self.folder, self.rounds = folder, rounds
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / "robustness.csv"
-        self.known = self._read()
+        self.table = shared.Table(folder / "robustness.csv", FIELDS, 5)
+        self.known = self.table.known
         self._model: tuple[int, Any] = (-1, None)
-
-    def _read(self) -> Known:
-        if not self.file.is_file():
-            self.file.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
-        with self.file.open(encoding="utf-8", newline="") as lines:
-            return {tuple(row[f] for f in FIELDS[:5]): row for row in csv.DictReader(lines)}
 
     def take(self, cell: Cell) -> None:
         """Do a cell that is not known yet."""
@@ -234,10 +225,7 @@ class Study:
             except FedForwardError:
                 # It has diverged: what it ends at is beyond where it began.
                 start, end = run.evaluate(1)["heldout_loss"], float("inf")
-        row = dict(zip(FIELDS, (*cell.key, f"{start:.6f}", f"{end:.6f}"), strict=True))
-        with self.file.open("a", encoding="utf-8", newline="") as lines:
-            csv.DictWriter(lines, FIELDS, lineterminator="\n").writerow(row)
-        self.known[cell.key] = row
+        self.table.add((*cell.key, f"{start:.6f}", f"{end:.6f}"))
 
 
 def fall(row: dict[str, str]) -> float:
@@ -343,11 +331,6 @@ def reaches(known: Known) -> str:
 
 def draw(known: Known, path: Path) -> None:
     """The table as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     titles = (*ATTACKS, "label flip")
     values = [
         [
@@ -358,7 +341,7 @@ def draw(known: Known, path: Path) -> None:
         ]
         for attack in titles
     ]
-    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    figure, (axes,) = shared.figure((9, 5))
     image = axes.imshow(values, vmin=0.0, vmax=1.1, cmap="RdYlGn", aspect="auto")
     axes.set_xticks(range(len(WAYS)), [", ".join(way) for way in WAYS], rotation=30, ha="right")
     axes.set_yticks(range(len(titles)), titles)
@@ -366,21 +349,14 @@ def draw(known: Known, path: Path) -> None:
         for column, value in enumerate(line):
             axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center")
     figure.colorbar(image, label="share of the clean fall")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
+    shared.save(figure, path)
 
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="two rounds of a few cells")
-    parser.add_argument("--out", type=Path, help="folder of what is written; default docs/studies")
-    arguments = parser.parse_args()
-    if arguments.quick and arguments.out is None:
-        parser.error("--quick needs --out FOLDER, so that it does not replace the study's figures")
-    study = Study(arguments.out or DOCS, 2 if arguments.quick else ROUNDS)
+    parser = shared.parser(__doc__, "two rounds of a few cells")
+    arguments = shared.parse(parser)
+    study = Study(arguments.out, 2 if arguments.quick else ROUNDS)
     wanted = list(cells(SEEDS[:1] if arguments.quick else SEEDS))
     if arguments.quick:
         wanted = [cell for cell in wanted if cell in QUICK]

@@ -12,8 +12,6 @@ rows of the CSV.
     python studies/settings.py --quick --out FOLDER    # two rounds of a few cells
 """
 
-import argparse
-import csv
 import math
 import os
 import statistics
@@ -26,6 +24,7 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import shared
 from rich.progress import track
 
 from fedforward.config.loading import validate
@@ -35,12 +34,10 @@ from fedforward.demo.run import prepare
 from fedforward.training import build
 from fedforward.training.run import Run
 
-DOCS = Path(__file__).parents[1] / "docs" / "studies"
 ROUNDS, STEPS, CLIENTS, BATCH, RATE = 20, 10, 4, 4, 3e-3
 #: Passes that a step of backpropagation counts as.
 BACKPROPAGATION = 3
 FIELDS = ("task", "group", "setting", "seed", "start", "end", "passes", "bytes", "seconds")
-KEY = FIELDS[:4]
 DEMO = "demo"
 #: Of every cell that says nothing else.
 BASE: dict[str, dict[str, Any]] = {
@@ -264,12 +261,9 @@ class Study:
 
     def __init__(self, folder: Path, most_rounds: int | None) -> None:
         self.most_rounds = most_rounds
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.file = folder, folder / "settings.csv"
-        if not self.file.is_file():
-            self.file.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
-        with self.file.open(encoding="utf-8", newline="") as lines:
-            self.known = {tuple(row[f] for f in KEY): row for row in csv.DictReader(lines)}
+        self.folder = folder
+        self.table = shared.Table(folder / "settings.csv", FIELDS, 4)
+        self.known = self.table.known
 
     def take(self, cell: Cell) -> None:
         """Do a cell that is not known yet."""
@@ -292,25 +286,11 @@ class Study:
         passes = steps * (BACKPROPAGATION if config.method.name == "fedavg" else probes)
         seconds = time.monotonic() - began
         figures = (f"{start:.6f}", f"{end:.6f}", str(passes), f"{sent:.0f}", f"{seconds:.1f}")
-        row = dict(zip(FIELDS, (*cell.key, *figures), strict=True))
-        with self.file.open("a", encoding="utf-8", newline="") as lines:
-            csv.DictWriter(lines, FIELDS, lineterminator="\n").writerow(row)
-        self.known[cell.key] = row
+        self.table.add((*cell.key, *figures))
 
     def rows(self, task: str, group: str, setting: str) -> list[dict[str, str]]:
         """Of a setting, by seed."""
         return [row for key, row in self.known.items() if key[:3] == (task, group, setting)]
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95 % confidence interval; NaN of one value."""
-    from scipy.stats import t
-
-    mean = statistics.fmean(values)
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        return mean, math.nan
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return mean, float(t.ppf(0.975, len(values) - 1)) * error
 
 
 def table(study: Study, task: str, group: str) -> str:
@@ -326,7 +306,7 @@ def table(study: Study, task: str, group: str) -> str:
             continue
         ends = [float(row["end"]) for row in rows]
         good = [end for end in ends if math.isfinite(end)]
-        mean, half = interval(good) if good else (math.nan, math.nan)
+        mean, half = shared.interval(good) if good else (math.nan, math.nan)
         shown = f"{mean:.3f}" if good else ""
         width = f"± {half:.3f}" if math.isfinite(half) else ""
         sent = max(int(row["bytes"]) for row in rows)
@@ -352,21 +332,14 @@ def tables(study: Study) -> str:
 
 def draw(study: Study, path: Path) -> None:
     """Every group of every task as a row of points."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     done = list(dict.fromkeys(key[:2] for key in study.known))
     done.sort(key=lambda pair: (pair[0] != DEMO, pair[0], list(GROUPS).index(pair[1])))
     columns = 3
     rows = -(-len(done) // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(11, 2.6 * rows), layout="constrained", squeeze=False
-    )
-    for one in axes.flat[len(done) :]:
+    figure, axes = shared.figure((11, 2.6 * rows), rows, columns)
+    for one in axes[len(done) :]:
         one.set_visible(False)
-    for one, (task, group) in zip(axes.flat, done, strict=False):
+    for one, (task, group) in zip(axes, done, strict=False):
         settings = [each for each in GROUPS[group][1] if study.rows(task, group, each)]
         for number, setting in enumerate(settings):
             ends = [float(row["end"]) for row in study.rows(task, group, setting)]
@@ -376,25 +349,16 @@ def draw(study: Study, path: Path) -> None:
         one.set_xticks(range(len(settings)), short, rotation=30, ha="right", fontsize=7)
         one.set_title(f"{task}: {group}", fontsize=9)
         one.set_ylabel("held-out loss", fontsize=8)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
+    shared.save(figure, path)
 
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="two rounds of a few cells")
+    parser = shared.parser(__doc__, "two rounds of a few cells")
     parser.add_argument("--group", choices=tuple(GROUPS), action="append", help="these alone")
-    parser.add_argument("--model", help="folder of a model; default the demonstration's")
-    parser.add_argument("--data", help="folder with gsm8k_train.jsonl; with --model")
-    parser.add_argument("--out", type=Path, help="folder of what is written; default docs/studies")
-    arguments = parser.parse_args()
-    if arguments.quick and arguments.out is None:
-        parser.error("--quick needs --out FOLDER, so that it does not replace the study's figures")
-    if bool(arguments.model) != bool(arguments.data):
-        parser.error("--model and --data go together")
+    shared.own_model(parser, "gsm8k_train.jsonl")
+    arguments = shared.parse(parser)
+    shared.check_own_model(parser, arguments)
     task = Task()
     if arguments.model:
         name = f"gsm8k, {Path(arguments.model).name}"
@@ -402,7 +366,7 @@ def main() -> None:
     unknown = set(arguments.group or ()) - set(task.groups)
     if unknown:
         parser.error(f"with --model the groups are {', '.join(task.groups)}")
-    study = Study(arguments.out or DOCS, 2 if arguments.quick else None)
+    study = Study(arguments.out, 2 if arguments.quick else None)
     wanted = cells(task, arguments.group or task.groups)
     if arguments.quick:
         wanted = [cell for cell in wanted if cell.key[1:3] in QUICK and cell.seed == 0]
