@@ -44,6 +44,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault-seed", type=int, help="of every random choice of these tests")
 
 
+ROOT = Path(__file__).parents[1]
+_BEFORE = pytest.StashKey[set[str]]()
+
+
+def _names() -> set[str]:
+    """Of what lies in the root."""
+    return {path.name for path in ROOT.iterdir()}
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Note what lies in the root, unless this is a worker of the session that does."""
+    if not hasattr(session.config, "workerinput"):
+        session.config.stash[_BEFORE] = _names()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail where a test has left a file in the root, and not in a folder of its own."""
+    if _BEFORE not in session.config.stash:
+        return
+    new = _names() - session.config.stash[_BEFORE]
+    left = sorted(name for name in new if not name.startswith(".") and name != "runs")
+    if left:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        print(f"\nA test has left {', '.join(left)} in {ROOT.name}/.")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quiet_libraries() -> None:
     import transformers

@@ -1,9 +1,12 @@
 """Targets that act on what they are sent: a server, a site, the two sides of a sum, the proxy."""
 
 import asyncio
+import atexit
 import hashlib
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -103,7 +106,11 @@ def _site() -> tuple[Site, Any]:
         method=tuned,
         **parts,
     )
-    held = Site(_site_settings())
+    out = tempfile.mkdtemp(prefix="fedforward-fuzz-")
+    atexit.register(shutil.rmtree, out, ignore_errors=True)
+    settings = _site_settings()
+    section = settings.site.model_copy(update={"out": out})
+    held = Site(settings.model_copy(update={"site": section}))
     held.tuning = tuning
     # What needs data is left out: it is asked only after the task was taken.
     held._evaluate = held._keep = _synced  # type: ignore[method-assign]
