@@ -47,7 +47,9 @@ def test_as_a_command(tmp_path: Path) -> None:
         assert (out / name).stat().st_size > 8_000
     page = (out / "index.html").read_text(encoding="utf-8")
     assert "effective rank" in page and page.count("data:image/png;base64,") == 3
-    assert "http" not in page and "<script" not in page
+    assert "http:" not in page and "https:" not in page and "<script" not in page
+    assert "<!-- fedforward report -->" in page and "prefers-color-scheme: dark" in page
+    assert '<th scope="col">effective rank</th>' in page and "<h2>curvature</h2>" in page
     again = command("diagnose", config, "--quick", "--json", "-")
     repeated = json.loads(again.out)
     assert repeated["curvature"] == told["curvature"]

@@ -123,7 +123,8 @@ def make_page(
     ]
     together = _together(runs) if len(runs) > 1 else []
     _name_charts(together, *(run.charts for run in runs))
-    return _rendered(
+    return rendered(
+        "report.html",
         title=f"Run {names[0]}" if len(runs) == 1 else f"{len(runs)} runs",
         runs=runs,
         together=together,
@@ -134,7 +135,7 @@ def make_page(
 
 def waiting_page(reload_s: int = 5) -> str:
     """The page of a run that has no figures yet; it loads itself again after so many seconds."""
-    return _rendered(title="No figures yet", waiting=True, reload_s=reload_s)
+    return rendered("report.html", title="No figures yet", waiting=True, reload_s=reload_s)
 
 
 def make_comparison_page(results: Results, repeat: Sequence[str] = ()) -> str:
@@ -167,7 +168,7 @@ def make_comparison_page(results: Results, repeat: Sequence[str] = ()) -> str:
         repeat=list(repeat),
     )
     title = f"{len(results.groups)} methods compared" if len(results.groups) > 1 else "One method"
-    return _rendered(title=title, comparison=view)
+    return rendered("comparison.html", title=title, comparison=view)
 
 
 @dataclass(frozen=True)
@@ -232,8 +233,13 @@ def _name_charts(*parts: list[Chart]) -> None:
             charts[place] = replace(chart, svg=Markup(named(chart.svg, f"c{count}")))
 
 
-def _rendered(**values: Any) -> str:
-    """The template with its values."""
+def rendered(template: str, *, title: str, reload_s: int | None = None, **values: Any) -> str:
+    """A page of the package's own look, from one of its templates.
+
+    Args:
+        template: its name; what it shows is in `values`.
+        reload_s: seconds after which a browser loads the page again; None never.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -243,16 +249,9 @@ def _rendered(**values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    empty: dict[str, Any] = {
-        "runs": [],
-        "together": [],
-        "tables": None,
-        "comparison": None,
-        "reload_s": None,
-        "waiting": False,
-    }
-    body = environment.get_template("report.html").render(
-        **{**empty, **values}, version=__version__
+    empty: dict[str, Any] = {"runs": [], "together": [], "tables": None, "waiting": False}
+    body = environment.get_template(template).render(
+        **{**empty, **values}, title=title, reload_s=reload_s, version=__version__
     )
     return BEGINS + body
 
