@@ -5,7 +5,7 @@ import gc
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -78,20 +78,25 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
 
 
-@pytest.fixture(scope="session")
-def libraries_are_no_garbage() -> Iterator[None]:
-    """Sets what libraries have made aside from the garbage collector.
+@pytest.fixture(scope="module", autouse=True)
+def libraries_are_no_garbage() -> None:
+    """Sets what there is before a module of tests aside from the garbage collector.
 
     A run counts the tensors alive, for which it collects garbage and looks at every object there
     is: that was half the time of a short run, and nearly all objects were those of libraries.
     """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def imported_libraries() -> None:
+    """What a run imports when it gets there is set aside as well."""
     for name in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture
@@ -131,7 +136,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def configure(rows: Path, libraries_are_no_garbage: None) -> Callable[..., Any]:
+def configure(rows: Path, imported_libraries: None) -> Callable[..., Any]:
     """A function that makes a configuration of a few short rounds on the demonstration model."""
     pytest.importorskip("pydantic", reason="the configuration needs pydantic")
     from fedforward.config.loading import validate

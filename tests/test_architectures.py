@@ -26,7 +26,6 @@ def load() -> Any:
         sys.path.remove(folder)
 
 
-@pytest.mark.usefixtures("libraries_are_no_garbage")
 @pytest.mark.parametrize(
     ("family", "lora", "full"),
     [
@@ -56,7 +55,6 @@ def test_a_difference_and_a_crash_are_told_apart(monkeypatch: pytest.MonkeyPatch
     assert "ZeroDivisionError" in rows[0]["traceback"]
 
 
-@pytest.mark.usefixtures("libraries_are_no_garbage")
 def test_one_probe_a_pass_is_in_the_plan_and_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def importable(libraries_are_no_garbage: None) -> Iterator[None]:
+def importable(imported_libraries: None) -> Iterator[None]:
     """The benchmarks import each other as they do when they are started from their folder."""
     threads = torch.get_num_threads()
     sys.path.insert(0, str(BENCHMARKS))
@@ -70,6 +70,7 @@ def test_choice(capsys: pytest.CaptureFixture[str]) -> None:
         assert row["name"].startswith("evaluation") and row["joined"] and row["most_branching"] > 0
 
 
+@pytest.mark.slow
 def test_memory(capsys: pytest.CaptureFixture[str]) -> None:
     rows = results(capsys, "memory", "--tune", "lora")["rows"]
     assert [row["probes_per_call"] for row in rows] == [2]
@@ -307,6 +308,7 @@ def test_cluster(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["site: all but the model server"] > 0
 
 
+@pytest.mark.slow
 def test_data(capsys: pytest.CaptureFixture[str]) -> None:
     ours, plain = results(capsys, "data")["rows"]
     assert ours["examples"] == plain["examples"] == 300

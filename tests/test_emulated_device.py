@@ -64,7 +64,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(autouse=True)
-def device(built: Path, libraries_are_no_garbage: None) -> Iterator[torch.device]:
+def device(built: Path, imported_libraries: None) -> Iterator[torch.device]:
     """The device, in sight of PyTorch for one test."""
     try:
         emulated_device.load(built)

@@ -11,8 +11,6 @@ import pytest
 from fedforward.federation.ledger import Ledger
 from tests.support.command_line import MODEL, command, limited, write_config, write_rows
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:

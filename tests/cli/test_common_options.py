@@ -83,7 +83,6 @@ def test_an_error_has_its_traceback_with_v_alone(tmp_path: Path) -> None:
     command("status", tmp_path, "-q").refused("has no status")
 
 
-@pytest.mark.usefixtures("libraries_are_no_garbage")
 def test_what_standard_error_shows_of_a_run(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     shown = {

@@ -12,7 +12,6 @@ from fedforward.cli import watching
 from fedforward.training.folder_lock import FolderLock
 from tests.support.command_line import command, write_config
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
 SITE = {"label": "museum", "number": 0, "examples": 7, "present": True, "rounds": 1, "pending": "",
         "waiting": 0.0, "note": "", "name": "n"}  # fmt: skip
 SERVER = {"state": "running", "what": "round 2", "error": "", "round": 1, "rounds": 3,

@@ -3,14 +3,10 @@
 from dataclasses import fields, replace
 from typing import Any
 
-import pytest
-
 from fedforward.messages.envelope import Envelope, MessageKind, encode_json
 from fedforward.messages.report import DIGEST_BYTES, Report
 from fedforward.messages.snapshot import Snapshot
 from fedforward.messages.task import Task
-
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
 
 ASKS = (MessageKind.TASK, MessageKind.EVALUATION, MessageKind.FINALIZE)
 

@@ -20,8 +20,6 @@ from fedforward.messages.refusal import Refusal, RefusalCode
 from fedforward.messages.task import Task
 from tests.support.sites import party, run_toml
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 RUN = b"one run."
 
 

@@ -105,7 +105,7 @@ def test_two_sites_over_tls_with_keys(tmp_path: Path) -> None:
 @pytest.mark.cluster
 @pytest.mark.timeout(1200)
 def test_three_sites_have_the_bits_of_one_machine(
-    tmp_path: Path, libraries_are_no_garbage: None
+    tmp_path: Path, imported_libraries: None
 ) -> None:
     from safetensors import safe_open
 
@@ -199,7 +199,7 @@ def test_one_joins_late_and_one_leaves(tmp_path: Path) -> None:
 @pytest.mark.cluster
 @pytest.mark.timeout(1200)
 def test_a_straggler_is_not_waited_for_beyond_the_deadline(
-    tmp_path: Path, libraries_are_no_garbage: None
+    tmp_path: Path, imported_libraries: None
 ) -> None:
     """One site hangs in a round and comes to itself later; the other alone evaluates."""
     from fedforward.training import replay as artefacts
@@ -308,7 +308,7 @@ def other_release(folder: Path) -> Path:
 @pytest.mark.cluster
 @pytest.mark.timeout(1200)
 def test_who_is_refused_hears_why_and_harms_no_round(
-    tmp_path: Path, libraries_are_no_garbage: None
+    tmp_path: Path, imported_libraries: None
 ) -> None:
     changes = {"federation__clients": 2, "federation__quorum": 2, "federation__rounds": 500}
     with Cluster(tmp_path, ("a", "b", *REGISTERED), **changes) as cluster:

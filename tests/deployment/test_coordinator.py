@@ -27,7 +27,6 @@ from fedforward.training.simulation import LocalRuntime
 from tests.conftest import DEMO_MODEL
 from tests.support.sites import Direct, carry_out, party, rounds, run_toml, site_config
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
 NAMES = ("a", "b", "c")
 
 

@@ -14,8 +14,6 @@ from fedforward.messages.envelope import Envelope, MessageKind
 from fedforward.messages.refusal import Refusal, RefusalCode
 from tests.support.coordinator import ALL, Undisturbed, check, make_late, number
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 
 def test_a_site_joins_after_ten_rounds_and_another_leaves(world: Any) -> None:
     found = world(names="abcd", federation__rounds=14, run__evaluate_every=14)

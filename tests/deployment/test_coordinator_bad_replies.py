@@ -10,9 +10,6 @@ from fedforward.messages.envelope import Envelope, MessageKind, encode_json
 from fedforward.messages.refusal import Refusal, RefusalCode
 from tests.support.coordinator import ALL, MOMENTS, Undisturbed, number
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
-
 BAD_METRICS: dict[str, Any] = {
     "metrics are a list": {"metrics": [1, 2]},
     "metrics are text": {"metrics": "good"},

@@ -22,8 +22,6 @@ from fedforward.training.assembly import build_method
 from fedforward.training.simulation import LocalRuntime
 from tests.support.coordinator import Undisturbed, World, check, configured, number, rounds, wire
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 
 def simulated(
     config: Config, all_settings: Sequence[SiteConfig], path: Path, together: int

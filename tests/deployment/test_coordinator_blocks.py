@@ -15,8 +15,6 @@ from fedforward.training import replay as artefacts
 from tests.conftest import DEMO_MODEL
 from tests.support.coordinator import ALL, SNAPSHOTS_PAY, KilledError, Undisturbed, number
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 
 def active_of(result: ClientResult) -> list[bool]:
     """Which of three blocks a client was given."""

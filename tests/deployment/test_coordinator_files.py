@@ -17,8 +17,6 @@ from fedforward.messages.task import Task
 from fedforward.training.metrics import DivergenceError
 from tests.support.coordinator import ALL, Undisturbed, check, configured, number, wire
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 
 def test_a_stop_file_stops_and_the_run_goes_on_later(world: Any, undisturbed: Undisturbed) -> None:
     found = world()

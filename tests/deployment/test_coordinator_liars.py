@@ -20,8 +20,6 @@ from fedforward.messages.report import Report
 from fedforward.training.metrics import DivergenceError
 from tests.support.coordinator import ALL, KilledError, number
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 
 def lying(found: Any, kind: MessageKind, change: Any, name: str = "c") -> None:
     """Site `name` changes what it answers to messages of a kind."""

@@ -25,8 +25,6 @@ from tests.support.coordinator import (
     number,
 )
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 
 @pytest.mark.parametrize("fresh", [False, True], ids=["same sites", "fresh sites"])
 @pytest.mark.parametrize("moment", list(MOMENTS))

@@ -10,8 +10,6 @@ from fedforward.messages.envelope import Envelope, MessageKind
 from fedforward.training import metrics
 from tests.support.coordinator import KilledError, number
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 #: After so many rounds a run has diverged.
 DIVERGED = 4
 SETTINGS = {"federation__rounds": 8, "run__on_divergence": "rollback", "run__evaluate_every": 1}

@@ -16,8 +16,6 @@ from fedforward.messages.refusal import Refusal, RefusalCode
 from fedforward.messages.report import Report
 from tests.support.coordinator import ALL, MOMENTS, Undisturbed, another_model, check, number
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 
 @pytest.mark.parametrize(
     "when", [(MessageKind.TASK, 0), (MessageKind.EVALUATION, 2)], ids=["task", "evaluation"]

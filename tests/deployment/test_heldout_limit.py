@@ -8,8 +8,6 @@ from fedforward.core.errors import FedForwardError
 from fedforward.messages.envelope import Enrollment, Envelope, MessageKind
 from fedforward.messages.task import Task
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 
 def test_few_examples_are_not_told_of(world: Any) -> None:
     """The others evaluate; its reports count, and its state is proven in rounds."""

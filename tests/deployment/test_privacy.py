@@ -28,8 +28,6 @@ from tests.support.command_line import command
 from tests.support.coordinator import ALL, KilledError
 from tests.support.sites import party, run_toml
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 PRIVATE: dict[str, Any] = {
     "federation__weights": "equal",
     "federation__rounds": 4,

@@ -20,8 +20,6 @@ from fedforward.messages.task import Task
 from tests.deployment.test_coordinator_bits import simulated
 from tests.support.coordinator import ALL, KilledError, World, configured, rounds
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 SECURE: dict[str, Any] = {
     "method__name": "decomfl",
     "federation__secure_sums": True,

@@ -11,8 +11,6 @@ from fedforward.messages.envelope import Envelope, MessageKind
 from fedforward.messages.report import Report
 from tests.support.coordinator import another_model, number
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 
 def liar(rounds: Any, name: str = "b") -> Any:
     """A hook with which a site claims another state each time that it is to prove one."""

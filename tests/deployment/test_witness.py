@@ -16,8 +16,6 @@ from fedforward.messages.envelope import Envelope, MessageKind
 from fedforward.messages.task import Task
 from tests.support.command_line import MODEL, command
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 ASKS = (MessageKind.TASK, MessageKind.EVALUATION, MessageKind.FINALIZE)
 
 

@@ -442,11 +442,18 @@ def test_more_coordinates_than_32_bits_count(cuda: Any, distribution: Distributi
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted run")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests run on the device")
-@pytest.mark.parametrize("part", ["TestAccumulate", "not TestAccumulate"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "streams or in_place or every_rounding_counts or rounds_in_one_pass or refused",
+        pytest.param("TestAccumulate", marks=pytest.mark.slow),
+        pytest.param("not TestAccumulate", marks=pytest.mark.slow),
+    ],
+)
 def test_in_the_interpreter(part: str) -> None:
     """All of the above; numpy's warnings about infinities and NaN are the interpreter's own.
 
-    Two halves, which take about as long and may run side by side.
+    The first part is a sample of both kinds of kernels, in seconds. The others are two halves.
     """
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")

@@ -22,7 +22,7 @@ from tests.faults import processes
 from tests.faults.federation import simulated
 
 pytestmark = [
-    pytest.mark.usefixtures("libraries_are_no_garbage"),
+    pytest.mark.usefixtures("imported_libraries"),
     pytest.mark.timeout(1800),
 ]
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")

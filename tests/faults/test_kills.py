@@ -13,7 +13,7 @@ from tests.faults import processes
 from tests.faults.federation import federation, result, simulated
 
 pytestmark = [
-    pytest.mark.usefixtures("libraries_are_no_garbage"),
+    pytest.mark.usefixtures("imported_libraries"),
     pytest.mark.timeout(3600),
 ]
 

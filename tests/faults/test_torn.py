@@ -15,7 +15,7 @@ from tests.faults.federation import simulated
 from tests.support.coordinator import KilledError, World
 
 pytestmark = [
-    pytest.mark.usefixtures("libraries_are_no_garbage"),
+    pytest.mark.usefixtures("imported_libraries"),
     pytest.mark.timeout(3600),
 ]
 DIGESTS = ("rounds", "state_digest", "ledger_digest")

@@ -176,7 +176,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.usefixtures("libraries_are_no_garbage")
 class TestRun:
     def test_a_run_keeps_sums_and_verifies(self, run: Path, tmp_path: Path) -> None:
         ledger = Ledger(run / "ledger.sqlite", read_only=True)

@@ -266,7 +266,6 @@ def test_a_step_never_holds_the_logits(tiny_network: Make, tune: str) -> None:
     assert peak_bytes(lambda: model.evaluate(probes)) - before < 4 * 8 * 128 * 30_000 / 2
 
 
-@pytest.mark.usefixtures("libraries_are_no_garbage")
 def test_probes_follow_a_memory_budget(tiny_network: Make) -> None:
     model = lora(tiny_network(), plan=plan(1))
     data = [batch(0, 4, 40)]

@@ -15,8 +15,6 @@ from fedforward.reporting.record import read_run
 from tests.support.command_line import command, write_config
 from tests.support.pages import Page
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:

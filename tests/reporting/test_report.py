@@ -24,8 +24,6 @@ from tests.support.pages import Page
 
 EVIL = "<script>alert(1)</script>"
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:

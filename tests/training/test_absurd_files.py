@@ -15,8 +15,6 @@ from fedforward.training import metrics_lines
 from fedforward.training.run_directory import RunDirectory
 from tests.support.command_line import command, write_config
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 ABSURD: list[Any] = [
     None, -1, 0, True, "x", "", [], {}, [[]], 1.5, 1e300, float("inf"), 10**30, 10**400, "\ud800",
 ]  # fmt: skip

@@ -22,8 +22,6 @@ from tests.support.command_line import Outcome, command, write_config
 
 Configure = Callable[..., Config]
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 
 def carried_out(folder: Path, *changes: str) -> Outcome:
     common = ["method.local_steps=4", "method.batch_size=4", "run.evaluate_every=2"]

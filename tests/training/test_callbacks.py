@@ -17,8 +17,6 @@ from fedforward.training.metrics import DivergenceError
 from tests.support.command_line import command, write_config
 from tests.training.test_loop import Begun
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 OPTIONS = ["method.learning_rate=1e-3", "run.evaluate_every=2"]
 
 

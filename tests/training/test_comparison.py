@@ -16,8 +16,6 @@ from fedforward.training.spending import spent
 from fedforward.training.variants import read_variants
 from tests.support.command_line import Outcome, command, write_config
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
     text = (run / "metrics.jsonl").read_text(encoding="utf-8")

@@ -11,8 +11,6 @@ from fedforward.config.loading import validate
 from fedforward.training.model_card import card
 from tests.support.command_line import command, write_config
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 
 def configured(**changes: Any) -> Any:
     content: dict[str, Any] = {

@@ -14,8 +14,6 @@ from fedforward.core.errors import FedForwardError
 from fedforward.federation.ledger import Ledger
 from tests.support.command_line import MODEL, Outcome, command, write_config, write_rows
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 
 def relative(folder: Path) -> Path:
     """A folder with a model, rows and a configuration that names both by relative paths."""

@@ -24,8 +24,6 @@ from tests.support.command_line import command, write_config
 from tests.support.forgery import altered
 from tests.training.test_loop import Begun
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 ROUNDS = 12
 #: After these rounds a run of these tests has diverged, whatever its losses are.
 DIVERGED = (4, 9)

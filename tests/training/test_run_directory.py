@@ -36,7 +36,6 @@ def holder(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
         process.kill()
 
 
-@pytest.mark.usefixtures("libraries_are_no_garbage")
 def test_a_second_run_in_a_folder_is_refused(
     holder: "subprocess.Popen[str]", tmp_path: Path
 ) -> None:

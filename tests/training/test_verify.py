@@ -16,8 +16,6 @@ from fedforward.training import replay
 from tests.support.command_line import command, write_config
 from tests.support.forgery import altered
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 #: Rounds; clients prove their state in the first and the eleventh.
 ROUNDS = 12
 METHODS = {

@@ -11,8 +11,6 @@ import pytest
 from fedforward.training.metrics import RoundingWatch
 from tests.support.command_line import MODEL, command, write_config
 
-pytestmark = pytest.mark.usefixtures("libraries_are_no_garbage")
-
 
 def line(zeros: float, skipped: int = 0, loss: float | None = 2.0) -> dict[str, Any]:
     return {
