@@ -231,9 +231,16 @@ def superexec(port: int, secret: Path, certificates: Path | None) -> Sequence[st
     return [*command, "--root-certificates", str(certificates / "ca.crt")]
 
 
-def supernode(server: str, port: int, authority: Path | None, key: Path | None) -> Sequence[str]:
-    """The command of a site's connection to the server."""
+def supernode(
+    server: str, port: int, authority: Path | None, key: Path | None, secret: Path
+) -> Sequence[str]:
+    """The command of a site's connection to the server.
+
+    Args:
+        secret: a file; whoever has it can take the site's tasks, at `port` of the loopback.
+    """
     command = [program("flower-supernode"), "--superlink", server, "--port", str(port)]
+    command += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
     if authority is None:
         command.append("--insecure")
     else:
@@ -241,3 +248,9 @@ def supernode(server: str, port: int, authority: Path | None, key: Path | None) 
     if key is not None:
         command += ["--auth-supernode-private-key", str(key)]
     return command
+
+
+def executor(port: int, secret: Path, socket: Path, home: Path) -> Sequence[str]:
+    """The command of what takes a SuperNode's tasks to the model server."""
+    command = [sys.executable, "-m", "fedforward.deployment.flower.executor"]
+    return [*command, f"127.0.0.1:{port}", str(secret), str(socket), str(home)]
