@@ -61,6 +61,7 @@ class HeldPulls:
     Attributes:
         name_of: a site's name from what a request shows of it; None where there are no names.
         connects: how often each site began anew.
+        transferred: bytes on the wire from and to all sites.
     """
 
     def __init__(self, sent: Notices, answered: Notices, timings: Timings) -> None:
@@ -69,6 +70,7 @@ class HeldPulls:
         self.answered = answered
         self.timings = timings
         self.name_of: Callable[[str], str | None] = lambda owner: None
+        self.transferred: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self.connects: dict[str, int] = defaultdict(int)
         self._owners: dict[str, _Owner] = {}
         self._watcher: asyncio.Task[None] | None = None
@@ -80,6 +82,7 @@ class HeldPulls:
         if path != PULL:
             if path == ACTIVATE:
                 self.connects[self.name_of(owner) or owner] += 1
+                self.timings.note("connected", self.name_of(owner) or "")
                 self._owners.pop(owner, None)
             known = self._owners.get(owner)
             if known is not None:
@@ -93,7 +96,8 @@ class HeldPulls:
             # A SuperNode asks for the next message when all of its answer has gone.
             known.pushing = False
             name = self.name_of(owner)
-            self.timings.note("answered", name or "")
+            up, down = self.transferred()
+            self.timings.note("answered", name or "", up=up, down=down)
             self.answered.tell([ANYBODY if name is None else name])
 
     def _of(self, owner: str) -> _Owner:

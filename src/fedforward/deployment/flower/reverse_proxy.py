@@ -96,6 +96,8 @@ class ReverseProxy:
         self._big: Counter[str] = Counter()
         most, to_engine = connections.connection_limits()
         self.connections = connections.ConnectionCount(most)
+        if held is not None:
+            held.transferred = lambda: self.connections.transferred
         self._client = httpx.AsyncClient(
             base_url=engine,
             verify=trust or False,

@@ -8,9 +8,6 @@ from typing import Any
 #: The moments of a message, in their order, and who notes them.
 SERVER_MOMENTS = ("sending", "sent", "fetched", "answering", "answered", "arrived")
 SITE_MOMENTS = ("taken", "asked", "replied", "pushed")
-#: Kinds of messages that a round is made of.
-TASKS = frozenset({"TASK", "SUM_TASK"})
-
 #: A round's parts in their order: from which moment to which, and in words. A part whose moments
 #: nobody noted is in the part of the site as a whole.
 PARTS = (
@@ -57,7 +54,7 @@ def messages(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for event in sorted(events, key=lambda event: event["at"]):
         site, what = event["site"], event["what"]
         if what == "sending":
-            open_[site] = {"site": site, "kind": event.get("kind", "")}
+            open_[site] = {"site": site, "round": event.get("round")}
         message = open_.get(site)
         if message is None or what not in SERVER_MOMENTS:
             continue
@@ -80,23 +77,19 @@ def with_sites(
 
 
 def rounds(answered: Sequence[Mapping[str, Any]]) -> list[RoundParts]:
-    """The rounds, without the first, whose beginning nobody noted.
-
-    Tasks that were sent while others were under way are of one round.
-    """
-    groups: list[list[Mapping[str, Any]]] = []
-    for message in sorted(answered, key=lambda message: message["sending"]):
-        if message["kind"] not in TASKS:
-            continue
-        if not groups or message["sending"] > max(m["arrived"] for m in groups[-1]):
-            groups.append([])
-        groups[-1].append(message)
+    """The rounds, without the first: nobody noted how it began."""
+    by_round: dict[int, list[Mapping[str, Any]]] = {}
+    for message in answered:
+        if message["round"] is not None:
+            by_round.setdefault(message["round"], []).append(message)
+    groups = [by_round[number] for number in sorted(by_round)]
     arrivals = sorted(message["arrived"] for message in answered)
     found = []
     for before, group in pairwise(groups):
         last = max(group, key=lambda message: message["arrived"])
         began = min(message["sending"] for message in group)
-        closing = max(at for at in arrivals if at <= began)
+        # An evaluation between two rounds belongs to neither.
+        closing = max((at for at in arrivals if at <= began), default=began)
         found.append(
             RoundParts(
                 last["site"],

@@ -51,11 +51,20 @@ class Timings:
             file.write(json.dumps(line) + "\n")
 
     def note_envelope(self, what: str, site: str, data: bytes) -> None:
-        """Likewise, of an encoded envelope: its kind is written down."""
-        if self.path is not None:
-            from fedforward.messages.envelope import Envelope
+        """Likewise, of an encoded envelope: its kind, and a task's round from 1 on."""
+        if self.path is None:
+            return
+        from fedforward.messages.envelope import Envelope, MessageKind
+        from fedforward.messages.secure import SumTask
+        from fedforward.messages.task import Task
 
-            self.note(what, site, kind=Envelope.decode(data).kind.name)
+        envelope = Envelope.decode(data)
+        body = envelope.body
+        if envelope.kind is MessageKind.SUM_TASK:
+            body = SumTask.decode(body).task
+        tasks = (MessageKind.TASK, MessageKind.SUM_TASK)
+        more = {"round": Task.decode(body).round + 1} if envelope.kind in tasks else {}
+        self.note(what, site, kind=envelope.kind.name, **more)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
