@@ -202,3 +202,25 @@ def test_a_task_is_kept_alive_while_the_model_works(
     node.message(b"abc")
     assert node.executor().take()
     assert len(set(beats)) == 1 and len(beats) >= 2
+
+
+def test_a_task_is_asked_for_when_the_log_grows_and_seldom_otherwise(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    waiting = module.Waiting(log)
+
+    def questions(begin: float, seconds: float, found: bool = False) -> list[float]:
+        asked = []
+        for tick in range(round(seconds / 0.03)):
+            if waiting.over(now := begin + 0.03 * tick):
+                asked.append(now - begin)
+                waiting.asked(now, found)
+        return asked
+
+    assert len(questions(0.0, 3.0)) == 3
+    log.write_text("Receiving\n")
+    first, *others = questions(3.5, 3.0)
+    assert first == 0.0 and 4 <= sum(at < 0.4 for at in others) <= 6
+    assert sum(at >= 0.4 for at in others) <= 3
+    # A task that was found is the only one: a SuperNode gives out one at a time.
+    log.write_text("Receiving\nSent\n")
+    assert len(questions(10.0, 0.9, found=True)) == 1

@@ -67,6 +67,13 @@ def test_a_folder_has_one_coordinator(tmp_path: Path, monkeypatch: pytest.Monkey
     assert began == [["coordinator.lock", "coordinator.lock.json"]] * 2
 
 
+def test_another_release_of_flower_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.check_installed()
+    monkeypatch.setattr(engine, "version", lambda name: "1.42.0")
+    with pytest.raises(FedForwardError, match=r"Flower 1\.42\.0 is installed.*1\.41\.\*"):
+        engine.check_installed()
+
+
 def test_the_client_app_imports_little() -> None:
     """A process of it is started for every message."""
     code = (

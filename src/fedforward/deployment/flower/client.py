@@ -19,7 +19,6 @@ from fedforward.config.site import SiteConfig
 from fedforward.core.errors import FedForwardError
 from fedforward.core.paths import check_new_folder, home
 from fedforward.deployment.flower import certificates, engine
-from fedforward.deployment.flower.client_app import SOCKET
 from fedforward.deployment.flower.site_auth import SITES_PATH
 from fedforward.deployment.flower.timings import Timings
 from fedforward.deployment.supervisor import Child, Supervisor, free_port
@@ -144,7 +143,7 @@ def _watch(
     socket, secret, port = private / "s", private / "secret", free_port()
     certificates.write_new(secret, os.urandom(32), secret=True)
     connection = _Connection(partial(trouble, server, authority))
-    environment = engine.environment(home) | {SOCKET: str(socket)}
+    environment = engine.environment(home)
     supervisor.start(
         Child(
             "model server",
@@ -165,7 +164,7 @@ def _watch(
         )
     )
     Timings.begin(home)
-    command = engine.executor(port, secret, socket, home)
+    command = engine.executor(port, secret, socket, home, out / "connection.log")
     supervisor.start(Child("executor", command, out / "executor.log", environment))
     children = {model_server.name: "the model server", "executor": "the executor of messages"}
     while True:

@@ -1,6 +1,6 @@
 """A site's client app as one resident process, which takes the SuperNode's tasks one at a time.
 
-    python -m fedforward.deployment.flower.executor HOST:PORT SECRET_FILE SOCKET HOME
+    python -m fedforward.deployment.flower.executor HOST:PORT SECRET_FILE SOCKET HOME LOG
 
 Flower's SuperExec starts a process for every message, one to two seconds of CPU. A SuperNode with
 `--isolation process` leaves tasks to whoever has its secret; this process forwards their envelopes
@@ -47,8 +47,12 @@ from fedforward.deployment.flower.transport import MESSAGE_TYPE, unwrap, wrap
 from fedforward.deployment.model_server import ask
 
 LOGGER = logging.getLogger("fedforward.deployment.executor")
-#: Seconds between two looks for a task, and after one that could not be looked for.
-POLL_INTERVAL_S, RETRY_S = 0.1, 0.5
+#: Seconds between two looks at the SuperNode's log, which grows when a message comes.
+LOG_INTERVAL_S = 0.03
+#: Seconds for which a task is asked for after that, and between two questions then and otherwise.
+EAGER_S, EAGER_INTERVAL_S, POLL_INTERVAL_S = 0.3, 0.06, 1.0
+#: Seconds after a question that was not answered.
+RETRY_S = 0.5
 #: Seconds for the message of a task to be there, and between two looks.
 MESSAGE_TIMEOUT_S, MESSAGE_INTERVAL_S = 60.0, 0.05
 #: Seconds between two signs of life for a task; without one it is given up after a minute.
@@ -187,25 +191,54 @@ class Executor:
             thread.join()
 
 
+class Waiting:
+    """When to ask for a task: that costs two processes milliseconds, a look at a file nothing."""
+
+    def __init__(self, log: Path) -> None:
+        """`log` is the SuperNode's, which says there what it receives and sends."""
+        self.log = log
+        self._size = -1
+        self._next = self._eager_until = 0.0
+
+    def over(self, now: float) -> bool:
+        """Whether to ask now."""
+        try:
+            size = self.log.stat().st_size
+        except OSError:
+            size = -1
+        if size != self._size:
+            self._size = size
+            self._eager_until = now + EAGER_S
+            self._next = min(self._next, now)
+        return now >= self._next
+
+    def asked(self, now: float, found: bool) -> None:
+        """There was a task, or none."""
+        eager = now < self._eager_until and not found
+        self._next = now + (EAGER_INTERVAL_S if eager else POLL_INTERVAL_S)
+
+
 def main() -> None:
     """Take tasks until whoever started this is gone; the log goes to standard output."""
     from fedforward.core.logs import shown, tolerate_narrow_encodings
 
     tolerate_narrow_encodings()
-    address, secret, socket, home = sys.argv[1:5]
+    address, secret, socket, home, log = sys.argv[1:6]
     parent = os.getppid()
     with shown(logging.StreamHandler(sys.stdout)):
         executor = Executor(address, Path(secret).read_bytes(), socket, Timings.of(Path(home)))
+        waiting = Waiting(Path(log))
         while os.getppid() == parent:
             try:
-                pause = 0.0 if executor.take() else POLL_INTERVAL_S
+                if waiting.over(time.monotonic()):
+                    waiting.asked(time.monotonic(), executor.take())
             except httpx.ConnectError:
                 # The SuperNode is being started.
-                pause = RETRY_S
+                time.sleep(RETRY_S)
             except (httpx.HTTPError, RuntimeError) as error:
                 LOGGER.warning(f"a task could not be carried out: {error!r}")
-                pause = RETRY_S
-            time.sleep(pause)
+                time.sleep(RETRY_S)
+            time.sleep(LOG_INTERVAL_S)
 
 
 if __name__ == "__main__":
