@@ -193,3 +193,22 @@ def test_the_coordinator_is_told_when_an_answer_is_whole(site: Site) -> None:
     assert site.answered.new() == {"a"}
     site.post()
     assert site.answered.new() == set()
+
+
+def test_a_server_that_ends_answers_nothing_instead_of_an_error(site: Site) -> None:
+    """After an error 500 a SuperNode ends; after a connection that broke off it tries again."""
+    errors: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            site.answers.append(site.post())
+        except httpx.HTTPError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    assert soon(lambda: len(site.engine.paths) == 1)
+    site.proxy.close()
+    thread.join(5)
+    assert site.answers == []
+    assert isinstance(errors[0], httpx.RemoteProtocolError | httpx.ReadError)

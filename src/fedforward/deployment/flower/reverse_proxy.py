@@ -177,7 +177,9 @@ class ReverseProxy:
                     await body.skip()
                     answer = refused.answer
                 await answer(scope, receive, send)
-        except ClientDisconnect:
+        except (ClientDisconnect, asyncio.CancelledError):
+            # Of a server that ends, a site must see no answer: after an error 500 its SuperNode
+            # would end as well.
             request.state.abort()
         except Exception as error:
             LOGGER.warning(f"the reverse proxy could not answer a request: {error!r}")
