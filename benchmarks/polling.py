@@ -1,9 +1,10 @@
 """What idle sites cost a server: CPU seconds of the engine and of the reverse proxy, and bytes.
 
-    python benchmarks/polling.py [--sites 8] [--seconds 60] [--json]
+    python benchmarks/polling.py [--sites 8] [--seconds 60] [--no-hold] [--json]
 
 Flower's SuperLink, our reverse proxy with TLS, and SuperNodes with keys on the loopback device,
-without any run: every site asks every three seconds whether there is a message. CPU seconds are
+without any run: a site's question for a message is held for 20 s, and it asks again 3 s later. With
+`--no-hold` the engine answers at once, as it does by itself. CPU seconds are
 the processes' own (`/proc/PID/stat`), less those of the same time before there were sites; `sites
 a core` is how many would keep one core busy.
 """
@@ -19,8 +20,11 @@ from pathlib import Path
 import httpx
 
 from fedforward.deployment.flower import certificates, engine
+from fedforward.deployment.flower.held_pulls import HeldPulls
+from fedforward.deployment.flower.notices import ANSWERED, SENT, Notices
 from fedforward.deployment.flower.reverse_proxy import ReverseProxy
 from fedforward.deployment.flower.site_auth import read_public_key
+from fedforward.deployment.flower.timings import Timings
 from fedforward.deployment.supervisor import Child, Supervisor, free_port
 
 
@@ -30,7 +34,7 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def measure(folder: Path, sites: int, seconds: float) -> dict[str, float]:
+def measure(folder: Path, sites: int, seconds: float, hold: bool) -> dict[str, float]:
     """See the module."""
     names = [f"site-{number}" for number in range(sites)]
     outer, inner, home = folder / "outer", folder / "inner", folder / "home"
@@ -44,7 +48,12 @@ def measure(folder: Path, sites: int, seconds: float) -> dict[str, float]:
     pair = (str(outer / "server.crt"), str(outer / "server.key"))
     read = [read_public_key((outer / "sites" / f"{name}.pub").read_bytes()) for name in names]
     keys = dict(key for key in read if key is not None)
-    proxy = ReverseProxy("127.0.0.1", outside, f"https://127.0.0.1:{port}", trust, pair, keys)
+    notices = [Notices(home / name) for name in (SENT, ANSWERED)]
+    for notice in notices:
+        notice.create()
+    held = HeldPulls(*notices, Timings(None)) if hold else None
+    url = f"https://127.0.0.1:{port}"
+    proxy = ReverseProxy("127.0.0.1", outside, url, trust, pair, keys, held)
     environment = engine.environment(home)
     with Supervisor() as supervisor:
         command = engine.superlink(port, folder / "database", secret, inner)
@@ -77,6 +86,7 @@ def measure(folder: Path, sites: int, seconds: float) -> dict[str, float]:
                 free_port(),
                 outer / "ca.crt",
                 outer / "sites" / f"{name}.key",
+                secret,
             )
             supervisor.start(Child(name, command, folder / f"{name}.log", environment))
         last = time.monotonic() + 120
@@ -106,10 +116,11 @@ def main() -> None:
     )
     made.add_argument("--sites", type=int, default=8)
     made.add_argument("--seconds", type=float, default=60.0)
+    made.add_argument("--no-hold", action="store_true")
     made.add_argument("--json", action="store_true")
     arguments = made.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        row = measure(Path(folder), arguments.sites, arguments.seconds)
+        row = measure(Path(folder), arguments.sites, arguments.seconds, not arguments.no_hold)
     if arguments.json:
         print(json.dumps(row, indent=2))
         return

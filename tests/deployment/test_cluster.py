@@ -138,6 +138,7 @@ def test_three_sites_have_the_bits_of_one_machine(
     [
         ("model server", "a"),
         ("supernode", "a"),
+        ("executor", "a"),
         ("command", "a"),
         ("coordinator", "server"),
         ("superlink", "server"),

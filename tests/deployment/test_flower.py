@@ -67,6 +67,13 @@ def test_a_folder_has_one_coordinator(tmp_path: Path, monkeypatch: pytest.Monkey
     assert began == [["coordinator.lock", "coordinator.lock.json"]] * 2
 
 
+def test_another_release_of_flower_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.check_installed()
+    monkeypatch.setattr(engine, "version", lambda name: "1.42.0")
+    with pytest.raises(FedForwardError, match=r"Flower 1\.42\.0 is installed.*1\.41\.\*"):
+        engine.check_installed()
+
+
 def test_the_client_app_imports_little() -> None:
     """A process of it is started for every message."""
     code = (
@@ -132,6 +139,51 @@ def test_messages_over_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum("m1" in numbers for numbers in grid.pulled) == 1
     grid.free.set()
     assert isinstance(Message(wrap(b"x"), 1, "query.envelope"), Message)
+
+
+def test_whoever_the_proxy_names_is_pulled_and_the_others_seldom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from fedforward.deployment.flower import transport as module
+    from fedforward.deployment.flower.notices import ANSWERED, ANYBODY, SENT, Notices
+
+    for key in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, key, 1)
+    sent, answered = Notices(tmp_path / SENT), Notices(tmp_path / ANSWERED)
+    sent.create()
+    answered.create()
+    grid = FakeGrid()
+    grid.free.set()
+    transport = GridTransport(grid, tmp_path)
+    transport.present()
+    # The first look is at all, when nothing has been sent yet.
+    assert transport.receive() == []
+    for name in ("a", "node-2"):
+        transport.send(name, b"abc")
+
+    def receive(seconds: float = 5.0) -> list[Any]:
+        last = time.monotonic() + seconds
+        while not (found := list(transport.receive())) and time.monotonic() < last:
+            time.sleep(0.01)
+        return found
+
+    assert receive(0.5) == [] and grid.pulled == []
+    assert sent.new() == {"a", "node-2"}
+    answered.tell(["node-2", "nobody"])
+    assert receive(0.3) == [] and grid.pulled == [["m1"]]
+    answered.tell(["a"])
+    assert [reply.data for reply in receive()] == [b"cba"]
+    assert grid.pulled == [["m1"], ["m0"]]
+    answered.tell([ANYBODY])
+    receive(0.2)
+    assert grid.pulled[2:] == [["m1"]]
+    monkeypatch.setattr(module, "TOLD_POLL_INTERVAL_S", 0.1)
+    receive(0.3)
+    assert len(grid.pulled) > 3
+    # A server of another kind tells nothing: then all are asked for.
+    assert GridTransport(grid, tmp_path / "elsewhere").answered is None
 
 
 def test_an_answer_that_cannot_be_read_costs_nobody_else_theirs(

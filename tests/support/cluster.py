@@ -43,7 +43,7 @@ _ROLES = {
     "flower-superexec": "superexec",
     "flower-supernode": "supernode",
     "flwr-serverapp": "coordinator",
-    "flwr-clientapp": "client app",
+    "fedforward.deployment.flower.executor": "executor",
 }
 
 Settings = dict[str, Any]
@@ -312,7 +312,8 @@ class Cluster:
         """A process by what it does.
 
         Args:
-            role: "command", "superlink", "superexec", "coordinator", "model server" or "supernode".
+            role: "command", "superlink", "superexec", "coordinator", "model server", "supernode"
+                or "executor".
             site: whose; "server" for the server's.
         """
         if role == "coordinator":

@@ -14,6 +14,7 @@ from typing import Any
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedforward.deployment.flower.held_pulls import HeldPulls
 from fedforward.deployment.flower.reverse_proxy import ReverseProxy
 from fedforward.deployment.flower.site_auth import PublicKeys
 from fedforward.deployment.supervisor import free_port
@@ -71,14 +72,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def proxied(
-    keys: PublicKeys | None = None, certificate: tuple[str, str] | None = None
+    keys: PublicKeys | None = None,
+    certificate: tuple[str, str] | None = None,
+    held: HeldPulls | None = None,
 ) -> Iterator[tuple[ReverseProxy, Engine, int]]:
     """A proxy that is ready, its engine, and its port."""
     with Engine() as engine:
         threading.Thread(target=engine.serve_forever, args=(0.05,), daemon=True).start()
         port = free_port()
         url = f"http://127.0.0.1:{engine.server_port}"
-        proxy = ReverseProxy("127.0.0.1", port, url, None, certificate, keys)
+        proxy = ReverseProxy("127.0.0.1", port, url, None, certificate, keys, held)
         proxy.ready = True
         proxy.open()
         try:

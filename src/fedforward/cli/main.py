@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from fedforward.cli import deploy, inspect, train
+from fedforward.cli.bench import bench_federation
 from fedforward.cli.compare import compare
 from fedforward.cli.console import friendly, out_console, set_up_logging
 from fedforward.cli.diagnose import diagnose
@@ -59,6 +60,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "status": deploy.status,
         "privacy": privacy,
         "stop": deploy.stop,
+        "bench-federation": bench_federation,
     },
     "Inspection": {"inspect-message": inspect.inspect_message},
 }

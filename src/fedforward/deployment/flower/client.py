@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import re
 import shutil
 import ssl
@@ -18,8 +19,8 @@ from fedforward.config.site import SiteConfig
 from fedforward.core.errors import FedForwardError
 from fedforward.core.paths import check_new_folder, home
 from fedforward.deployment.flower import certificates, engine
-from fedforward.deployment.flower.client_app import SOCKET
 from fedforward.deployment.flower.site_auth import SITES_PATH
+from fedforward.deployment.flower.timings import Timings
 from fedforward.deployment.supervisor import Child, Supervisor, free_port
 from fedforward.training.folder_lock import FolderLock
 
@@ -112,7 +113,7 @@ def take_part(
     private = Path(tempfile.mkdtemp(prefix="fedforward-"))
     try:
         with Supervisor() as supervisor:
-            _watch(supervisor, path, out, engine_home, private / "s", server, tls, key, once)
+            _watch(supervisor, path, out, engine_home, private, server, tls, key, once)
     finally:
         shutil.rmtree(private, ignore_errors=True)
         lock.release()
@@ -123,7 +124,7 @@ def _watch(
     path: Path,
     out: Path,
     home: Path,
-    socket: Path,
+    private: Path,
     server: str,
     tls: Path | None,
     key: Path | None,
@@ -139,8 +140,10 @@ def _watch(
         over = over or line.startswith("the run is over")
 
     authority = None if tls is None else tls / "ca.crt"
+    socket, secret, port = private / "s", private / "secret", free_port()
+    certificates.write_new(secret, os.urandom(32), secret=True)
     connection = _Connection(partial(trouble, server, authority))
-    environment = engine.environment(home) | {SOCKET: str(socket)}
+    environment = engine.environment(home)
     supervisor.start(
         Child(
             "model server",
@@ -154,12 +157,16 @@ def _watch(
     supervisor.start(
         Child(
             "connection",
-            engine.supernode(server, free_port(), authority, key),
+            engine.supernode(server, port, authority, key, secret),
             out / "connection.log",
             environment,
             connection.line,
         )
     )
+    Timings.begin(home)
+    command = engine.executor(port, secret, socket, home, out / "connection.log")
+    supervisor.start(Child("executor", command, out / "executor.log", environment))
+    children = {model_server.name: "the model server", "executor": "the executor of messages"}
     while True:
         time.sleep(POLL_INTERVAL_S)
         for child in supervisor.keep():
@@ -169,8 +176,8 @@ def _watch(
                     f"the site's model server could not start; the end of {model_server.log} is:\n"
                     f"{model_server.tail()}"
                 )
-            if child is model_server:
-                LOGGER.info("the model server ended unexpectedly and is started again")
+            if child.name in children:
+                LOGGER.info(f"{children[child.name]} ended unexpectedly and is started again")
             else:
                 connection.ended()
         if once and over:

@@ -10,6 +10,7 @@ import asyncio
 import ipaddress
 import os
 import socket
+import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,6 +41,8 @@ KEEP_ALIVE_S = 30
 READER_TIMEOUT_S = 30.0
 #: Seconds for the last bytes to be taken once the connection is to be closed.
 LINGER_S = 5.0
+#: In what Linux tells of a TCP connection: bytes acknowledged, bytes received.
+_TCP_INFO = struct.Struct("=120xQQ")
 #: States of a peer whose request is there as a whole.
 _ASKED = (h11.DONE, h11.MUST_CLOSE)
 
@@ -59,18 +62,47 @@ def connection_limits() -> tuple[int, int]:
     )
 
 
+def transferred(connection: socket.socket) -> tuple[int, int]:
+    """Bytes that a TCP connection has received and sent, TLS and repetitions of requests included.
+
+    Zeros where the system does not tell (Linux does).
+    """
+    try:
+        told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        acknowledged, received = _TCP_INFO.unpack_from(told)
+    except (AttributeError, OSError, struct.error):
+        return 0, 0
+    return received, acknowledged
+
+
 class ConnectionCount:
     """How many connections are open, in total and by address.
 
     Attributes:
         refused: connections that were closed because there were too many.
+        open_now: the connections.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.most_each = max(1, most // ONE_ADDRESS_SHARE)
         self.refused = 0
+        self.open_now: set[socket.socket] = set()
         self._open: Counter[str] = Counter()
+        self._gone = 0, 0
+
+    @property
+    def transferred(self) -> tuple[int, int]:
+        """Bytes on the wire from and to sites since the beginning; see the function."""
+        each = [self._gone, *(transferred(connection) for connection in list(self.open_now))]
+        return sum(up for up, _ in each), sum(down for _, down in each)
+
+    def closing(self, connection: socket.socket) -> None:
+        """Keep the bytes of a connection that is about to be closed."""
+        if connection in self.open_now:
+            self.open_now.remove(connection)
+            up, down = transferred(connection)
+            self._gone = self._gone[0] + up, self._gone[1] + down
 
     @property
     def open(self) -> int:
@@ -107,10 +139,14 @@ class _Connection(socket.socket):
     """A connection that says when it is closed."""
 
     on_close: Callable[[], None] | None = None
+    before_close: Callable[[socket.socket], None] | None = None
 
     def close(self) -> None:
         """See `socket.close`."""
         on_close, self.on_close = self.on_close, None
+        before, self.before_close = self.before_close, None
+        if before is not None:
+            before(self)
         super().close()
         if on_close is not None:
             on_close()
@@ -134,6 +170,8 @@ class _Listener(socket.socket):
             raise ConnectionAbortedError("too many connections")
         connection = _Connection(fileno=accepted.detach())
         connection.on_close = lambda: self.count.leave(address)
+        connection.before_close = self.count.closing
+        self.count.open_now.add(connection)
         return connection, peer
 
 

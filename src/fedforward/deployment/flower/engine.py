@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from fedforward.config.schema import Config
@@ -19,13 +20,15 @@ CONNECTION = "fedforward"
 #: Seconds for a command of Flower's command line.
 TIMEOUT_S = 60.0
 _APPS = ("server_app", "client_app")
+#: Releases of Flower whose messages between its programs are known: `1.41.0` and on.
+_RELEASES = "1.41."
 
 
 def check_installed() -> None:
     """Refuse to go on without Flower.
 
     Raises:
-        FedForwardError: it is not installed.
+        FedForwardError: it is not installed, or another release of it.
     """
     try:
         import flwr  # noqa: F401
@@ -34,6 +37,12 @@ def check_installed() -> None:
             "Federations across machines run on Flower, which is not installed. Install it with: "
             "pip install 'fedforward[flower]'"
         ) from error
+    found = version("flwr")
+    if not found.startswith(_RELEASES):
+        raise FedForwardError(
+            f"Flower {found} is installed, and this release of fedforward goes with "
+            f"{_RELEASES}*. Install it with: pip install 'fedforward[flower]'"
+        )
 
 
 def program(name: str) -> str:
@@ -231,9 +240,16 @@ def superexec(port: int, secret: Path, certificates: Path | None) -> Sequence[st
     return [*command, "--root-certificates", str(certificates / "ca.crt")]
 
 
-def supernode(server: str, port: int, authority: Path | None, key: Path | None) -> Sequence[str]:
-    """The command of a site's connection to the server."""
+def supernode(
+    server: str, port: int, authority: Path | None, key: Path | None, secret: Path
+) -> Sequence[str]:
+    """The command of a site's connection to the server.
+
+    Args:
+        secret: a file; whoever has it can take the site's tasks, at `port` of the loopback.
+    """
     command = [program("flower-supernode"), "--superlink", server, "--port", str(port)]
+    command += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
     if authority is None:
         command.append("--insecure")
     else:
@@ -241,3 +257,9 @@ def supernode(server: str, port: int, authority: Path | None, key: Path | None) 
     if key is not None:
         command += ["--auth-supernode-private-key", str(key)]
     return command
+
+
+def executor(port: int, secret: Path, socket: Path, home: Path, log: Path) -> Sequence[str]:
+    """The command of what takes a SuperNode's tasks to the model server; `log` is that one's."""
+    command = [sys.executable, "-m", "fedforward.deployment.flower.executor"]
+    return [*command, f"127.0.0.1:{port}", str(secret), str(socket), str(home), str(log)]

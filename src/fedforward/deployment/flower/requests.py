@@ -71,6 +71,11 @@ class Body:
         self.more = message.get("more_body", False)
         return bytes(message.get("body", b""))
 
+    async def disconnected(self) -> None:
+        """Wait until the other side is gone; the body must have been read to its end."""
+        while (await self._receive())["type"] != "http.disconnect":
+            continue
+
     async def skip(self) -> None:
         """Read a little of what is left: who is still writing does not read an answer."""
         left, last = REST_BYTES, time.monotonic() + REST_TIMEOUT_S

@@ -4,7 +4,8 @@ Flower serves sites, operators and app processes on one port, and the operators'
 password: whoever reaches the port could register a key or submit code to be run. So the engine
 listens on the loopback device alone, and this proxy hands on the sites' part (`/v1/fleet/`). Who a
 site is, is proven by its key in every request: here before a body is read, and to the engine.
-`connections` has the bounds before that. Bodies are handed on in pieces and never kept.
+`connections` has the bounds before that. Bodies are handed on in pieces and never kept, but for a
+site's question for a message, which `held_pulls` holds until there is one.
 """
 
 import asyncio
@@ -25,7 +26,8 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from fedforward.core.errors import FedForwardError
-from fedforward.deployment.flower import connections, site_auth
+from fedforward.deployment.flower import connections, held_pulls, site_auth
+from fedforward.deployment.flower.held_pulls import HeldPulls
 from fedforward.deployment.flower.requests import Body, RefusedError, read_headers, read_size
 from fedforward.deployment.flower.site_auth import ROUTES, SITES_PATH, PublicKeys
 
@@ -43,6 +45,8 @@ ANSWER_HEADERS = frozenset(
     {"content-length", "content-type", "flwr-version-incompatibility-message"}
 )
 _TRY_AGAIN = "too much at a time; try again"
+_RESTARTED = "the engine is being started again"
+_JSON = "application/json"
 _ONLY_SITES = "fedforward: only sites are served here\n"
 #: Seconds for the proxy to open, and for the engine to answer.
 TIMEOUT_S = 60.0
@@ -73,6 +77,7 @@ class ReverseProxy:
         trust: ssl.SSLContext | None,
         certificate: tuple[str, str] | None,
         keys: PublicKeys | None = None,
+        held: HeldPulls | None = None,
     ) -> None:
         """Listen on `host` and `port` and hand on to `engine`, a URL.
 
@@ -80,7 +85,9 @@ class ReverseProxy:
             trust: what the engine's certificate is checked with; None if it has none.
             certificate: files of the proxy's certificate and key; None is plaintext.
             keys: see the class.
+            held: holds questions for messages; without it the engine answers them at once.
         """
+        self.held = held
         self.received = self.sent = self.refused = 0
         self.ready = False
         self.keys = keys
@@ -89,6 +96,8 @@ class ReverseProxy:
         self._big: Counter[str] = Counter()
         most, to_engine = connections.connection_limits()
         self.connections = connections.ConnectionCount(most)
+        if held is not None:
+            held.transferred = lambda: self.connections.transferred
         self._client = httpx.AsyncClient(
             base_url=engine,
             verify=trust or False,
@@ -168,7 +177,9 @@ class ReverseProxy:
                     await body.skip()
                     answer = refused.answer
                 await answer(scope, receive, send)
-        except ClientDisconnect:
+        except (ClientDisconnect, asyncio.CancelledError):
+            # Of a server that ends, a site must see no answer: after an error 500 its SuperNode
+            # would end as well.
             request.state.abort()
         except Exception as error:
             LOGGER.warning(f"the reverse proxy could not answer a request: {error!r}")
@@ -190,11 +201,15 @@ class ReverseProxy:
         if path == SITES_PATH:
             raise self._stranger(PlainTextResponse(_ONLY_SITES, 404))
         if self.keys is not None and (why := site_auth.refusal(path, headers, self.keys)):
-            raise self._stranger(Response(why.content, why.status, media_type="application/json"))
+            raise self._stranger(Response(why.content, why.status, media_type=_JSON))
         owner = headers.get(site_auth.PUBLIC_KEY) or (request.client.host if request.client else "")
         size = read_size(headers)
+        if self.held is not None:
+            self.held.note(path, owner)
         stack.enter_context(_counted(self._requests, owner, MAX_REQUESTS))
         with self._room(owner, size):
+            if self.held is not None and path == held_pulls.PULL and size <= held_pulls.MAX_BYTES:
+                return await self._hold(owner, headers, body, size)
             return await self._hand_on(request, path, headers, self._parts(body, size), stack)
 
     def _stranger(self, answer: Response) -> RefusedError:
@@ -226,6 +241,29 @@ class ReverseProxy:
             finally:
                 self.bytes_open -= size
 
+    async def _hold(
+        self, owner: str, headers: Mapping[str, str], body: Body, size: int
+    ) -> Response:
+        assert self.held is not None
+        content = await held_pulls.whole(self._parts(body, size))
+
+        async def ask() -> Response:
+            # The key may have been taken away meanwhile.
+            if self.keys is not None and (
+                why := site_auth.refusal(held_pulls.PULL, headers, self.keys)
+            ):
+                raise self._stranger(Response(why.content, why.status, media_type=_JSON))
+            try:
+                answer = await self._client.post(held_pulls.PULL, headers=headers, content=content)
+            except httpx.HTTPError:
+                raise RefusedError.because(503, _RESTARTED) from None
+            return Response(answer.content, answer.status_code, _kept(answer))
+
+        left_s = held_pulls.HOLD_S if self.keys is None else site_auth.seconds_left(headers)
+        answer = await self.held.answer(owner, body, ask, left_s)
+        self.sent += len(answer.body)
+        return answer
+
     async def _hand_on(
         self,
         request: Request,
@@ -238,10 +276,10 @@ class ReverseProxy:
         try:
             answer = await self._client.send(asked, stream=True)
         except httpx.HTTPError:
-            raise RefusedError.because(503, "the engine is being started again") from None
+            raise RefusedError.because(503, _RESTARTED) from None
         stack.push_async_callback(answer.aclose)
-        kept = {k: v for k, v in answer.headers.items() if k.lower() in ANSWER_HEADERS}
-        return StreamingResponse(self._content(request, answer), answer.status_code, kept)
+        content = self._content(request, answer)
+        return StreamingResponse(content, answer.status_code, _kept(answer))
 
     async def _parts(self, body: Body, size: int) -> AsyncIterator[bytes]:
         """A request's body as it comes.
@@ -273,6 +311,11 @@ class ReverseProxy:
             # Half an answer must not pass for a whole one. The response ends with the connection.
             request.state.abort()
             await asyncio.sleep(TIMEOUT_S)
+
+
+def _kept(answer: httpx.Response) -> dict[str, str]:
+    """The headers of an answer that pass back."""
+    return {k: v for k, v in answer.headers.items() if k.lower() in ANSWER_HEADERS}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,12 @@ from fedforward.core.errors import FedForwardError
 from fedforward.core.logs import PHASES
 from fedforward.core.machine import process_runs, raise_open_file_limit
 from fedforward.deployment.flower import certificates, engine
+from fedforward.deployment.flower.held_pulls import HeldPulls
+from fedforward.deployment.flower.notices import ANSWERED, SENT, Notices
 from fedforward.deployment.flower.reverse_proxy import ReverseProxy
 from fedforward.deployment.flower.site_auth import PublicKeys
 from fedforward.deployment.flower.site_keys import SiteKeys
+from fedforward.deployment.flower.timings import Timings
 from fedforward.deployment.state import CoordinatorState, leave_out
 from fedforward.deployment.supervisor import Child, Supervisor, free_port
 from fedforward.deployment.transient import TransientErrors
@@ -150,6 +153,7 @@ class _Service:
         self.home.mkdir(mode=0o700, exist_ok=True)
         self.status = directory.path / "status.json"
         self.port = free_port()
+        self.names: Mapping[str, str] = {}
         self.lines_seen = 0
         self.rounding = RoundingWatch(config)
         self.notes: dict[str, str] = {}
@@ -182,7 +186,7 @@ class _Service:
             flower = engine.CommandLine(self.home, f"127.0.0.1:{self.port}", authority)
             keys = SiteKeys(self.address.tls, self.home / "registered.json", flower)
             keys.look()
-            proxy.keys = keys.public
+            proxy.keys, self.names = keys.public, keys.names
             proxy.ready = True
             app = engine.write_app(self.home / "app", self.config, self.directory.path)
             scheme = "https" if self.address.tls else "http"
@@ -211,9 +215,19 @@ class _Service:
         trust = None if inner is None else certificates.trust(inner)
         url = f"{scheme}://127.0.0.1:{self.port}"
         keys: PublicKeys | None = None if tls is None else {}
-        proxy = ReverseProxy(self.address.host, self.address.port, url, trust, pair, keys)
+        host, port = self.address.host, self.address.port
+        proxy = ReverseProxy(host, port, url, trust, pair, keys, self._held())
         proxy.open()
         return proxy
+
+    def _held(self) -> HeldPulls:
+        """What holds sites' questions until the coordinator, another process, tells of messages."""
+        sent, answered = Notices(self.home / SENT), Notices(self.home / ANSWERED)
+        sent.create()
+        answered.create()
+        held = HeldPulls(sent, answered, Timings.begin(self.home))
+        held.name_of = lambda owner: self.names.get(owner)
+        return held
 
     def _start(self, name: str, command: Any) -> Child:
         log = self.home / f"{name}.log"
@@ -253,7 +267,7 @@ class _Service:
                 looked = time.monotonic()
                 with self.errors.noted("the sites' keys cannot be looked at"):
                     keys.look()
-                proxy.keys = keys.public
+                proxy.keys, self.names = keys.public, keys.names
             with self.errors.noted("the run cannot be looked at"):
                 summary = self._look(flower, app)
                 if summary is not None:

@@ -66,7 +66,7 @@ def main(grid: Any, context: Context) -> None:
     """Carry out the run, or go on with it. What it has to say is in the run directory."""
     config, out = config_of(dict(context.run_config))
     try:
-        carry_out(config, out, GridTransport(grid))
+        carry_out(config, out, GridTransport(grid, out / "flower"))
     except FedForwardError as error:
         # It is in status.json; a traceback would tell nobody more.
         print(f"error: {error}", flush=True)

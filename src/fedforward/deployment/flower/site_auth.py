@@ -87,6 +87,20 @@ def read_public_key(content: bytes) -> tuple[bytes, ec.EllipticCurvePublicKey] |
     return sent, key
 
 
+def seconds_left(headers: Mapping[str, str]) -> float:
+    """Seconds for which the engine will take a request's signature; 0 where there is none.
+
+    Args:
+        headers: as of `refusal`, of a request that was not refused.
+    """
+    try:
+        signed = datetime.datetime.fromisoformat(headers[TIMESTAMP])
+        age_s = (datetime.datetime.now(datetime.UTC) - signed).total_seconds()
+    except (KeyError, ValueError, TypeError):
+        return 0.0
+    return SIGNATURE_AGE_S - age_s
+
+
 def refusal(path: str, headers: Mapping[str, str], keys: PublicKeys) -> Refusal | None:
     """Why a request is not let in; None if a site with one of the keys signed it just now.
 

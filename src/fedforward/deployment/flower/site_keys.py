@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import time
+from base64 import b64encode
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,15 @@ class SiteKeys:
             for name, file in self._found.items()
             if file.public is not None and self._registered(name) == file.fingerprint
         )
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Names of the sites, by the public key as Flower's header has it."""
+        return {
+            b64encode(file.public[0]).decode(): name
+            for name, file in self._found.items()
+            if file.public is not None
+        }
 
     def _registered(self, name: str) -> str:
         return str(self.known[name]["key"]) if name in self.known else ""

@@ -4,10 +4,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from fedforward.deployment.flower.notices import ANSWERED, ANYBODY, SENT, Notices
+from fedforward.deployment.flower.timings import Timings
 from fedforward.deployment.transport import Reply
 
 #: Record and key that an envelope travels under.
@@ -18,6 +21,8 @@ MESSAGE_TYPE = "query.envelope"
 NODES_INTERVAL_S = 1.0
 #: Seconds between two looks at what has been answered.
 POLL_INTERVAL_S = 0.3
+#: The same where the reverse proxy tells who has answered.
+TOLD_POLL_INTERVAL_S = 5.0
 #: Groups of messages whose answers are looked for at once.
 PULL_GROUPS = 16
 #: How often an answer that cannot be read is looked at again.
@@ -70,8 +75,16 @@ class GridTransport:
     for in groups, beside the coordinator: such a site holds up nobody, or only those of its group.
     """
 
-    def __init__(self, grid: Any) -> None:
+    def __init__(self, grid: Any, home: Path | None = None) -> None:
+        """`home`: the `flower` folder of a `fedforward server` on this machine, if there is one."""
         self.grid = grid
+        self.sent: Notices | None = None
+        self.answered: Notices | None = None
+        self.timings = Timings(None)
+        self._told: set[str] = set()
+        if home is not None and (home / ANSWERED).is_file():
+            self.sent, self.answered = Notices(home / SENT), Notices(home / ANSWERED)
+            self.timings = Timings.of(home)
         self.nodes: dict[str, int] = {}
         self._looked = 0.0
         self._pending: dict[str, str] = {}
@@ -105,10 +118,16 @@ class GridTransport:
     def _push(self) -> None:
         while self._out:
             some, self._out = self._out[:PUSH_BATCH], self._out[PUSH_BATCH:]
+            for site, message in some:
+                self.timings.note_envelope("sending", site, unwrap(message.content))
             numbers: list[str | None] = list(
                 self.grid.push_messages([message for _, message in some])
             )
             numbers += [None] * (len(some) - len(numbers))
+            for site, _ in some:
+                self.timings.note("sent", site)
+            if self.sent is not None:
+                self.sent.tell(site for site, _ in some)
             for (site, _), number in zip(some, numbers, strict=True):
                 if number:
                     self._pending[number] = site
@@ -124,17 +143,33 @@ class GridTransport:
             if pull.error is not None:
                 self._retry(pull)
             replies += [a for m in pull.messages if (a := self._reply(m)) is not None]
-        now = time.monotonic()
-        if now - self._pulled >= POLL_INTERVAL_S:
-            self._pulled = now
-            asked = {number for pull in self._pulls for number in pull.numbers}
-            idle = [number for number in self._pending if number not in asked]
+        idle = self._worth_a_look()
+        if idle:
             alone = [number for number in idle if number in self._failures]
             idle = [number for number in idle if number not in self._failures]
             groups = [idle[begin::PULL_GROUPS] for begin in range(min(PULL_GROUPS, len(idle)))]
             groups += [[number] for number in alone[:PULL_GROUPS]]
             self._pulls += [_Pull(self.grid, group) for group in groups]
         return [*replies, *self._take_lost()]
+
+    def _worth_a_look(self) -> list[str]:
+        """Messages that may have been answered, and that no pull asks for already."""
+        now = time.monotonic()
+        interval_s = POLL_INTERVAL_S
+        if self.answered is not None:
+            interval_s = TOLD_POLL_INTERVAL_S
+            self._told |= self.answered.new()
+        asked = {number for pull in self._pulls for number in pull.numbers}
+        idle = [number for number in self._pending if number not in asked]
+        if now - self._pulled >= interval_s or ANYBODY in self._told:
+            self._pulled = now
+            self._told.clear()
+            return idle
+        idle = [number for number in idle if self._pending[number] in self._told]
+        if idle:
+            self._pulled = now
+        self._told &= set(self._pending.values()) - {self._pending[number] for number in idle}
+        return idle
 
     def _retry(self, pull: _Pull) -> None:
         """One answer that cannot be read must not cost the others theirs: each is pulled alone."""
@@ -153,6 +188,7 @@ class GridTransport:
         site = self._pending.pop(message.metadata.reply_to_message_id, None)
         if site is None:
             return None
+        self.timings.note("arrived", site)
         if message.has_error():
             return Reply(site, error=f"no answer: {message.error.reason}")
         return Reply(site, unwrap(message.content))
