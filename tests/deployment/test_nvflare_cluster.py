@@ -24,7 +24,7 @@ from tests.support.flare_cluster import FlareCluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 #: Local steps that take some seconds, so that a round has a middle.
-LONG = 300
+LONG = 100
 #: In every text of every site, and nowhere else.
 SECRET = "xyzzyplugh"
 
@@ -80,7 +80,7 @@ def test_three_sites_have_the_bits_of_one_machine(tmp_path: Path) -> None:
 )
 def test_a_process_is_killed_in_the_middle_of_a_round(tmp_path: Path, word: str, site: str) -> None:
     """A model server, FLARE's client, a job's process at a site and at the server, and FLARE."""
-    changes = {"method__local_steps": LONG, "federation__rounds": 5, "federation__quorum": 1}
+    changes = {"method__local_steps": LONG, "federation__rounds": 4, "federation__quorum": 1}
     with FlareCluster(tmp_path, "ab", **changes) as cluster:
         cluster.begin()
         cluster.wait_for_round(1)
@@ -99,7 +99,7 @@ def test_a_process_is_killed_in_the_middle_of_a_round(tmp_path: Path, word: str,
         record(f"flare: {word} of {site or 'the server'} killed, two rounds later", seconds)
         assert entries(cluster)[:number] == before, "nothing committed is lost"
         summary = cluster.finish()
-        assert summary["rounds"] == 5 == cluster.committed
+        assert summary["rounds"] == 4 == cluster.committed
         assert cluster.kept("b")["digest"] == summary["state_digest"]
     assert processes(str(tmp_path)) == []
 
@@ -137,12 +137,12 @@ def test_sites_that_do_not_belong(tmp_path: Path) -> None:
         (tmp_path / "d.toml").write_text(limited.replace("[limits]", "[limits]\nrank = 1"))
         cluster.serve()
         for name in "abcd":
-            cluster.join_flare(name, once=False)
+            cluster.join(name, once=False)
         kits.make(tmp_path / "foreign", [f"localhost:{cluster.port}"], ["a"])
         shutil.copy(tmp_path / "a.toml", tmp_path / "e.toml")
         text = (tmp_path / "e.toml").read_text().replace(f'"{tmp_path}/a"', f'"{tmp_path}/e"')
         (tmp_path / "e.toml").write_text(text)
-        cluster.join_flare("e", kit="foreign/sites/a", once=False)
+        cluster.join("e", kit="foreign/sites/a", once=False)
         cluster.wait_for_words("e", "is not signed by the authority of this site's startup kit")
         cluster.wait("end of the run", lambda: cluster.commands["server"].poll() is not None)
         assert cluster.ended("server") == 0, cluster.said("server")

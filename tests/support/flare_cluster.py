@@ -22,16 +22,26 @@ class FlareCluster(Cluster):
         listen = ["--listen", f"0.0.0.0:{self.port}"]
         return self.start("server", *command, *listen, "--out", "out", *options)
 
-    def join_flare(
-        self, name: str, *options: str, kit: str = "", once: bool = True
+    def join(
+        self, name: str, *, kit: str = "", port: int | None = None, once: bool = True
     ) -> subprocess.Popen[bytes]:
-        """Start a site; `kit` is another's folder."""
-        command = ["client", f"{name}.toml", "--runtime", "nvflare"]
-        command += ["--server", f"localhost:{self.port}", "--tls", kit or f"kits/sites/{name}"]
-        return self.start(name, *command, *options, *(["--once"] if once else []))
+        """Start a site.
+
+        Args:
+            kit: another's folder.
+            port: of a forwarder before the server, which the site's kit is then made to name.
+        """
+        kit = kit or f"kits/sites/{name}"
+        if port is not None:
+            file = self.folder / kit / "startup/fed_client.json"
+            text = file.read_text(encoding="utf-8")
+            file.write_text(text.replace(f"localhost:{self.port}", f"localhost:{port}"))
+        command = ["client", f"{name}.toml", "--runtime", "nvflare", "--tls", kit]
+        server = ["--server", f"localhost:{port or self.port}"]
+        return self.start(name, *command, *server, *(["--once"] if once else []))
 
     def begin(self, *, once: bool = True) -> None:
         """Start the server and all sites."""
         self.serve()
         for name in self.sites:
-            self.join_flare(name, once=once)
+            self.join(name, once=once)
