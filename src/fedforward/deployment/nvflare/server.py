@@ -29,7 +29,7 @@ LOGGER = logging.getLogger("fedforward.deployment.server")
 #: Seconds between two looks at the run, and at who is connected.
 POLL_INTERVAL_S, SITES_INTERVAL_S = 0.5, 2.0
 #: Seconds for FLARE's server to start, and for a job's coordinator to begin.
-TIMEOUT_S = 90.0
+TIMEOUT_S, JOB_TIMEOUT_S = 90.0, 180.0
 #: Seconds without a sign of life of the coordinator before it is begun again.
 SILENCE_TIMEOUT_S = 180.0
 #: How often a run is begun again without getting a round further.
@@ -133,6 +133,7 @@ class _Service:
         self.began = self.looked = 0.0
         self.tries, self.round_before = 0, -1
         self.replacing = False
+        self.old_pid = -1
         self.outside: dict[str, float] = {}
 
     def run(self) -> dict[str, Any]:
@@ -200,6 +201,8 @@ class _Service:
             self.supervisor.keep()
             time.sleep(POLL_INTERVAL_S)
         self._wait_for_end()
+        before = self.watch.status()
+        self.old_pid = -1 if before is None else int(before["pid"])
         self.watch.status_file.unlink(missing_ok=True)
         folder = self.home / "job"
         shutil.rmtree(folder, ignore_errors=True)
@@ -229,8 +232,9 @@ class _Service:
             status = self.watch.status()
         except OSError:
             return None
-        if status is None:
-            alive = time.monotonic() - self.began < TIMEOUT_S and not self._job_ended()
+        if status is None or int(status["pid"]) == self.old_pid:
+            # The last job's coordinator may live for a moment longer, and write.
+            alive = time.monotonic() - self.began < JOB_TIMEOUT_S and not self._job_ended()
         else:
             self.watch.show(status)
             if status["state"] == "finished":
