@@ -18,6 +18,7 @@ from fedforward.deployment.nvflare import kits, workspace
 from fedforward.deployment.nvflare.admin import Admin
 from fedforward.deployment.nvflare.controller import RUN
 from fedforward.deployment.nvflare.job import write_job
+from fedforward.deployment.nvflare.transport import ABORTED
 from fedforward.deployment.run_watch import RunWatch, finished
 from fedforward.deployment.state import CoordinatorState, leave_out, read_without
 from fedforward.deployment.supervisor import Supervisor
@@ -206,7 +207,18 @@ class _Service:
         self.watch.status_file.unlink(missing_ok=True)
         folder = self.home / "job"
         shutil.rmtree(folder, ignore_errors=True)
-        self.job = self.admin.submit(write_job(self.config, folder, "run"))
+        write_job(self.config, folder, "run")
+        last = time.monotonic() + TIMEOUT_S
+        while True:
+            try:
+                self.job = self.admin.submit(folder)
+                break
+            except FedForwardError:
+                # FLARE's server may be the one that is being started again.
+                self.supervisor.keep()
+                if time.monotonic() > last:
+                    raise
+                time.sleep(POLL_INTERVAL_S)
         self.began = time.monotonic()
         self.outside, self.replacing = {}, False
         self.watch.phase("starting a job at the sites")
@@ -242,9 +254,11 @@ class _Service:
             if status["state"] == "stopped" and self.replacing:
                 self._begin()
                 return None
-            if status["state"] in ("failed", "stopped"):
+            # FLARE aborts a job that has fewer sites than a round needs.
+            aborted = status["state"] == "stopped" and status["error"] == ABORTED
+            if status["state"] in ("failed", "stopped") and not aborted:
                 raise FedForwardError(status["error"] or f"The run {status['state']}.")
-            alive = process_runs(int(status["pid"]))
+            alive = process_runs(int(status["pid"])) and not aborted
             alive = alive and self.watch.silent_s() < SILENCE_TIMEOUT_S
             if status["round"] > self.round_before:
                 self.tries, self.round_before = 0, status["round"]

@@ -19,6 +19,8 @@ from fedforward.deployment.transport import Reply
 
 #: The task's name, and the entry of its data object that holds the envelope.
 TASK, KEY = "envelope", "envelope"
+#: What the coordinator says where FLARE, or its operator, ends the job.
+ABORTED = "FLARE has aborted the job. Everything up to here is kept; submit it again to go on."
 
 
 def wrap(data: bytes) -> Shareable:
@@ -72,7 +74,7 @@ class FlareTransport:
             Stopped: FLARE has aborted the job.
         """
         if self.abort.triggered:
-            raise Stopped("FLARE has aborted the job. Everything up to here is kept.")
+            raise Stopped(ABORTED)
         self._bell.clear()
         replies = []
         while not self._came.empty():
