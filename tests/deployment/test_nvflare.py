@@ -4,6 +4,8 @@ import io
 import json
 import shutil
 import stat
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +26,16 @@ from fedforward.config.template import to_toml
 from fedforward.core.errors import FedForwardError
 from fedforward.core.registry import RUNTIMES
 from fedforward.deployment.coordinator import Coordinator, Stopped
-from fedforward.deployment.nvflare import admin, client, executor, job, kits, server, workspace
+from fedforward.deployment.nvflare import (
+    admin,
+    client,
+    executor,
+    job,
+    kits,
+    resident,
+    server,
+    workspace,
+)
 from fedforward.deployment.nvflare.controller import CoordinatorController, carry_out
 from fedforward.deployment.nvflare.transport import FlareTransport, unwrap, wrap
 from fedforward.deployment.site import Site
@@ -307,6 +318,16 @@ def test_options_that_do_not_go_together(made: Path, tmp_path: Path) -> None:
         client.check(tmp_path / "kit", None, False, "localhost:9871")
 
 
+def test_the_commands_import_no_flare() -> None:
+    """They live as long as the run, beside FLARE's own processes."""
+    code = (
+        "import sys, fedforward.deployment.nvflare.server, fedforward.deployment.nvflare.client;"
+        "print({'torch', 'nvflare', 'grpc', 'flwr'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 def test_without_flare_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedforward.deployment.nvflare.runtime.find_spec", lambda name: None)
     with pytest.raises(FedForwardError, match=r"pip install 'fedforward\[nvflare\]'"):
@@ -336,9 +357,9 @@ def test_the_executor_tells_the_server_a_code_and_the_site_why(
     assert answer.get_return_code() == "EXECUTION_EXCEPTION"
     assert "site.toml is missing" in caplog.text and "site.toml" not in str(answer)
     (local / "site.toml").touch()
-    assert executor.site_file(local, "a").name == "site.toml"
+    assert resident.site_file(local, "a").name == "site.toml"
     (local / "a.toml").touch()
-    assert executor.site_file(local, "a").name == "a.toml"
+    assert resident.site_file(local, "a").name == "a.toml"
     monkeypatch.setenv(executor.SOCKET, "there")
     monkeypatch.setattr(executor, "ask", lambda path, data: path.encode() + data)
     assert unwrap(execute()) == b"thereabc"
@@ -353,10 +374,10 @@ def test_a_site_without_a_fedforward_client_has_a_model_server_for_the_job(
 ) -> None:
     file = tmp_path / "site.toml"
     file.write_text(to_toml(site_config(tmp_path, "a")), encoding="utf-8")  # type: ignore[arg-type]
-    model = executor.ResidentModel(file)
+    model = resident.ResidentModel(file)
     try:
         with pytest.raises(FedForwardError, match="in use by another fedforward process"):
-            executor.ResidentModel(file)
+            resident.ResidentModel(file)
         assert b'{"code":"message",' in executor.ask(str(model.socket), b"nonsense")
         pid = model._child.pid
     finally:

@@ -18,13 +18,13 @@ pytest.importorskip("nvflare", reason="the extra nvflare is not installed")
 from fedforward.deployment.nvflare import kits, workspace
 from fedforward.deployment.nvflare.admin import Admin
 from fedforward.deployment.supervisor import Child, Supervisor
-from tests.deployment.test_cluster import entries, record, simulated
-from tests.support.cluster import MODEL, peak_bytes, processes
+from tests.deployment.test_cluster import entries, other_models, record, simulated
+from tests.support.cluster import peak_bytes, processes
 from tests.support.flare_cluster import FlareCluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 #: Local steps that take some seconds, so that a round has a middle.
-LONG = 100
+LONG = 40
 #: In every text of every site, and nowhere else.
 SECRET = "xyzzyplugh"
 
@@ -127,12 +127,7 @@ def test_sites_that_do_not_belong(tmp_path: Path) -> None:
     """Another base model, refused terms, no credentials: a sentence there, and the others go on."""
     changes = {"federation__rounds": 3, "federation__clients": 2, "federation__quorum": 1}
     with FlareCluster(tmp_path, "abcd", **changes) as cluster:
-        other = tmp_path / "other"
-        shutil.copytree(MODEL, other)
-        content = json.loads((other / "config.json").read_text())
-        content["rms_norm_eps"] = content.get("rms_norm_eps", 1e-6) * 2
-        (other / "config.json").write_text(json.dumps(content))
-        cluster.write_site("c", 2, other)
+        cluster.write_site("c", 2, other_models(tmp_path)[0])
         limited = (tmp_path / "d.toml").read_text()
         (tmp_path / "d.toml").write_text(limited.replace("[limits]", "[limits]\nrank = 1"))
         cluster.serve()

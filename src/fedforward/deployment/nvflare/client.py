@@ -11,7 +11,8 @@ from fedforward.config.site import SiteConfig
 from fedforward.core.errors import FedForwardError
 from fedforward.core.paths import check_new_folder, home
 from fedforward.deployment.nvflare import workspace
-from fedforward.deployment.nvflare.executor import SOCKET, model_server
+from fedforward.deployment.nvflare.names import SOCKET
+from fedforward.deployment.nvflare.resident import model_server
 from fedforward.deployment.supervisor import Supervisor
 from fedforward.training.folder_lock import FolderLock
 

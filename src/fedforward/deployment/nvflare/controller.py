@@ -7,7 +7,6 @@ ended.
 
 import logging
 import os
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,13 @@ from fedforward.config.schema import Config
 from fedforward.config.site import load_terms
 from fedforward.core.errors import FedForwardError
 from fedforward.deployment.coordinator import Coordinator, Stopped
+from fedforward.deployment.nvflare.names import RUN, RUN_NAME, RUN_TOML
 from fedforward.deployment.nvflare.transport import FlareTransport
 from fedforward.training.assembly import quorum_of
 from fedforward.training.folder_lock import COORDINATOR_LOCK, FolderLock
 from fedforward.training.run_directory import RunDirectory
 
 LOGGER = logging.getLogger("fedforward.deployment.nvflare")
-#: Environment variable with the run's folder, where `fedforward server` has started FLARE.
-RUN = "FEDFORWARD_RUN"
-#: The file with the configuration, in the job's `config` folder.
-RUN_TOML = "run.toml"
-#: What a run may be called: it becomes the name of a folder, and of a job.
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 #: Seconds for the coordinator of a job whose server was killed to be gone.
 TAKEOVER_TIMEOUT_S = 60.0
 

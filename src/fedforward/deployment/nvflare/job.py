@@ -11,7 +11,7 @@ from typing import Any
 from fedforward.config.schema import Config
 from fedforward.config.template import to_toml
 from fedforward.core.errors import FedForwardError
-from fedforward.deployment.nvflare.controller import RUN_NAME, RUN_TOML
+from fedforward.deployment.nvflare.names import RUN_NAME, RUN_TOML, TASK
 from fedforward.training.assembly import quorum_of
 from fedforward.training.run_directory import write_text
 
@@ -60,7 +60,7 @@ def job_files(config: Config, name: str) -> dict[str, dict[str, Any] | str]:
         "components": [],
         "executors": [
             {
-                "tasks": ["envelope"],
+                "tasks": [TASK],
                 "executor": {"path": ALLOWED + "executor.SiteExecutor", "args": {}},
             }
         ],

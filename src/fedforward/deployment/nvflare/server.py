@@ -16,9 +16,8 @@ from fedforward.core.errors import FedForwardError
 from fedforward.core.machine import process_runs, raise_open_file_limit
 from fedforward.deployment.nvflare import kits, workspace
 from fedforward.deployment.nvflare.admin import Admin
-from fedforward.deployment.nvflare.controller import RUN
 from fedforward.deployment.nvflare.job import write_job
-from fedforward.deployment.nvflare.transport import ABORTED
+from fedforward.deployment.nvflare.names import ABORTED, RUN
 from fedforward.deployment.run_watch import RunWatch, finished
 from fedforward.deployment.state import CoordinatorState, leave_out, read_without
 from fedforward.deployment.supervisor import Supervisor

@@ -15,12 +15,8 @@ from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.shareable import Shareable
 
 from fedforward.deployment.coordinator import Stopped
+from fedforward.deployment.nvflare.names import ABORTED, KEY, TASK
 from fedforward.deployment.transport import Reply
-
-#: The task's name, and the entry of its data object that holds the envelope.
-TASK, KEY = "envelope", "envelope"
-#: What the coordinator says where FLARE, or its operator, ends the job.
-ABORTED = "FLARE has aborted the job. Everything up to here is kept; submit it again to go on."
 
 
 def wrap(data: bytes) -> Shareable:
