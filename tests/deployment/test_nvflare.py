@@ -164,7 +164,6 @@ def test_a_job_that_is_aborted_stops_the_coordinator() -> None:
         over.receive()
 
 
-@pytest.mark.timeout(120)
 def test_the_run_is_that_of_any_transport(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: Any
 ) -> None:
