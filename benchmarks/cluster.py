@@ -1,6 +1,7 @@
 """What a federation of real processes costs beyond its computation, over TLS and with keys.
 
-    python benchmarks/cluster.py [--sites 3] [--rounds 8] [--idle 60] [--json] [--check]
+    python benchmarks/cluster.py [--runtime nvflare] [--sites 3] [--rounds 8] [--idle 60] [--json]
+                                 [--check]
 
 A server and its sites run on this machine's loopback device, as `fedforward server` and
 `fedforward client` start them, with the demonstration's model and ten local steps. Seconds of
@@ -123,7 +124,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[Row]:
     last = arguments.rounds - 1
     changes = {"federation__rounds": arguments.rounds, "method__local_steps": STEPS}
     with ExitStack() as stack:
-        cluster = stack.enter_context(Cluster(folder, sites, **changes))
+        kind = Cluster
+        if arguments.runtime == "nvflare":
+            from tests.support.flare_cluster import FlareCluster as kind  # noqa: N813
+        cluster = stack.enter_context(kind(folder, sites, **changes))
         between = {name: stack.enter_context(Forwarder(cluster.port)) for name in sites}
         peaks = Peaks(cluster)
 
@@ -204,6 +208,7 @@ def memory(peaks: Peaks, sites: list[str]) -> list[Row]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = common.parser(__doc__)
+    parser.add_argument("--runtime", choices=("flower", "nvflare"), default="flower")
     parser.add_argument("--sites", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=8, help="at least 4")
     parser.add_argument("--idle", type=float, default=60.0, help="seconds of idle polling")
@@ -221,8 +226,9 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(arguments, Path(folder))
     remarks = [
-        f"{arguments.sites} sites, {arguments.rounds} rounds of {STEPS} local steps, TLS and keys, "
-        "everything on one machine. Shared libraries count in every process's memory."
+        f"{arguments.runtime}: {arguments.sites} sites, {arguments.rounds} rounds of {STEPS} local "
+        "steps, TLS and keys, everything on one machine. Shared libraries count in every "
+        "process's memory."
     ]
     common.finish(arguments, "cluster", rows, COLUMNS, remarks)
 

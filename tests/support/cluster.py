@@ -44,6 +44,11 @@ _ROLES = {
     "flower-supernode": "supernode",
     "flwr-serverapp": "coordinator",
     "fedforward.deployment.flower.executor": "executor",
+    "nvflare.private.fed.app.server.server_train": "FLARE's server",
+    "nvflare.private.fed.app.server.runner_process": "coordinator",
+    "nvflare.private.fed.app.client.client_train": "FLARE's client",
+    "nvflare.private.fed.app.client.worker_process": "FLARE's job at a site",
+    "fedforward.deployment.nvflare.admin": "FLARE's session",
 }
 
 Settings = dict[str, Any]

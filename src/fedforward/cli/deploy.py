@@ -69,6 +69,7 @@ def server(
     out = out or Path("runs") / config.stem
     again = ["fedforward", "server", str(config), *(overrides or []), "--listen", listen]
     again += ["--tls", str(tls)] if tls else ["--insecure"]
+    again += ["--runtime", runtime] if runtime != "flower" else []
     again += ["--out", str(out), "--resume"]
     for name in without or []:
         again += ["--without", name]
@@ -147,17 +148,23 @@ def certs(
     site: Annotated[
         list[str] | None, typer.Option("--site", help="name of a site", show_default=False)
     ] = None,
+    runtime: RuntimeOption = "flower",
 ) -> None:
     """Make certificates for a server and keys for its sites, or what is missing of them."""
-    RUNTIMES.get("flower").check()
-    from fedforward.deployment.flower import certificates
-
+    RUNTIMES.get(runtime).check()
     if not host and not site:
         raise FedForwardError(
             "Nothing to make: give --host, the name that sites reach the server by, and a "
             "--site for each site."
         )
-    written = certificates.make(folder, host or [], site or [])
+    if runtime == "nvflare":
+        from fedforward.deployment.nvflare import kits
+
+        written = kits.make(folder, host or [], site or [])
+    else:
+        from fedforward.deployment.flower import certificates
+
+        written = certificates.make(folder, host or [], site or [])
     for path in written:
         say(out_console, f"wrote {path}")
     if not written:
@@ -194,6 +201,28 @@ def submit(
         out_console,
         f"run {number} was submitted; where the engine runs it, it writes {out.absolute()}",
     )
+
+
+def job(
+    config: ConfigArgument,
+    out: Annotated[Path, typer.Option("--out", help="folder to write", show_default=False)],
+    overrides: OverridesArgument = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--name", help="of the run's folder at the server; default that of --out's last part"
+        ),
+    ] = None,
+) -> None:
+    """Write a run as a job that an administrator of NVIDIA FLARE submits as it is."""
+    from fedforward.config.site import load_terms
+
+    settings = load_terms(config, overrides or [])
+    RUNTIMES.get("nvflare").check()
+    from fedforward.deployment.nvflare.job import write_job
+
+    write_job(settings, out, name if name is not None else out.absolute().name)
+    say(out_console, f"wrote {out}; submit it with: nvflare job submit -j {shlex.quote(str(out))}")
 
 
 def status(

@@ -57,6 +57,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "server": deploy.server,
         "client": deploy.client,
         "submit": deploy.submit,
+        "job": deploy.job,
         "status": deploy.status,
         "privacy": privacy,
         "stop": deploy.stop,

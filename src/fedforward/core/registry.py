@@ -185,5 +185,10 @@ CALLBACKS = Registry(
     },
 )
 RUNTIMES = Registry(
-    "runtime", "fedforward.runtimes", {"flower": "fedforward.deployment.flower.runtime:RUNTIME"}
+    "runtime",
+    "fedforward.runtimes",
+    {
+        "flower": "fedforward.deployment.flower.runtime:RUNTIME",
+        "nvflare": "fedforward.deployment.nvflare.runtime:RUNTIME",
+    },
 )
