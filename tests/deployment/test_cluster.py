@@ -104,9 +104,7 @@ def test_two_sites_over_tls_with_keys(tmp_path: Path) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.timeout(1200)
-def test_three_sites_have_the_bits_of_one_machine(
-    tmp_path: Path, imported_libraries: None
-) -> None:
+def test_three_sites_have_the_bits_of_one_machine(tmp_path: Path, imported_libraries: None) -> None:
     from safetensors import safe_open
 
     changes = {"method__local_steps": 5, "method__learning_rate": 3e-3, "federation__rounds": 4}
