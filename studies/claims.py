@@ -29,8 +29,8 @@ SIZES = "0.7 and 4.3 million parameters where they are trained"
 PAGE = """# Which claims of the paper hold
 
 Claims of *On the Convergence of Zeroth-Order Federated Tuning for Large Language Models*
-(FedMeZO), held against the [study of settings](settings.md), that of [memory](memory.md) and that
-of [rank](rank.md). `studies/claims.py` makes this page from their figures.
+(FedMeZO). They are held against the studies of [settings](settings.md), [memory](memory.md) and
+[rank](rank.md). `studies/claims.py` makes this page from their figures.
 
 A difference counts where a paired t test over seeds has p below {level:g}, corrected by Holm for
 all tests of its claim. Models here have {sizes}, far below the paper's 3 billion.
@@ -303,7 +303,7 @@ def low_rank(studies: Studies) -> Claim:
     verdict = UNDECIDED if not resolved else REFUTED if beyond else SUPPORTED
     if len({row["task"] for row in resolved}) < len({row["task"] for row in own}):
         verdict = PARTLY if verdict == SUPPORTED else verdict
-    text = "\n".join(parts)
+    text = "The effective rank of the Hessian over A and B:\n\n" + "\n".join(parts)
     if below:
         ranks = ", ".join(dict.fromkeys(row["rank"] for row in below))
         text += (

@@ -352,9 +352,25 @@ def draw(study: Study, path: Path) -> None:
     shared.save(figure, path)
 
 
+def write_page(study: Study) -> None:
+    """The page and the picture of all that is in the CSV."""
+    text = PAGE.format(
+        script="studies/settings.py",
+        clients=CLIENTS,
+        rounds=ROUNDS,
+        steps=STEPS,
+        batch=BATCH,
+        rate=RATE,
+        tables=tables(study),
+    )
+    (study.folder / "settings.md").write_text(text, encoding="utf-8")
+    draw(study, study.folder / "settings.png")
+
+
 def main() -> None:
     """See the module."""
     parser = shared.parser(__doc__, "two rounds of a few cells")
+    parser.add_argument("--page", action="store_true", help="the page of what is done, and no run")
     parser.add_argument("--group", choices=tuple(GROUPS), action="append", help="these alone")
     shared.own_model(parser, "gsm8k_train.jsonl")
     arguments = shared.parse(parser)
@@ -370,19 +386,9 @@ def main() -> None:
     wanted = cells(task, arguments.group or task.groups)
     if arguments.quick:
         wanted = [cell for cell in wanted if cell.key[1:3] in QUICK and cell.seed == 0]
-    for cell in track(wanted, "Running"):
+    for cell in () if arguments.page else track(wanted, "Running"):
         study.take(cell)
-    text = PAGE.format(
-        script="studies/settings.py",
-        clients=CLIENTS,
-        rounds=ROUNDS,
-        steps=STEPS,
-        batch=BATCH,
-        rate=RATE,
-        tables=tables(study),
-    )
-    (study.folder / "settings.md").write_text(text, encoding="utf-8")
-    draw(study, study.folder / "settings.png")
+    write_page(study)
 
 
 if __name__ == "__main__":
