@@ -49,7 +49,7 @@ PAGE = """# Effective rank against the rank of LoRA
 How many directions the curvature has, for each rank of the adapters. `studies/rank.py` makes this
 page.
 
-LoRA is on all linear layers, with alpha twice its rank; matrices are those of the mean loss of
+LoRA is on all linear layers, with alpha twice its rank. The matrices are those of the mean loss of
 {rows} rows at the base, over A and B. The effective rank is tr(H) / ‖H‖, as in the paper. The
 absolute rank is tr|H| / ‖H‖, which negative curvature does not make smaller. Intervals of 95 % are
 of the {probes} random vectors. [Diagnosis](../how-to/diagnose.md) says how they are measured.
