@@ -142,10 +142,11 @@ PAGE = """# Settings of FedMeZO
 
 What each setting is worth, varied alone. `{script}` makes this page.
 
-LoRA is of rank 8 on all linear layers. Unless a table says otherwise: {clients} clients with rows
-at random, {rounds} rounds of {steps} local steps, one two-point Gaussian direction on {batch}
-examples, mu 1e-3, rate {rate:g}. Figures are held-out losses in nats: means over seeds with 95 %
-confidence intervals. Passes are of one batch; a step of backpropagation counts as three.
+LoRA is of rank 8 on all linear layers. Unless a table says otherwise there are {clients} clients
+with rows at random, and {rounds} rounds of {steps} local steps. A step has one two-point Gaussian
+direction on {batch} examples, with mu 1e-3 and rate {rate:g}. Figures are held-out losses in nats:
+means over seeds with 95 % confidence intervals. Passes are of one batch, and a step of
+backpropagation counts as three.
 Bytes are what a client sends in a round, at most.
 
 ![Held-out loss at the end, by setting](settings.png)
