@@ -162,16 +162,22 @@ def test_a_task_whose_message_is_still_coming_costs_no_second(
 def test_a_message_that_cannot_be_answered_says_why(
     node: SuperNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ask(path: str, data: bytes) -> bytes:
-        raise ModelServerGoneError("the site's model server does not answer")
+    """And says nothing that an error may have out of the site's files."""
+    for error, reason in (
+        (ModelServerGoneError("secret"), "the site's model server does not answer"),
+        (KeyError("secret"), "KeyError"),
+    ):
 
-    monkeypatch.setattr(module, "ask", ask)
-    node.task()
-    node.message(b"abc")
-    assert node.executor().take()
-    reply = node.reply()
-    assert reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-    assert "does not answer" in reply.error.reason
+        def ask(path: str, data: bytes, error: Exception = error) -> bytes:
+            raise error
+
+        monkeypatch.setattr(module, "ask", ask)
+        node.task()
+        node.message(b"abc")
+        assert node.executor().take()
+        told = node.reply().error
+        assert told.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+        assert told.reason == reason
     node.task()
     node.message(b"abc", kind="train")
     assert node.executor().take()

@@ -44,7 +44,7 @@ from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from fedforward.deployment.flower.timings import Timings
 from fedforward.deployment.flower.transport import MESSAGE_TYPE, unwrap, wrap
-from fedforward.deployment.model_server import ask
+from fedforward.deployment.model_server import ModelServerGoneError, ask
 
 LOGGER = logging.getLogger("fedforward.deployment.executor")
 #: Seconds between two looks at the SuperNode's log, which grows when a message comes.
@@ -161,15 +161,17 @@ class Executor:
     def _reply(self, message: Message) -> Message:
         """The model server's answer, or why there is none."""
         try:
-            if message.metadata.message_type != MESSAGE_TYPE:
-                raise ValueError(f"a message of the type {message.metadata.message_type!r}")
-            return Message(wrap(ask(self.socket, unwrap(message.content))), reply_to=message)
+            if message.metadata.message_type == MESSAGE_TYPE:
+                return Message(wrap(ask(self.socket, unwrap(message.content))), reply_to=message)
+            reason = f"the site knows no type {message.metadata.message_type!r}"
         except Exception as error:
+            # What an error says may come out of the site's files, and stays in its log.
             LOGGER.warning(f"a message cannot be answered: {error}")
-            reason = f"{type(error).__name__}: {error}"
-            return Message(
-                Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message
-            )
+            gone = isinstance(error, ModelServerGoneError)
+            reason = "the site's model server does not answer" if gone else type(error).__name__
+        return Message(
+            Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message
+        )
 
     @contextmanager
     def _kept_alive(self) -> Iterator[None]:
