@@ -6,7 +6,6 @@ Nothing here knows of rounds. Processes that die are started again; the coordina
 starts as its server app, goes on from the ledger each time.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -30,10 +29,11 @@ from fedforward.deployment.flower.reverse_proxy import ReverseProxy
 from fedforward.deployment.flower.site_auth import PublicKeys
 from fedforward.deployment.flower.site_keys import SiteKeys
 from fedforward.deployment.flower.timings import Timings
+from fedforward.deployment.run_watch import RunWatch, finished
 from fedforward.deployment.state import CoordinatorState, leave_out
 from fedforward.deployment.supervisor import Child, Supervisor, free_port
 from fedforward.deployment.transient import TransientErrors
-from fedforward.training.metrics import ProgressCallback, RoundingWatch
+from fedforward.training.metrics import ProgressCallback
 from fedforward.training.run_directory import RunDirectory
 
 LOGGER = logging.getLogger("fedforward.deployment.server")
@@ -108,7 +108,7 @@ def serve(
     """
     engine.check_installed()
     directory = RunDirectory(out)
-    over = _finished(directory, config) if resume else None
+    over = finished(directory, config) if resume else None
     if over is not None:
         LOGGER.info("the run was over already")
         return over
@@ -118,19 +118,6 @@ def serve(
         config = CoordinatorState(directory).open(config, resume)
         service = _Service(config, directory, address, supervisor, progress)
         return service.run(without if resume else None)
-
-
-def _finished(directory: RunDirectory, config: Config) -> dict[str, Any] | None:
-    """The summary of a run that has had all its rounds."""
-    if not directory.summary.is_file():
-        return None
-    directory.check_same(config)
-    try:
-        summary = json.loads(directory.summary.read_text(encoding="utf-8"))
-        done = summary["rounds"] >= config.federation.rounds
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return dict(summary) if done else None
 
 
 class _Service:
@@ -148,16 +135,12 @@ class _Service:
         self.directory = directory
         self.address = address
         self.supervisor = supervisor
-        self.progress = progress
         self.home = directory.path / "flower"
         self.home.mkdir(mode=0o700, exist_ok=True)
-        self.status = directory.path / "status.json"
+        self.watch = RunWatch(config, directory, progress)
         self.port = free_port()
         self.names: Mapping[str, str] = {}
-        self.lines_seen = 0
-        self.rounding = RoundingWatch(config)
-        self.notes: dict[str, str] = {}
-        self.run_number = self.phase = ""
+        self.run_number = ""
         self.errors = TransientErrors(LOGGER.warning)
         self.tries, self.round_before = 0, -1
 
@@ -279,14 +262,14 @@ class _Service:
         Returns:
             Its summary, once it is over.
         """
-        status = self._read_status()
+        status = self.watch.status()
         if status is None:
             alive = time.monotonic() - self.began < TIMEOUT_S
         else:
-            self._show(status)
+            self.watch.show(status)
             if status["state"] in ("finished", "failed", "stopped"):
                 return self._end(status)
-            alive = process_runs(int(status["pid"])) and _age(self.status) < SILENCE_TIMEOUT_S
+            alive = process_runs(int(status["pid"])) and self.watch.silent_s() < SILENCE_TIMEOUT_S
             if status["round"] > self.round_before:
                 self.tries, self.round_before = 0, status["round"]
         if alive:
@@ -308,7 +291,7 @@ class _Service:
             # It may have ended, or the engine have forgotten it.
             with suppress(FedForwardError):
                 flower.stop(self.run_number)
-        self.status.unlink(missing_ok=True)
+        self.watch.status_file.unlink(missing_ok=True)
         last = time.monotonic() + TIMEOUT_S
         while True:
             try:
@@ -322,58 +305,7 @@ class _Service:
                 time.sleep(POLL_INTERVAL_S)
         self.began = time.monotonic()
 
-    def _read_status(self) -> dict[str, Any] | None:
-        """What the coordinator says of itself; None if it has said nothing yet.
-
-        Raises:
-            OSError: it cannot be read at this moment, which says nothing of the coordinator.
-        """
-        try:
-            return dict(json.loads(self.status.read_text(encoding="utf-8")))
-        except (FileNotFoundError, ValueError):
-            return None
-
-    def _show(self, status: dict[str, Any]) -> None:
-        """Log what has changed."""
-        for site in status["sites"]:
-            words = _words(site)
-            if self.notes.get(site["name"]) != words:
-                self.notes[site["name"]] = words
-                LOGGER.info(f"site {site['label']}: {words}")
-        lines = self.directory.read_metrics(self.config.federation.rounds)
-        if len(lines) > self.lines_seen:
-            for line in lines[max(1, self.lines_seen) :]:
-                # The coordinator is another process, whose log nobody sees.
-                if words := self.rounding.look(line):
-                    LOGGER.warning(words)
-            self.lines_seen = len(lines)
-            if len(lines) > 1:
-                total = self.config.federation.rounds
-                if self.progress is not None:
-                    self.progress(lines[-1]["round"], total, lines[-1])
-        elif not lines and status["what"] != self.phase:
-            self.phase = status["what"]
-            PHASES.info(self.phase)
-
     def _end(self, status: dict[str, Any]) -> dict[str, Any]:
         if status["state"] != "finished":
             raise FedForwardError(status["error"] or f"The run {status['state']}.")
-        return dict(json.loads(self.directory.summary.read_text(encoding="utf-8")))
-
-
-def _words(site: dict[str, Any]) -> str:
-    """What a site is doing, for people."""
-    if site["note"]:
-        return str(site["note"])
-    if not site["present"]:
-        return "not connected"
-    if not site["ready"]:
-        return "connected, loading model and data"
-    return f"takes part with {site['examples']} examples"
-
-
-def _age(path: Path) -> float:
-    try:
-        return time.time() - path.stat().st_mtime
-    except OSError:
-        return 0.0
+        return self.watch.summary()
