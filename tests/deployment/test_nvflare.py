@@ -223,8 +223,12 @@ def test_the_job_is_one_that_flare_takes(tmp_path: Path) -> None:
     valid, error, meta = JobMetaValidator().validate("job", archive.read_bytes())
     assert valid, error
     assert meta["name"] == "first" and not meta.get("byoc"), "it has no code"
-    # Written again, it is replaced; anything else is not.
-    assert job.write_job(settings, folder, "second") == folder
+    # The same may be written again; what an administrator has changed is not written over.
+    assert job.write_job(settings, folder, "first") == folder
+    before = (folder / "meta.json").read_text(encoding="utf-8")
+    with pytest.raises(FedForwardError, match=r"another job: its meta\.json differs"):
+        job.write_job(settings, folder, "second")
+    assert (folder / "meta.json").read_text(encoding="utf-8") == before
     (folder / "mine.txt").touch()
     with pytest.raises(FedForwardError, match="is no job's folder"):
         job.write_job(settings, folder, "first")

@@ -221,6 +221,7 @@ def job(
     RUNTIMES.get("nvflare").check()
     from fedforward.deployment.nvflare.job import write_job
 
+    out = home(out)
     write_job(settings, out, name if name is not None else out.absolute().name)
     say(out_console, f"wrote {out}; submit it with: nvflare job submit -j {shlex.quote(str(out))}")
 

@@ -77,7 +77,7 @@ def write_job(config: Config, folder: Path, name: str) -> Path:
     """Write a job's folder; returns it.
 
     Args:
-        folder: is new, or holds a job that this function has written.
+        folder: is new, or holds this very job.
         name: as in `job_files`.
 
     Raises:
@@ -93,16 +93,24 @@ def write_job(config: Config, folder: Path, name: str) -> Path:
             f"--out {folder}: FLARE takes the last part for a job's name, which must be letters, "
             "digits, '.', '_' and '-'. Choose another."
         )
-    files = job_files(config, name)
+    files = {
+        path: content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        for path, content in job_files(config, name).items()
+    }
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
         if found != files.keys():
             raise FedForwardError(
                 f"--out {folder} is there and is no job's folder. Remove it, or choose another."
             )
-    for path, content in files.items():
+        for path, text in files.items():
+            if (folder / path).read_text(encoding="utf-8", errors="replace") != text:
+                raise FedForwardError(
+                    f"--out {folder} holds another job: its {path} differs. Nothing was written. "
+                    "Remove the folder, or choose another."
+                )
+    for path, text in files.items():
         file = folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
         write_text(file, text)
     return folder
