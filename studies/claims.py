@@ -188,7 +188,7 @@ def rate(studies: Studies) -> Claim:
     lines, wins = [], []
     for task in studies.tasks:
         spreads = {}
-        for group in ("rate", "local steps", "mu", "clients", "rank", "directions"):
+        for group in ("rate", "local steps", "mu", "clients", "directions"):
             means = []
             for setting in studies.named(task, group):
                 values = list(studies.ends(task, group, setting).values())
@@ -206,7 +206,10 @@ def rate(studies: Studies) -> Claim:
         "The distance between the best and the worst setting of a group, of means over seeds. A "
         "run that ends above its start, or that diverges, counts as one that stayed there.\n\n"
         "| task | varied | best to worst, nats |\n|---|---|---:|\n" + "\n".join(lines) + "\n\n"
-        "The ranges are ours: two and a half decades of the rate, four of mu, and so on."
+        "The ranges are ours: two and a half decades of the rate, four of mu, and so on. Groups "
+        "that were not run are not here. LoRA's rank is not a setting of training: it changes the "
+        "model, and at the same rate the length of a step. It moves the loss as much as the rate "
+        "does (see the [study of settings](settings.md))."
     )
     return Claim("The rate matters most", said, verdict, text, "studies/settings.py")
 

