@@ -147,7 +147,7 @@ with rows at random, and {rounds} rounds of {steps} local steps. A step has one 
 direction on {batch} examples, with mu 1e-3 and rate {rate:g}. Figures are held-out losses in nats:
 means over seeds with 95 % confidence intervals. Passes are of one batch, and a step of
 backpropagation counts as three.
-Bytes are what a client sends in a round, at most.
+Bytes are what a client sends in a round, at most. A group or a seed that is not here was not run.
 
 ![Held-out loss at the end, by setting](settings.png)
 {tables}
