@@ -255,18 +255,20 @@ def client_rates(studies: Studies) -> Claim:
         said,
         corrected(tests),
         "Below 0 is in favour of the strategy.",
+        "update-difference",
     )
 
 
-def _all(title: str, said: str, found: list[tuple[Test, bool]], note: str) -> Claim:
+def _all(
+    title: str, said: str, found: list[tuple[Test, bool]], note: str, about: str = ""
+) -> Claim:
+    """A claim from tests below 0; the verdict is of those whose name has `about`."""
     script = "studies/settings.py"
     if not found:
         return Claim(title, said, NOT_MEASURED, "", script)
-    helped = [t for t, apart in found if apart and t.difference < 0]
-    harmed = [t for t, apart in found if apart and t.difference > 0]
-    if title.startswith("Model"):
-        helped = [t for t in helped if "update-difference" in t.name]
-        harmed = [t for t in harmed if "update-difference" in t.name]
+    apart = [t for t, differs in found if differs and about in t.name]
+    helped = [t for t in apart if t.difference < 0]
+    harmed = [t for t in apart if t.difference > 0]
     if helped and harmed:
         verdict = PARTLY
     else:

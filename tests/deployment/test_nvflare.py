@@ -332,7 +332,7 @@ def test_the_commands_import_no_flare() -> None:
 
 
 def test_without_flare_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedforward.deployment.nvflare.runtime.find_spec", lambda name: None)
+    monkeypatch.setattr("fedforward.deployment.runtime.find_spec", lambda name: None)
     with pytest.raises(FedForwardError, match=r"pip install 'fedforward\[nvflare\]'"):
         RUNTIMES.get("nvflare").check()
 

@@ -4,12 +4,15 @@ An engine is one package under `deployment/`, or of its own with an entry point 
 `fedforward.runtimes`. It starts processes and moves bytes; rounds are the coordinator's.
 """
 
+import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from fedforward.config.schema import Config
 from fedforward.config.site import SiteConfig
+from fedforward.core.errors import FedForwardError
 from fedforward.training.metrics import ProgressCallback
 
 
@@ -56,3 +59,26 @@ class Runtime(Protocol):
     ) -> None:
         """Take part in a server's runs with this site's data and model, until interrupted."""
         ...
+
+
+def require(package: str, engine: str, extra: str) -> None:
+    """Refuse a system without Unix sockets, or an installation without an engine's package.
+
+    Args:
+        package: as it is imported.
+        engine: its name for people.
+        extra: of fedforward, which installs it.
+
+    Raises:
+        FedForwardError: with what to install, or where to run it.
+    """
+    if sys.platform == "win32":
+        raise FedForwardError(
+            "Federations across machines need Unix sockets and process groups, which Windows "
+            "lacks. Use Linux or macOS, or WSL on this machine; `fedforward run` works here."
+        )
+    if find_spec(package) is None:
+        raise FedForwardError(
+            f"Federations across machines run on {engine}, which is not installed. Install it "
+            f"with: pip install 'fedforward[{extra}]'"
+        )

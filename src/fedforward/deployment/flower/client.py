@@ -4,10 +4,8 @@ import logging
 import math
 import os
 import re
-import shutil
 import ssl
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,12 +15,11 @@ import httpx
 
 from fedforward.config.site import SiteConfig
 from fedforward.core.errors import FedForwardError
-from fedforward.core.paths import check_new_folder, home
 from fedforward.deployment.flower import certificates, engine
 from fedforward.deployment.flower.site_auth import SITES_PATH
 from fedforward.deployment.flower.timings import Timings
+from fedforward.deployment.site_folder import site_folders
 from fedforward.deployment.supervisor import Child, Supervisor, free_port
-from fedforward.training.folder_lock import FolderLock
 
 LOGGER = logging.getLogger("fedforward.deployment.client")
 #: Seconds between two looks at the processes.
@@ -99,24 +96,10 @@ def take_part(
         raise FedForwardError(
             f"--server {server!r} is not allowed: it must be HOST:PORT, as in fed.example.org:9400."
         )
-    out = home(settings.site.out)
-    engine_home = out / "flower"
-    check_new_folder(out, "site.out")
-    try:
-        engine_home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FedForwardError(f"site.out = {settings.site.out!r}: {error.strerror}.") from error
-    # Two sites in one folder would write each other's logs and results.
-    lock = FolderLock(out, "site.out")
-    lock.acquire()
-    # A socket's path must be short, and its folder this user's alone.
-    private = Path(tempfile.mkdtemp(prefix="fedforward-"))
-    try:
-        with Supervisor() as supervisor:
-            _watch(supervisor, path, out, engine_home, private, server, tls, key, once)
-    finally:
-        shutil.rmtree(private, ignore_errors=True)
-        lock.release()
+    with site_folders(settings) as (out, private), Supervisor() as supervisor:
+        engine_home = out / "flower"
+        engine_home.mkdir(exist_ok=True)
+        _watch(supervisor, path, out, engine_home, private, server, tls, key, once)
 
 
 def _watch(

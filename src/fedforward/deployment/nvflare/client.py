@@ -2,19 +2,16 @@
 
 import logging
 import re
-import shutil
-import tempfile
 import time
 from pathlib import Path
 
 from fedforward.config.site import SiteConfig
 from fedforward.core.errors import FedForwardError
-from fedforward.core.paths import check_new_folder, home
 from fedforward.deployment.nvflare import workspace
 from fedforward.deployment.nvflare.names import SOCKET
 from fedforward.deployment.nvflare.resident import model_server
+from fedforward.deployment.site_folder import site_folders
 from fedforward.deployment.supervisor import Supervisor
-from fedforward.training.folder_lock import FolderLock
 
 LOGGER = logging.getLogger("fedforward.deployment.client")
 #: Seconds between two looks at the processes.
@@ -91,24 +88,10 @@ def take_part(path: Path, settings: SiteConfig, kit: Path, *, once: bool) -> Non
     Raises:
         FedForwardError: the site's folder cannot be written, or its configuration is wrong.
     """
-    out = home(settings.site.out)
-    check_new_folder(out, "site.out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FedForwardError(f"site.out = {settings.site.out!r}: {error.strerror}.") from error
-    # Two sites in one folder would write each other's logs and results.
-    lock = FolderLock(out, "site.out")
-    lock.acquire()
-    # A socket's path must be short, and its folder this user's alone.
-    private = Path(tempfile.mkdtemp(prefix="fedforward-"))
-    try:
+    with site_folders(settings) as (out, private):
         workspace.prepare(kit, out / "nvflare")
         with Supervisor() as supervisor:
             _watch(supervisor, path, out, private / "s", once)
-    finally:
-        shutil.rmtree(private, ignore_errors=True)
-        lock.release()
 
 
 def _watch(supervisor: Supervisor, path: Path, out: Path, socket: Path, once: bool) -> None:

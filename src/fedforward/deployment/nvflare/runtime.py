@@ -1,14 +1,12 @@
 """NVIDIA FLARE as an engine that carries messages."""
 
-import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fedforward.config.schema import Config
 from fedforward.config.site import SiteConfig
-from fedforward.core.errors import FedForwardError
+from fedforward.deployment.runtime import require
 from fedforward.training.metrics import ProgressCallback
 
 
@@ -17,16 +15,7 @@ class FlareRuntime:
 
     def check(self) -> None:
         """See `Runtime`."""
-        if sys.platform == "win32":
-            raise FedForwardError(
-                "Federations across machines need Unix sockets and process groups, which Windows "
-                "lacks. Use Linux or macOS, or WSL on this machine; `fedforward run` works here."
-            )
-        if find_spec("nvflare") is None:
-            raise FedForwardError(
-                "The engine nvflare is not installed. Install it with: "
-                "pip install 'fedforward[nvflare]'"
-            )
+        require("nvflare", "NVIDIA FLARE", "nvflare")
 
     def serve(
         self,
